@@ -1,0 +1,1 @@
+"""Task-specific knowledge distillation for PyTorch Lightning."""

@@ -1,0 +1,1 @@
+"""Distillation losses: ``loss(student, teacher[, target]) -> scalar``, one per file."""

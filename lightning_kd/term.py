@@ -1,0 +1,1 @@
+"""A term: where a loss is applied, and how much it weighs."""
