@@ -75,7 +75,8 @@ class Attachment(Callback):
             return
         self._undo_all()
         self._refuse_what_cannot_work(trainer, pl_module)
-        self._patch(pl_module, "training_step", self._distilling(trainer, pl_module))
+        training_step = pl_module.training_step
+        self._patch(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
         if self._has_parameters():
             # Made here, since the optimizer and the strategy's wrapper are made next. Not functools.wraps: Lightning
             # follows __wrapped__ and would find that the user's class has no configure_model.
@@ -83,7 +84,7 @@ class Attachment(Callback):
 
             def configure_model_and_terms() -> None:
                 configure_model()
-                self._enter(trainer, pl_module)
+                self._enter(trainer, pl_module, training_step)
 
             self._patch(pl_module, "configure_model", configure_model_and_terms)
             self._patch(pl_module, "configure_optimizers", self._optimizing(pl_module.configure_optimizers))
@@ -151,9 +152,10 @@ class Attachment(Callback):
                 f"{type(pl_module).__name__}; give all terms to one of them (a DistillationModule brings its own)."
             )
         for callback in trainer.callbacks:
+            if callback is self:
+                break
             # It pairs parameters and buffers by position in a copy made at its own setup.
-            late = isinstance(callback, WeightAveraging) and trainer.callbacks.index(callback) < trainer.callbacks.index(self)
-            if late and self._has_parameters():
+            if isinstance(callback, WeightAveraging) and self._has_parameters():
                 raise ValueError(
                     f"{type(callback).__name__} comes before {type(self).__name__} in the Trainer's callbacks, so that "
                     "its copy of the module would lack the projectors. Put it after."
@@ -185,19 +187,25 @@ class Attachment(Callback):
         self._logged: set[str] = set()
         return student
 
-    def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _enter(self, trainer: Trainer, pl_module: LightningModule, training_step: Callable[..., Any]) -> None:
         if hasattr(pl_module, GUEST):  # configure_model may be called more than once
             return
         student = self._attach(pl_module)
         if self.distiller.needs_sample:
-            self._build(trainer, pl_module, student)
+            self._build(trainer, pl_module, student, training_step)
         if self._pending is not None:
             self.distiller.terms.load_state_dict(self._pending)
             self._pending = None
         pl_module.add_module(GUEST, Guest(self.distiller))
         self._undo.append(lambda: delattr(pl_module, GUEST))
 
-    def _build(self, trainer: Trainer, pl_module: LightningModule, student: nn.Module) -> None:
+    def _build(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        student: nn.Module,
+        training_step: Callable[..., Any],
+    ) -> None:
         """Makes the terms' parameters from the shapes of two samples; nothing else is changed by it."""
         device = trainer.strategy.root_device
         pl_module.to(device)
@@ -214,8 +222,8 @@ class Attachment(Callback):
                 batch = first_samples(trainer, pl_module)
                 stack.enter_context(trainer.precision_plugin.train_step_context())
                 calls = stack.enter_context(self.distiller.watch())
-                with_index = is_param_in_hook_signature(self._step, "batch_idx", min_args=2)
-                self._step(batch, 0) if with_index else self._step(batch)
+                with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+                training_step(batch, *([0] if with_index else []))
             except _RehearsalEndedError:
                 pass
             except Exception as error:
@@ -227,9 +235,10 @@ class Attachment(Callback):
             self._check_called(calls, pl_module)
             self.distiller.build(calls[0])
 
-    def _distilling(self, trainer: Trainer, pl_module: LightningModule) -> Callable[..., Any]:
+    def _distilling(
+        self, trainer: Trainer, pl_module: LightningModule, training_step: Callable[..., Any]
+    ) -> Callable[..., Any]:
         """Wraps ``training_step``."""
-        training_step = self._step = pl_module.training_step
 
         @functools.wraps(training_step)
         def training_step_and_terms(*args: Any, **kwargs: Any) -> Any:
@@ -265,7 +274,11 @@ class Attachment(Callback):
         if calls:
             return
         name = f"{self.student!r}" if self.student else f"{type(pl_module).__name__}.forward"
-        children = [n for n, child in pl_module.named_children() if n != GUEST and any(True for _ in child.parameters())]
+        children = [
+            n
+            for n, child in pl_module.named_children()
+            if n != GUEST and any(True for _ in child.parameters())
+        ]
         raise RuntimeError(
             f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
             "Say which module it calls: Distillation(student=...), one of "
@@ -300,13 +313,16 @@ class Guest(nn.Module):
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
         self.distiller = distiller
+        self.register_load_state_dict_post_hook(_forgive_guest)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Returns nothing of its own."""
         return {} if destination is None else destination
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+
+def _forgive_guest(module: nn.Module, incompatible: Any) -> None:
+    """Keeps strict loading of the user's module strict about the user's own keys only."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if GUEST not in key.split(".")]
 
 
 class _RehearsalEndedError(Exception):
@@ -382,6 +398,8 @@ def _adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
     if sample in optimizer.state:  # Adagrad, for one, makes its state at construction, a constant
         for parameter in missing:
             optimizer.state[parameter] = {
-                key: torch.full_like(parameter, float(value.flatten()[0])) if value.shape == sample.shape else value.clone()
+                key: torch.full_like(parameter, value.flatten()[0].item())
+                if value.shape == sample.shape
+                else value.clone()
                 for key, value in optimizer.state[sample].items()
             }

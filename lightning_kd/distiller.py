@@ -73,15 +73,23 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         if not terms:
-            raise ValueError('terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.')
+            raise ValueError(
+                'terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.'
+            )
         for name, term in terms.items():
-            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(nn.ModuleDict, name):
+            if (
+                not name.replace("-", "_").isidentifier()
+                or name in ("loss", "task")
+                or hasattr(nn.ModuleDict, name)
+            ):
                 raise ValueError(
                     f"{name!r} cannot be a term's name: names are identifiers other than 'loss' and 'task', which are "
                     "logged beside them, and the methods of a dict."
                 )
             if not isinstance(term, Term):
-                raise TypeError(f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...).")
+                raise TypeError(
+                    f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...)."
+                )
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.")
         self.terms = nn.ModuleDict(terms)
@@ -244,7 +252,9 @@ class Distiller(nn.Module):
             ValueError: If a term's two sides do not fit; the message names the term.
         """
         if not calls:
-            raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
+            raise RuntimeError(
+                "The student was not called, or only under no_grad: there is nothing to distil."
+            )
         losses = {}
         for name, term in self.named_terms():
             with _naming(name):
@@ -269,7 +279,11 @@ class Distiller(nn.Module):
         sides = zip(*(pair for group in pairs for pair in group), strict=True)
         bounds = [[t.detach().aminmax() for t in side] for side in sides]
         return torch.stack(
-            [f([getattr(b, key).float() for b in side]) for side in bounds for key, f in (("min", _least), ("max", _most))]
+            [
+                f([getattr(b, key).float() for b in side])
+                for side in bounds
+                for key, f in (("min", _least), ("max", _most))
+            ]
         )
 
 

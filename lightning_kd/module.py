@@ -126,6 +126,11 @@ class DistillationModule(LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
 
+    def on_test_end(self) -> None:
+        """Frees the device of the teacher, as Lightning does with the student."""
+        if self.teacher is not None:
+            self.teacher.cpu()
+
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Returns the task's predictions for a batch."""
         return self.task.predict(self.task(self.student, batch))
@@ -144,5 +149,7 @@ class DistillationModule(LightningModule):
         output = self.task(self.student, batch)
         self.log(f"{stage}/loss", self.task.loss(output, batch), on_step=False, on_epoch=True, prog_bar=True)
         self.task.update(metrics, output, batch)
-        self.log_dict({f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val")
+        self.log_dict(
+            {f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val"
+        )
         return output

@@ -62,7 +62,9 @@ class Term(nn.Module):
     @property
     def needs_sample(self) -> bool:
         """Whether the term has to see a sample of both tensors before its parameters can exist."""
-        return not self._built and (getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build"))
+        return not self._built and (
+            getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build")
+        )
 
     def weight_at(self, progress: float) -> float:
         """Returns the weight when the fraction ``progress`` of the run is done."""

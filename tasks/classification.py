@@ -65,7 +65,9 @@ class Classification(TaskAdapter):
                 )
             return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
         if target.is_floating_point() and target.ndim == 1:
-            raise ValueError(f"Targets are class indices (integers) or (B, C) probabilities; got {target.dtype} (B,).")
+            raise ValueError(
+                f"Targets are class indices (integers) or (B, C) probabilities; got {target.dtype} (B,)."
+            )
         return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
 
     def metrics(self) -> MetricCollection:
