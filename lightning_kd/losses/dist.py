@@ -6,9 +6,7 @@ from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import rows, unit, upcast
 
 
-def dist(
-    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
-) -> Tensor:
+def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
     """Return ``T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))``; see :class:`DIST`."""
     _check.logits(student, teacher)
     p_s = (rows(upcast(student)) / temperature).softmax(1)
