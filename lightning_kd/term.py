@@ -49,10 +49,8 @@ class Term(nn.Module):
         if not isinstance(given, nn.Module):
             hint = f" Did you mean {given.__name__}()?" if isinstance(given, type) else ""
             raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {given!r}.{hint}")
-        if not isinstance(weight, Schedule) and not (isinstance(weight, (int, float)) and 0.0 <= weight < math.inf):
-            raise ValueError(
-                f"weight is a finite number that is not negative, or a schedule (lightning_kd.schedules); got {weight!r}."
-            )
+        if not isinstance(weight, Schedule) and not 0.0 <= _number(weight) < math.inf:
+            raise ValueError(f"weight is a finite number that is not negative, or one of schedules.*; got {weight!r}.")
         self.loss = loss
         self.weight = weight
         self.student = Path(student)
@@ -159,3 +157,7 @@ class Term(nn.Module):
     def extra_repr(self) -> str:
         """Says the wiring."""
         return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
