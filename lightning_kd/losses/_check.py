@@ -16,8 +16,7 @@ def same_shape(student: Tensor, teacher: Tensor, remedy: str) -> None:
     """Raise ``ValueError`` with both shapes and the remedy if they differ."""
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape. "
-            f"{remedy}"
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape. {remedy}"
         )
 
 

@@ -14,7 +14,7 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def unit(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
+def unit(x: Tensor, dim: int = -1, eps: float | Tensor = 1e-12) -> Tensor:
     """Return ``x / ||x||`` along ``dim``; a vector not longer than ``eps`` gives zero, with zero gradient.
 
     ``F.normalize`` has the value but not the gradient: there it is 1/eps, which one dead sample brings in.

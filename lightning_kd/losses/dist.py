@@ -1,14 +1,13 @@
 """DIST: relations between and within classes, through correlation."""
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import rows, unit, upcast
 
 
-def dist(
-    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
-) -> Tensor:
+def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
     """Return ``T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))``; see :class:`DIST`."""
     _check.logits(student, teacher)
     p_s = (rows(upcast(student)) / temperature).softmax(1)
@@ -20,9 +19,13 @@ def dist(
 
 
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a = unit(a - a.mean(dim, keepdim=True), dim, eps=1e-8)
-    b = unit(b - b.mean(dim, keepdim=True), dim, eps=1e-8)
-    return (a * b).sum(dim).mean()
+    return (_standard(a, dim) * _standard(b, dim)).sum(dim).mean()
+
+
+def _standard(p: Tensor, dim: int) -> Tensor:
+    # what remains of a constant after its mean is taken off is rounding, some 1e-7 of it: no direction
+    noise = 1e-6 * torch.linalg.vector_norm(p.detach(), dim=dim, keepdim=True)
+    return unit(p - p.mean(dim, keepdim=True), dim, eps=noise.clamp_min(1e-8))
 
 
 class DIST(nn.Module):
@@ -33,8 +36,7 @@ class DIST(nn.Module):
 
         loss = T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))
 
-    A row or column that is constant (standard deviation times sqrt(n) up to 1e-8) counts as uncorrelated and
-    has no gradient.
+    A row or column that is constant up to rounding counts as uncorrelated and has no gradient.
 
     Args:
         beta: Weight of the relation between the classes of a sample.

@@ -11,9 +11,7 @@ from lightning_kd.losses._numerics import upcast
 
 def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared error of two features of one shape; see :class:`FitNet`."""
-    _check.same_shape(
-        student, teacher, "Let the term's projector map the student's feature to the teacher's shape."
-    )
+    _check.same_shape(student, teacher, "Let the term's projector map the student's feature to the teacher's shape.")
     return F.mse_loss(upcast(student), upcast(teacher.detach()))
 
 

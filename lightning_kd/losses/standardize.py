@@ -76,7 +76,5 @@ class Standardized(nn.Module):
         if target is None and self.needs_target:
             raise ValueError(f"{type(self.loss).__name__} needs the labels as `target`, got None.")
         student, teacher = standardize(student, self.dim), standardize(teacher.detach(), self.dim)
-        loss: Tensor = (
-            self.loss(student, teacher, target) if self.takes_target else self.loss(student, teacher)
-        )
+        loss: Tensor = self.loss(student, teacher, target) if self.takes_target else self.loss(student, teacher)
         return loss
