@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kd.paths import expand_path
+from lightning_kd.teachers import load_weights
 
 
 class ResidualBlock(nn.Module):
@@ -96,7 +94,7 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
         if weights is not None:
-            self.load_state_dict(_read_weights(weights))
+            load_weights(self, expand_path(weights))
 
     def forward(self, image: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` to logits ``(N, K)``."""
@@ -109,14 +107,3 @@ class CifarResNet(nn.Module):
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = ResidualBlock(channels_in, channels, stride)
     return nn.Sequential(first, *(ResidualBlock(channels, channels, 1) for _ in range(blocks - 1)))
-
-
-def _read_weights(file: str) -> dict[str, Tensor]:
-    path = Path(expand_path(file))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}: give the path of a state dict, or set LIGHTNING_KD_DATA to the folder of the data"
-        )
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    state: dict[str, Tensor] = content.get("state_dict", content)
-    return {name.removeprefix("module."): value for name, value in state.items()}
