@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.progress import TermsProgressBar
-from lightning_kd.cli.recipe import Recipe, SaveRecipe, accepts, plain
+from lightning_kd.cli.recipe import Recipe, accepts, plain
+from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.module import DistillationModule
 
 LINKED_TO_NUM_CLASSES = (

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_kd.cli.errors import UsageError
@@ -17,46 +16,8 @@ KEY = "lightning_kd"
 _INITIAL_WEIGHTS = {"weights": None, "pretrained": False}
 
 Recipe = dict[str, Any]
-
-
-class SaveRecipe(Callback):
-    """Puts the student's class, its arguments and the shapes of its inputs into every checkpoint.
-
-    A checkpoint can then be moved, and still be exported or compared without the file it was trained from.
-
-    Args:
-        recipe: ``{"class_path": ..., "init_args": {...}}`` of the student.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.inputs: list[tuple[list[int], str]] = []
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - the hook's
-        """Wait for the first call of the student, to see what it is given."""
-        student = pl_module.student
-        assert isinstance(student, nn.Module)
-        self._handle = student.register_forward_pre_hook(self._see)
-
-    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002 - the hook's
-        if args and all(isinstance(arg, Tensor) for arg in args):
-            self.inputs = [(list(arg.shape[1:]), str(arg.dtype).removeprefix("torch.")) for arg in args]
-        self.on_fit_end()
-
-    def on_fit_end(self, *_: Any) -> None:
-        """Leave nothing behind in the student."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def on_exception(self, *_: Any) -> None:
-        """Leave nothing behind in the student."""
-        self.on_fit_end()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002 - the hook's
-        """Add the recipe."""
-        checkpoint[KEY] = {"student": self.recipe, "inputs": [list(i) for i in self.inputs]}
+Inputs = list[tuple[list[int], str]]
+"""Of each input, its shape without the batch, and the name of its type."""
 
 
 def plain(value: Any) -> Any:
@@ -132,7 +93,7 @@ class Saved:
         if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
             raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
         self.recipe: Recipe = content[KEY]["student"]
-        self.inputs: list[tuple[list[int], str]] = [(shape, dtype) for shape, dtype in content[KEY]["inputs"]]
+        self.inputs: Inputs = [(shape, dtype) for shape, dtype in content[KEY]["inputs"]]
         prefix = "student."
         self.state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
         self.model: nn.Module = build(self.recipe)
@@ -146,10 +107,15 @@ class Saved:
         """Random inputs of the shapes that the student was trained on."""
         if not self.inputs:
             raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
-        generator = torch.Generator().manual_seed(0)
-        made = []
-        for shape, name in self.inputs:
-            dtype = getattr(torch, name)
-            noise = torch.randn(batch, *shape, generator=generator)
-            made.append(noise.to(dtype) if dtype.is_floating_point else noise.abs().to(dtype))
-        return tuple(made)
+        return random_inputs(self.inputs, batch)
+
+
+def random_inputs(inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
+    """Tensors of those shapes and types, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape, name in inputs:
+        dtype: torch.dtype = getattr(torch, name)
+        noise = torch.randn(batch, *shape, generator=generator)
+        made.append(noise.to(dtype) if dtype.is_floating_point else noise.abs().to(dtype))
+    return tuple(made)
