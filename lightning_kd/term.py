@@ -1,1 +1,159 @@
 """A term: where a loss is applied, and how much it weighs."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.projectors import bridge
+from lightning_kd.schedules import Schedule
+from lightning_kd.taps import OUTPUT, Path, describe
+
+
+class Term(nn.Module):
+    """One knowledge that is distilled: a loss, the two outputs that it compares, and its weight.
+
+    Args:
+        loss: ``loss(student, teacher) -> scalar``, any module of :mod:`lightning_kd.losses` or your own. A third
+            argument of its ``forward`` is taken from the batch by name: ``target`` for the labels.
+        weight: Factor of the loss in the total, or a schedule of it.
+        student: Path of the output in the student: ``"output"`` is what its forward returns, ``"output.logits"``
+            selects inside of it, anything else is a module path such as ``"layer3"``.
+        teacher: Path of the output in the teacher, likewise.
+        projector: What brings the student's tensor to the shape that the loss needs. Where it is not given and
+            the loss needs one, it is built from the shapes of a first batch; ``nn.Identity()`` forbids that.
+
+    Raises:
+        ValueError: If the weight is negative or not finite, or a path is malformed.
+        TypeError: If the loss is not a module.
+
+    Example:
+        >>> from lightning_kd import losses
+        >>> Term(losses.FitNet(), weight=100.0, student="layer3", teacher="layer3").weight
+        100.0
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        weight: float | Schedule = 1.0,
+        student: str = OUTPUT,
+        teacher: str = OUTPUT,
+        projector: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, nn.Module):
+            hint = f" Did you mean {loss.__name__}()?" if isinstance(loss, type) else ""
+            raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {loss!r}.{hint}")
+        if not callable(weight) and not 0.0 <= float(weight) < float("inf"):
+            raise ValueError(f"weight is a finite number that is not negative, or a schedule; got {weight}.")
+        self.loss = loss
+        self.weight = weight
+        self.student = Path(student)
+        self.teacher = Path(teacher)
+        self.projector = projector
+        self.teacher_side: nn.Module = nn.Identity()
+        parameters = list(inspect.signature(loss.forward).parameters.values())[2:]
+        self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters}
+        self._built = self.projector is not None and not hasattr(loss, "build")
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether the term has to see a sample of both tensors before its parameters can exist."""
+        return not self._built and (
+            getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build")
+        )
+
+    def weight_at(self, progress: float) -> float:
+        """Returns the weight when the fraction ``progress`` of the run is done."""
+        return float(self.weight(progress) if callable(self.weight) else self.weight)
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Makes the projector, and the loss's own parameters, for the shapes of a sample.
+
+        Args:
+            student: A sample of the student's tensor.
+            teacher: A sample of the teacher's tensor.
+
+        Raises:
+            ValueError: If the shapes cannot be bridged.
+        """
+        if self.projector is None:
+            self.projector, self.teacher_side = bridge(student, teacher, getattr(self.loss, "align", "none"))
+            self.projector.to(student.device)
+        if hasattr(self.loss, "build"):
+            with torch.no_grad():
+                sample = self.projector(student), self.teacher_side(teacher)
+            self.loss.build(*sample)
+            self.loss.to(student.device)
+        self._built = True
+
+    def forward(self, student: Any, teacher: Any, labels: Mapping[str, Any]) -> Tensor:
+        """Computes the loss, without its weight.
+
+        Args:
+            student: What was captured in the student: one value per call of the tapped module.
+            teacher: What was captured in the teacher, likewise.
+            labels: What the loss may need of the batch, by name.
+
+        Returns:
+            The loss, the mean over the calls of the tapped modules.
+        """
+        pairs = self.pairs(student, teacher)
+        if torch.is_grad_enabled() and not all(s.requires_grad for s, _ in pairs):
+            raise ValueError(
+                f"the student's {self.student.text!r} carries no gradient, so the term would teach nothing. It was "
+                "computed under no_grad, by frozen layers, or inside a checkpoint with use_reentrant=True; tap a "
+                "layer that learns, or use use_reentrant=False."
+            )
+        if not self._built:
+            self.build(*pairs[0])
+            if any(True for _ in self.parameters()):
+                raise RuntimeError(
+                    "the term's parameters were made only now, after the optimizer: call Distiller.build(...) with a "
+                    "sample before the optimizer is made."
+                )
+        arguments = {}
+        for name, required in self.labels.items():
+            if labels.get(name) is not None:
+                arguments[name] = labels[name]
+            elif required:
+                raise ValueError(
+                    f"{type(self.loss).__name__} needs {name!r} and the batch gave none. Pass {name}=..., a function "
+                    "of the batch, its key or its index."
+                )
+        assert self.projector is not None
+        losses = [self.loss(self.projector(s), self.teacher_side(t).detach(), **arguments) for s, t in pairs]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def pairs(self, student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+        """Returns the tensors that are compared, selected and paired, of what was captured on both sides.
+
+        Raises:
+            ValueError: If the calls cannot be paired, or a path does not select a tensor.
+        """
+        students = [self._tensor(self.student, value, "student") for value in student]
+        teachers = [self._tensor(self.teacher, value, "teacher") for value in teacher]
+        if len(students) != len(teachers) or not students:
+            raise ValueError(
+                f"the student's {self.student.text!r} was called {len(students)} times and the teacher's "
+                f"{self.teacher.text!r} {len(teachers)} times in one forward pass; the calls cannot be paired. Tap "
+                "modules that are called equally often."
+            )
+        return list(zip(students, teachers, strict=True))
+
+    @staticmethod
+    def _tensor(path: Path, value: Any, side: str) -> Tensor:
+        selected = path.select(value)
+        if not isinstance(selected, Tensor):
+            raise ValueError(
+                f"the {side}'s {path.text!r} is {describe(selected)}, and a loss compares tensors. Select one: "
+                f"'{path.text}[0]' or '{path.text}[\"key\"]'."
+            )
+        return selected
+
+    def extra_repr(self) -> str:
+        """Says the wiring."""
+        return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"

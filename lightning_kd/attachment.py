@@ -1,0 +1,405 @@
+"""Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kd.distiller import Call, Distiller
+from lightning_kd.finite import FiniteCheck
+from lightning_kd.samples import first_samples
+from lightning_kd.schedules import Schedule
+from lightning_kd.taps import describe, find_module
+
+GUEST = "_distillation"
+"""The submodule that holds the terms' parameters in the user's module during a fit."""
+
+Label = Callable[[Any], Any] | str | int
+"""How to get labels out of a batch: a function of it, a key, or an index."""
+
+
+class Attachment(Callback):
+    """Watches a module's own ``training_step`` and adds the terms to the loss that it returns.
+
+    The module's class is not touched: three methods of the instance are wrapped when a fit begins and
+    restored when it ends. What the terms learn (projectors) is a submodule of the module meanwhile, so that
+    every strategy treats it like the module's own parameters, but no state dict shows it; it is saved as the
+    callback's state.
+
+    Args:
+        distiller: The terms and the teacher.
+        student: Dotted path of the student in the LightningModule; the module itself unless given.
+        labels: How to get from a batch what losses need, by the name of their argument.
+        task_weight: Factor of the module's own loss.
+        prog_bar: Whether the progress bar shows the terms.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        student: str | None = None,
+        labels: Mapping[str, Label | None] | None = None,
+        task_weight: float = 1.0,
+        prog_bar: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= task_weight < float("inf"):
+            raise ValueError(f"task_weight is a finite number that is not negative, got {task_weight}.")
+        self.distiller = distiller
+        self.student = student
+        self.labels = dict(labels or {})
+        self.task_weight = task_weight
+        self.prog_bar = prog_bar
+        self._values: dict[str, Tensor | float] = {}
+        self._pending: dict[str, Any] | None = None
+        self._total_steps = 0.0
+        self._check = FiniteCheck()
+        self._undo: list[Callable[[], None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_undo": [], "_values": {}}
+
+    # The hooks, in the order in which Lightning calls them.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wraps the module's methods, before its own ``setup`` and ``configure_model``."""
+        if stage != "fit":
+            return
+        self._undo_all()
+        self._refuse_what_cannot_work(trainer, pl_module)
+        training_step = pl_module.training_step
+        self._patch(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
+        if self._has_parameters():
+            # Made here, since the optimizer and the strategy's wrapper are made next. Not functools.wraps: Lightning
+            # follows __wrapped__ and would find that the user's class has no configure_model.
+            configure_model = pl_module.configure_model
+
+            def configure_model_and_terms() -> None:
+                configure_model()
+                self._enter(trainer, pl_module, training_step)
+
+            self._patch(pl_module, "configure_model", configure_model_and_terms)
+            self._patch(pl_module, "configure_optimizers", self._optimizing(pl_module.configure_optimizers))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches terms that have no parameters, and brings the teacher to the student's device."""
+        if not self._has_parameters():
+            self._attach(pl_module)
+        self._move_teacher(pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learns how long the run is, if a schedule has to know."""
+        scheduled = [name for name, term in self.distiller.named_terms() if isinstance(term.weight, Schedule)]
+        self._total_steps = float(trainer.estimated_stepping_batches) if scheduled else 1.0
+        if not 0.0 < self._total_steps < float("inf"):
+            raise ValueError(
+                f"The terms {scheduled} have a schedule over the run, and the run has no end. Set max_epochs or "
+                "max_steps of the Trainer."
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Logs the losses of the step."""
+        values, self._values = self._values, {}
+        own = {result.meta.name for result in trainer._results.values()} if trainer._results else set()
+        # A name that the module's training_step logs is the module's.
+        ours = {name: value for name, value in values.items() if name not in own or name in self._logged}
+        self._logged |= ours.keys()
+        pl_module.log_dict(ours, prog_bar=self.prog_bar)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the module as it was."""
+        if stage == "fit":
+            self._check.finish()
+            self._undo_all()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the module as it was after an interrupted fit, too."""
+        self._undo_all()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the terms learned; nothing of the teacher."""
+        return dict(self.distiller.terms.state_dict()) if self._pending is None else self._pending
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what the terms learned, as soon as their parameters exist."""
+        if self.distiller.needs_sample:
+            self._pending = state_dict
+        else:
+            self.distiller.terms.load_state_dict(state_dict)
+
+    # What they do.
+
+    def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers before "
+                "a callback sees any loss. Call the engine there instead: `with distiller.watch() as calls:` around "
+                "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
+                "manual_backward (lightning_kd.Distiller)."
+            )
+        others = [c for c in trainer.callbacks if isinstance(c, Attachment) and c is not self]
+        if others:
+            raise ValueError(
+                f"{type(self).__name__} and {type(others[0]).__name__} are both attached to "
+                f"{type(pl_module).__name__}; give all terms to one of them (a DistillationModule brings its own)."
+            )
+        for callback in trainer.callbacks:
+            if callback is self:
+                break
+            # It pairs parameters and buffers by position in a copy made at its own setup.
+            if isinstance(callback, WeightAveraging) and self._has_parameters():
+                raise ValueError(
+                    f"{type(callback).__name__} comes before {type(self).__name__} in the Trainer's callbacks, so that "
+                    "its copy of the module would lack the projectors. Put it after."
+                )
+
+    def _has_parameters(self) -> bool:
+        return self.distiller.needs_sample or any(True for _ in self.distiller.parameters())
+
+    def _patch(self, pl_module: LightningModule, name: str, value: Any) -> None:
+        had = vars(pl_module).get(name)
+
+        def undo() -> None:
+            if had is None:
+                vars(pl_module).pop(name, None)
+            else:
+                setattr(pl_module, name, had)
+
+        setattr(pl_module, name, value)
+        self._undo.append(undo)
+
+    def _undo_all(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _attach(self, pl_module: LightningModule) -> nn.Module:
+        student = find_module(pl_module, self.student, "the LightningModule") if self.student else pl_module
+        self.distiller.attach(student)
+        self._undo.append(self.distiller.detach)
+        self._logged: set[str] = set()
+        return student
+
+    def _enter(self, trainer: Trainer, pl_module: LightningModule, training_step: Callable[..., Any]) -> None:
+        if hasattr(pl_module, GUEST):  # configure_model may be called more than once
+            return
+        student = self._attach(pl_module)
+        if self.distiller.needs_sample:
+            self._build(trainer, pl_module, student, training_step)
+        if self._pending is not None:
+            self.distiller.terms.load_state_dict(self._pending)
+            self._pending = None
+        pl_module.add_module(GUEST, Guest(self.distiller))
+        self._undo.append(lambda: delattr(pl_module, GUEST))
+
+    def _build(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        student: nn.Module,
+        training_step: Callable[..., Any],
+    ) -> None:
+        """Makes the terms' parameters from the shapes of two samples; nothing else is changed by it."""
+        device = trainer.strategy.root_device
+        pl_module.to(device)
+        self._move_teacher(device)
+        calls: list[Call] = []
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng())
+            stack.enter_context(_buffers_restored(pl_module))
+            stack.enter_context(_silent(pl_module))
+            # Hooks that a compiled module meets only later would never fire.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(student.register_forward_hook(_end_rehearsal).remove)
+            try:
+                batch = first_samples(trainer, pl_module)
+                stack.enter_context(trainer.precision_plugin.train_step_context())
+                calls = stack.enter_context(self.distiller.watch())
+                with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+                training_step(batch, *([0] if with_index else []))
+            except _RehearsalEndedError:
+                pass
+            except Exception as error:
+                error.add_note(
+                    "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
+                    "projectors have to bridge. A term whose projector= is given needs none."
+                )
+                raise
+            self._check_called(calls, pl_module)
+            self.distiller.build(calls[0])
+
+    def _distilling(
+        self, trainer: Trainer, pl_module: LightningModule, training_step: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Wraps ``training_step``."""
+
+        @functools.wraps(training_step)
+        def training_step_and_terms(*args: Any, **kwargs: Any) -> Any:
+            with self.distiller.watch() as calls:
+                result = training_step(*args, **kwargs)
+            task_loss = result.get("loss") if isinstance(result, Mapping) else result
+            if task_loss is None:  # the module skips this batch
+                return result
+            self._check_called(calls, pl_module)
+            batch = args[0] if args else next(iter(kwargs.values()))
+            total = self._total(trainer, task_loss, calls, batch)
+            return {**result, "loss": total} if isinstance(result, Mapping) else total
+
+        return training_step_and_terms
+
+    def _total(self, trainer: Trainer, task_loss: Tensor, calls: list[Call], batch: Any) -> Tensor:
+        labels = {name: _label(how, batch, name) for name, how in self.labels.items() if self._wanted(name)}
+        losses = self.distiller(calls, **labels)
+        self._check(trainer.global_step, losses, lambda name: self.distiller.ranges(calls, name))
+        progress = trainer.global_step / self._total_steps
+        total = self.task_weight * task_loss + self.distiller.total(losses, progress)
+        values = {"loss": total, "task": task_loss, **losses}
+        self._values = {f"train/{name}": value.detach() for name, value in values.items()}
+        for name, term in self.distiller.named_terms():
+            if isinstance(term.weight, Schedule):
+                self._values[f"train/{name}/weight"] = term.weight_at(progress)
+        return total
+
+    def _wanted(self, label: str) -> bool:
+        return any(label in term.labels for _, term in self.distiller.named_terms())
+
+    def _check_called(self, calls: list[Call], pl_module: LightningModule) -> None:
+        if calls:
+            return
+        name = f"{self.student!r}" if self.student else f"{type(pl_module).__name__}.forward"
+        children = [
+            n
+            for n, child in pl_module.named_children()
+            if n != GUEST and any(True for _ in child.parameters())
+        ]
+        raise RuntimeError(
+            f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
+            "Say which module it calls: Distillation(student=...), one of "
+            f"{', '.join(map(repr, children)) or 'its submodules'}. A compiled student has to be compiled, but not "
+            "called, before the fit; self.forward(x) bypasses hooks, self(x) does not."
+        )
+
+    def _optimizing(self, configure_optimizers: Callable[[], Any]) -> Callable[[], Any]:
+        """Wraps ``configure_optimizers`` so that the terms' parameters are optimized, however it is written."""
+
+        @functools.wraps(configure_optimizers)
+        def configure_optimizers_and_terms() -> Any:
+            result = configure_optimizers()
+            optimizers = list(_optimizers(result))
+            if optimizers:
+                _adopt(optimizers, [p for p in self.distiller.parameters() if p.requires_grad])
+            return result
+
+        return configure_optimizers_and_terms
+
+    def _move_teacher(self, device: torch.device) -> None:
+        teacher = self.distiller.teacher
+        home = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), device)
+        if home != device:
+            teacher.to(device)
+            self._undo.append(lambda: teacher.to(home))
+
+
+class Guest(nn.Module):
+    """Holds a distiller in the user's module: its parameters are trained there, and in no state dict."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.register_load_state_dict_post_hook(_forgive_guest)
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Returns nothing of its own."""
+        return {} if destination is None else destination
+
+
+def _forgive_guest(module: nn.Module, incompatible: Any) -> None:
+    """Keeps strict loading of the user's module strict about the user's own keys only."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if GUEST not in key.split(".")]
+
+
+class _RehearsalEndedError(Exception):
+    """Ends the rehearsal once the student has returned."""
+
+
+def _end_rehearsal(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.is_grad_enabled():
+        raise _RehearsalEndedError
+
+
+@contextmanager
+def _silent(pl_module: LightningModule) -> Iterator[None]:
+    """Lets a module's ``log`` calls do nothing."""
+    names = ("log", "log_dict")
+    for name in names:
+        setattr(pl_module, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(pl_module, name)
+
+
+@contextmanager
+def _buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Puts BatchNorm statistics and other buffers back."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def _label(how: Label | None, batch: Any, name: str) -> Any:
+    try:
+        if callable(how):
+            return how(batch)
+        return batch[1 if how is None else how]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"A loss needs {name!r}, and {how if how is not None else 'batch[1]'} is not in the batch "
+            f"({describe(batch)}). Pass {name}=..., a function of the batch, its key or its index."
+        ) from error
+
+
+def _optimizers(result: Any) -> Iterator[Optimizer]:
+    """Finds the optimizers in whatever ``configure_optimizers`` returned."""
+    if isinstance(result, Optimizer):
+        yield result
+    elif isinstance(result, Mapping):
+        yield from _optimizers(result.get("optimizer"))
+    elif isinstance(result, (list, tuple)):
+        for item in result:
+            yield from _optimizers(item)
+
+
+def _adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
+    """Adds to the first group of the first optimizer the parameters that no optimizer has.
+
+    A group of their own would not do: schedulers that exist by now have counted the groups.
+    """
+    have = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [p for p in parameters if id(p) not in have]
+    optimizer = optimizers[0]
+    group = optimizer.param_groups[0]
+    sample = group["params"][0]
+    group["params"].extend(missing)
+    if "param_names" in group:
+        group["param_names"].extend(f"{GUEST}.{i}" for i in range(len(missing)))
+    if sample in optimizer.state:  # Adagrad, for one, makes its state at construction, a constant
+        for parameter in missing:
+            optimizer.state[parameter] = {
+                key: torch.full_like(parameter, value.flatten()[0].item())
+                if value.shape == sample.shape
+                else value.clone()
+                for key, value in optimizer.state[sample].items()
+            }

@@ -1,0 +1,307 @@
+"""The engine: turns what a student and its teacher computed for the same call into losses."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.taps import OUTPUT, Path, Record, Taps, describe, find_module
+from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.term import Term
+
+Knowledge = Callable[[nn.Module], Mapping[str, str]]
+"""Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""
+
+
+@dataclass
+class Call:
+    """What was captured of one call of the student, and of the teacher on the same arguments."""
+
+    student: Record
+    teacher: Record
+
+
+class Distiller(nn.Module):
+    """Holds terms and a teacher, watches a student at work, and computes the terms' losses.
+
+    It knows nothing of Lightning: both doors, and any training loop of your own, use it like this::
+
+        distiller = Distiller(terms, teacher)
+        distiller.attach(student)
+        with distiller.watch() as calls:
+            logits = student(images)
+        losses = distiller(calls, target=labels)
+        loss = task_loss + distiller.total(losses)
+
+    The teacher is called with the arguments that the student is called with, so it sees the same augmented
+    images. It is not a submodule: it stays out of ``parameters()``, ``state_dict()`` and DDP.
+
+    Args:
+        terms: The terms by name.
+        teacher: A trained model, which becomes a ``teachers.Frozen``, or any ``teachers.Teacher``.
+        teacher_input: Makes the teacher's arguments out of the student's: called with those, it returns a
+            tensor, a tuple of positional arguments or a dict of keyword arguments. Unless given, they are equal.
+        knowledge: Names that a task offers for paths, as a function of the model.
+
+    Raises:
+        ValueError: If there is no term, or a name cannot be logged.
+        TypeError: If a term is not a ``Term``, or the teacher is not a module.
+
+    Example:
+        >>> from lightning_kd import losses
+        >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> distiller = Distiller({"kd": Term(losses.KD(temperature=4.0))}, teacher)
+        >>> distiller.attach(student)
+        >>> with distiller.watch() as calls:
+        ...     _ = student(torch.randn(8, 4))
+        >>> list(distiller(calls))
+        ['kd']
+        >>> distiller.detach()
+    """
+
+    teacher: Teacher
+
+    def __init__(
+        self,
+        terms: Mapping[str, Term],
+        teacher: nn.Module,
+        teacher_input: Callable[..., Any] | None = None,
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError(
+                'terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.'
+            )
+        for name, term in terms.items():
+            if (
+                not name.replace("-", "_").isidentifier()
+                or name in ("loss", "task")
+                or hasattr(nn.ModuleDict, name)
+            ):
+                raise ValueError(
+                    f"{name!r} cannot be a term's name: names are identifiers other than 'loss' and 'task', which are "
+                    "logged beside them, and the methods of a dict."
+                )
+            if not isinstance(term, Term):
+                raise TypeError(
+                    f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...)."
+                )
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.")
+        self.terms = nn.ModuleDict(terms)
+        # Past nn.Module's registration, so that the teacher is not a submodule.
+        object.__setattr__(self, "teacher", teacher if isinstance(teacher, Teacher) else Frozen(teacher))
+        self.teacher_input = teacher_input
+        self.knowledge = knowledge
+        self._taps: Taps | None = None
+        self._calls: list[Call] | None = None
+        self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taps": None, "_calls": None, "_handles": []}
+
+    def named_terms(self) -> Iterator[tuple[str, Term]]:
+        """Iterates over the terms by name."""
+        for name, term in self.terms.items():
+            assert isinstance(term, Term)
+            yield name, term
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether a term has to see a sample before its parameters can exist."""
+        return any(term.needs_sample for _, term in self.named_terms())
+
+    def attach(self, student: nn.Module) -> None:
+        """Resolves every path and puts the hooks in place; before a compiled student's first call.
+
+        Args:
+            student: The model whose calls are watched.
+
+        Raises:
+            ValueError: If a path is unknown; the message names the term and lists the closest names.
+        """
+        self.detach()
+        teacher = self.teacher.model if isinstance(self.teacher, Frozen) else self.teacher
+        self._student_paths = self._resolve("student", student)
+        self._teacher_paths = self._resolve("teacher", teacher)
+        self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
+        self._taps = Taps(student, (path.module for path in self._student_paths.values()), "the student")
+        self._taps.attach()
+        self._handles = [
+            student.register_forward_pre_hook(self._before_call(student), with_kwargs=True),
+            student.register_forward_hook(self._after_call(student)),
+        ]
+
+    def _resolve(self, side: str, model: nn.Module) -> dict[str, Path]:
+        """Returns where each term's path starts on one side; the names that the task offers are looked up."""
+        offered = dict(self.knowledge(model)) if self.knowledge else {}
+        paths = {}
+        for name, term in self.named_terms():
+            module = getattr(term, side).module
+            paths[name] = Path(offered.get(module, module))
+            if paths[name].module != OUTPUT:
+                try:
+                    find_module(model, paths[name].module, f"the {side}")
+                except ValueError as error:
+                    hint = f" The task offers {', '.join(map(repr, offered))}." if offered else ""
+                    raise ValueError(f"Term {name!r}: {error}{hint}") from None
+        return paths
+
+    def detach(self) -> None:
+        """Takes every hook out of student and teacher."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._taps is not None:
+            self._taps.detach()
+            self._taps = None
+            self.teacher.unbind()
+
+    @contextmanager
+    def watch(self) -> Iterator[list[Call]]:
+        """Watches the student's calls until the context ends.
+
+        Calls under ``no_grad`` do not count: nothing could be learned from them.
+
+        Yields:
+            The calls, filled as they happen.
+
+        Raises:
+            RuntimeError: If the distiller is not attached, or a tapped output was modified in place.
+        """
+        if self._taps is None:
+            raise RuntimeError("The distiller is not attached: call attach(student) first.")
+        self._calls = calls = []
+        try:
+            yield calls
+            self._taps.check()
+        finally:
+            self._calls = None
+            self._taps.close()
+
+    # The teacher answers before the student runs, when no activation of the student is in memory yet.
+    def _before_call(self, student: nn.Module) -> Callable[..., None]:
+        @torch.compiler.disable
+        def answer(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # Validation, evaluation under no_grad, a deep copy of the student and a recursive call are not ours.
+            if self._calls is None or self._taps is None or self._taps.recording:
+                return
+            if module is not student or not torch.is_grad_enabled():
+                return
+            knowledge = self._ask_teacher(args, kwargs)
+            self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
+
+        return answer
+
+    def _ask_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
+        if self.teacher_input is None:
+            answer: Record = self.teacher(*args, **kwargs)
+            return answer
+        made = self.teacher_input(*args, **kwargs)
+        if isinstance(made, dict):
+            answer = self.teacher(**made)
+        else:
+            answer = self.teacher(*(made if isinstance(made, tuple) else (made,)))
+        return answer
+
+    def _after_call(self, student: nn.Module) -> Callable[..., None]:
+        @torch.compiler.disable
+        def finish(module: nn.Module, args: Any, output: Any) -> None:
+            if module is student and self._taps is not None and self._taps.recording:
+                self._taps.close(output)
+
+        return finish
+
+    def build(self, call: Call) -> None:
+        """Makes the parameters of projectors and losses for the shapes of a sample call.
+
+        Args:
+            call: A call that was watched; it may have been made under ``no_grad``.
+
+        Raises:
+            ValueError: If the shapes of a term cannot be bridged.
+        """
+        for name, term in self.named_terms():
+            with _naming(name):
+                if term.needs_sample:
+                    term.build(*term.pairs(*self._captured(name, call))[0])
+
+    def _captured(self, name: str, call: Call) -> tuple[list[Any], list[Any]]:
+        student, teacher = self._student_paths[name], self._teacher_paths[name]
+        return (
+            [student.select(value) for value in call.student[student.module]],
+            [teacher.select(value) for value in call.teacher[teacher.module]],
+        )
+
+    def forward(self, calls: Sequence[Call], **labels: Any) -> dict[str, Tensor]:
+        """Computes every term's loss, without its weight.
+
+        Args:
+            calls: The calls that were watched.
+            labels: What losses need of the batch, by the name of their argument: ``target=labels``.
+
+        Returns:
+            The losses by the terms' names; of several calls, the mean.
+
+        Raises:
+            RuntimeError: If the student was never called.
+            ValueError: If a term's two sides do not fit; the message names the term.
+        """
+        if not calls:
+            raise RuntimeError(
+                "The student was not called, or only under no_grad: there is nothing to distil."
+            )
+        losses = {}
+        for name, term in self.named_terms():
+            with _naming(name):
+                values = [term(*self._captured(name, call), labels) for call in calls]
+                losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
+        return losses
+
+    def weights(self, progress: float = 0.0) -> dict[str, float]:
+        """Returns every term's weight when the fraction ``progress`` of the run is done."""
+        return {name: term.weight_at(progress) for name, term in self.named_terms()}
+
+    def total(self, losses: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
+        """Returns the weighted sum of the losses that a call of the distiller returned."""
+        weights = self.weights(progress)
+        weighted = [weights[name] * loss for name, loss in losses.items()]
+        return torch.stack(weighted).sum()
+
+    def ranges(self, calls: Sequence[Call], name: str) -> Tensor:
+        """Returns the lowest and highest value of the student's side of a term, then of the teacher's."""
+        term = self.terms[name]
+        pairs = [term.pairs(*self._captured(name, call)) for call in calls]
+        sides = zip(*(pair for group in pairs for pair in group), strict=True)
+        bounds = [[t.detach().aminmax() for t in side] for side in sides]
+        return torch.stack(
+            [
+                f([getattr(b, key).float() for b in side])
+                for side in bounds
+                for key, f in (("min", _least), ("max", _most))
+            ]
+        )
+
+
+def _least(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).min()
+
+
+def _most(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).max()
+
+
+@contextmanager
+def _naming(term: str) -> Iterator[None]:
+    """Names the term in errors that come out of it."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"Term {term!r}: {error.args[0] if error.args else error}") from error
+    except Exception as error:
+        error.add_note(f"This happened in the distillation term {term!r}.")
+        raise

@@ -1,0 +1,155 @@
+"""The module door: a LightningModule made of a task, a student, a teacher and terms."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_kd.attachment import Attachment
+from lightning_kd.distiller import Distiller
+from lightning_kd.task import TaskAdapter
+from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.term import Term
+
+
+class DistillationModule(LightningModule):
+    """Trains a student for a task, with the task's own loss and with what a teacher knows.
+
+    Without a teacher it is plain supervised training, with which a teacher is made and a student compared.
+    Logged are ``train/loss``, ``train/task`` and ``train/<term>`` per step, ``val/`` and ``test/`` metrics of the
+    task, and in tests ``test/agreement`` with the teacher. Its state dict holds ``student.*`` and nothing else.
+
+    Args:
+        task: What the task is.
+        student: The model to train.
+        teacher: A trained model, or any ``lightning_kd.teachers.Teacher``.
+        terms: What is distilled, by name.
+        optimizer: Makes the optimizer of parameters; AdamW at 1e-3 unless given.
+        lr_scheduler: Makes the learning-rate scheduler of the optimizer.
+        lr_interval: When the scheduler steps, ``"epoch"`` or ``"step"``.
+        task_weight: Factor of the task's own loss.
+        teacher_input: Makes the teacher's arguments out of the student's.
+
+    Raises:
+        ValueError: If there are terms without a teacher, or a teacher without terms.
+
+    Example:
+        >>> from lightning_kd import losses
+        >>> from lightning_kd.tasks import Classification
+        >>> module = DistillationModule(
+        ...     task=Classification(num_classes=3),
+        ...     student=nn.Linear(4, 3),
+        ...     teacher=nn.Linear(4, 3),
+        ...     terms={"kd": Term(losses.KD(temperature=4.0), weight=0.9)},
+        ...     task_weight=0.1,
+        ... )
+        >>> list(module.state_dict())
+        ['student.weight', 'student.bias']
+    """
+
+    def __init__(
+        self,
+        task: TaskAdapter,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        terms: Mapping[str, Term] | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+        task_weight: float = 1.0,
+        teacher_input: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if bool(terms) != (teacher is not None):
+            raise ValueError(
+                "A teacher and terms go together: with both the student is distilled, with neither it is trained "
+                f"alone. Got teacher={type(teacher).__name__} and terms={sorted(terms or {})}."
+            )
+        if lr_interval not in ("epoch", "step"):
+            raise ValueError(f"lr_interval is 'epoch' or 'step', got {lr_interval!r}.")
+        self.task = task
+        self.student = student
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.attachment: Attachment | None = None
+        if teacher is not None and terms:
+            self.attachment = Attachment(
+                Distiller(terms, teacher, teacher_input=teacher_input, knowledge=task.knowledge),
+                student="student",
+                labels={"target": task.target},
+                task_weight=task_weight,
+                prog_bar=True,
+            )
+        self.val_metrics = task.metrics()
+        self.test_metrics = task.metrics()
+        self.agreement = task.agreement() if self.teacher is not None else None
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Where the other side's knowledge comes from; it is not a submodule."""
+        return self.attachment.distiller.teacher if self.attachment else None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Distils through the same attachment that serves unmodified modules."""
+        return [self.attachment] if self.attachment else []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the student."""
+        return self.student(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the task's own loss; the terms are added by the attachment."""
+        loss = self.task.loss(self.task(self.student, batch), batch)
+        if self.attachment is None:
+            self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measures the student."""
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measures the student, and how often it agrees with the teacher."""
+        output = self._evaluate(batch, self.test_metrics, "test")
+        if self.agreement is not None and isinstance(self.teacher, Frozen):
+            self.teacher.model.eval()
+            self.task.update_agreement(self.agreement, output, self.task(self.teacher.model, batch))
+            self.log("test/agreement", self.agreement, batch_size=1)
+
+    def on_test_start(self) -> None:
+        """Brings the teacher to the student's device."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_test_end(self) -> None:
+        """Frees the device of the teacher, as Lightning does with the student."""
+        if self.teacher is not None:
+            self.teacher.cpu()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Returns the task's predictions for a batch."""
+        return self.task.predict(self.task(self.student, batch))
+
+    def configure_optimizers(self) -> Any:
+        """Makes the optimizer of the student's parameters; the terms' own are added by the attachment."""
+        optimizer = self.optimizer(self.student.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval},
+        }
+
+    def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> Any:
+        output = self.task(self.student, batch)
+        self.log(f"{stage}/loss", self.task.loss(output, batch), on_step=False, on_epoch=True, prog_bar=True)
+        self.task.update(metrics, output, batch)
+        self.log_dict(
+            {f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val"
+        )
+        return output

@@ -1,0 +1,200 @@
+"""Projectors: what bridges a student's tensor to the shape of its teacher's.
+
+Three layouts are told apart by their number of dimensions: vectors ``(B, C)``, tokens ``(B, N, C)`` and
+maps ``(B, C, H, W)``. Tokens of a vision transformer are a square grid of patches behind a few prefix
+tokens (class, distillation, registers), which have no place in a map.
+"""
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Align = Literal["none", "size", "shape"]
+"""What a loss needs of its two tensors: nothing, the same resolution, or the same shape."""
+
+_PREFIX_TOKENS = (0, 1, 2, 4, 5, 8)  # none; class; class + distillation; class and/or registers
+
+
+def grid_of(tokens: int) -> tuple[int, int]:
+    """Returns (prefix tokens, side) of a square patch grid with ``tokens`` tokens in all.
+
+    Raises:
+        ValueError: If no usual number of prefix tokens leaves a square.
+
+    Example:
+        >>> grid_of(197)
+        (1, 14)
+    """
+    for prefix in _PREFIX_TOKENS:
+        side = math.isqrt(max(tokens - prefix, 0))
+        if side > 0 and side * side == tokens - prefix:
+            return prefix, side
+    raise ValueError(
+        f"{tokens} tokens are not a square grid with {_PREFIX_TOKENS} prefix tokens. Give the term its projector, "
+        "such as projectors.TokensToMap(in_channels, out_channels, size=(H, W), grid=(h, w))."
+    )
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes a map ``(B, C, H, W)``: averages where it shrinks, interpolates bilinearly where it grows."""
+    if tuple(x.shape[-2:]) == size:
+        return x
+    if x.shape[-2] >= size[0] and x.shape[-1] >= size[1]:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+class MapToMap(nn.Module):
+    """``(B, C, H, W)`` to ``(B, C', H', W')``: resize, then a 1x1 convolution where the channels differ.
+
+    Args:
+        in_channels: The student's channels.
+        out_channels: The teacher's channels.
+        size: The teacher's (H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+        same = in_channels == out_channels
+        self.project = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projects, at the smaller of the two resolutions."""
+        smaller = x.shape[-2] * x.shape[-1] < self.size[0] * self.size[1]
+        out: Tensor = resize(self.project(x), self.size) if smaller else self.project(resize(x, self.size))
+        return out
+
+
+class TokensToMap(nn.Module):
+    """``(B, N, C)`` to ``(B, C', H', W')``: the patch tokens as a map; prefix tokens are left out.
+
+    Args:
+        in_channels: The student's channels.
+        out_channels: The teacher's channels.
+        size: The teacher's (H, W).
+        grid: The student's (h, w) of patches; a square one unless told.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: tuple[int, int], grid: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.project = MapToMap(in_channels, out_channels, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projects the patch tokens."""
+        if self.grid is None:
+            side = grid_of(x.shape[1])[1]
+            height, width = side, side
+        else:
+            height, width = self.grid
+        patches = x[:, x.shape[1] - height * width :]
+        out: Tensor = self.project(patches.transpose(1, 2).unflatten(2, (height, width)))
+        return out
+
+
+class MapToTokens(nn.Module):
+    """``(B, C, H, W)`` to ``(B, h * w, C')``: the map as patch tokens.
+
+    Args:
+        in_channels: The student's channels.
+        out_channels: The teacher's channels.
+        grid: The teacher's (h, w) of patches.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.project = MapToMap(in_channels, out_channels, grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projects and flattens the map."""
+        out: Tensor = self.project(x).flatten(2).transpose(1, 2)
+        return out
+
+
+class TokensToTokens(nn.Module):
+    """``(B, N, C)`` to ``(B, h * w, C')`` on another patch grid; prefix tokens are left out.
+
+    Args:
+        in_channels: The student's channels.
+        out_channels: The teacher's channels.
+        grid: The teacher's (h, w) of patches.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.project = TokensToMap(in_channels, out_channels, grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projects the patch tokens."""
+        out: Tensor = self.project(x).flatten(2).transpose(1, 2)
+        return out
+
+
+class PatchTokens(nn.Module):
+    """``(B, N, C)`` without its first ``prefix`` tokens.
+
+    Args:
+        prefix: How many tokens to leave out.
+    """
+
+    def __init__(self, prefix: int = 1) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the patch tokens."""
+        return x[:, self.prefix :]
+
+
+def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn.Module, nn.Module]:
+    """Builds what brings a student's tensor to its teacher's shape.
+
+    Args:
+        student: A sample of the student's tensor.
+        teacher: A sample of the teacher's tensor, for the same batch.
+        align: ``"shape"`` for the same channels and resolution, ``"size"`` for the same resolution only.
+
+    Returns:
+        The student's projector, and what is to be done with the teacher's tensor (it never has parameters).
+
+    Raises:
+        ValueError: If the two shapes cannot be bridged; the message gives both and the remedy.
+
+    Example:
+        >>> import torch
+        >>> projector, _ = bridge(torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 2, 2))
+        >>> projector(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 16, 2, 2])
+    """
+    if align == "none" or student.shape == teacher.shape:
+        return nn.Identity(), nn.Identity()
+    shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+    if student.shape[:1] != teacher.shape[:1]:
+        raise ValueError(f"{shapes} differ in their batch size: the two models did not see the same samples.")
+    layouts = (student.ndim, teacher.ndim)
+    if layouts == (2, 2) and align == "shape":
+        return nn.Linear(student.shape[1], teacher.shape[1]), nn.Identity()
+    if layouts == (3, 3) and student.shape[1] == teacher.shape[1] and align == "shape":
+        return nn.Linear(student.shape[2], teacher.shape[2]), nn.Identity()
+    channels_in = student.shape[1] if student.ndim == 4 else student.shape[-1]
+    channels_out = teacher.shape[1] if teacher.ndim == 4 else teacher.shape[-1]
+    if align == "size":
+        channels_out = channels_in
+    if layouts == (4, 4):
+        return MapToMap(channels_in, channels_out, (teacher.shape[2], teacher.shape[3])), nn.Identity()
+    if layouts == (3, 4):
+        return TokensToMap(channels_in, channels_out, (teacher.shape[2], teacher.shape[3])), nn.Identity()
+    if teacher.ndim == 3 and student.ndim in (3, 4):
+        prefix, side = grid_of(teacher.shape[1])
+        to_tokens = MapToTokens if student.ndim == 4 else TokensToTokens
+        return to_tokens(channels_in, channels_out, (side, side)), PatchTokens(prefix)
+    raise ValueError(
+        f"{shapes} cannot be bridged automatically (vectors (B, C), tokens (B, N, C) and maps (B, C, H, W) can be, "
+        "maps and tokens to each other). Tap other layers, or give the term a projector=nn.Module that turns the "
+        "first into the second."
+    )

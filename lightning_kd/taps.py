@@ -1,0 +1,219 @@
+"""Taps: named outputs of named modules, captured by forward hooks and cleared on read."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+OUTPUT = "output"
+"""The path of what a model's own ``forward`` returned."""
+
+Record = dict[str, list[Any]]
+"""For each tapped path what its module returned, once per call of that module."""
+
+_SELECTOR = re.compile(r"""\.(?P<name>\w+)|\[(?P<index>-?\d+)\]|\[(?P<quote>["'])(?P<key>.+?)(?P=quote)\]""")
+
+
+class Path:
+    """A path in a model: a module, and what to select inside of the module's output.
+
+    ``"layer3"`` is the output of the submodule ``layer3``, as ``named_modules()`` spells it;
+    ``"encoder[0]"`` the first item of what ``encoder`` returned; ``"output"`` what the model itself
+    returned, ``"output.logits"`` and ``'output["logits"]'`` an attribute or a key of that.
+
+    Args:
+        text: The path.
+
+    Raises:
+        ValueError: If the text is not a path.
+
+    Example:
+        >>> Path("output.logits").select({"logits": 1})
+        1
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        if text == OUTPUT or text.startswith((OUTPUT + ".", OUTPUT + "[")):
+            self.module, rest = OUTPUT, text[len(OUTPUT) :]
+        else:
+            self.module, bracket, rest = text.partition("[")
+            rest = bracket + rest
+        self.selectors: list[str | int] = []
+        position = 0
+        while match := _SELECTOR.match(rest, position):
+            self.selectors.append(int(match["index"]) if match["index"] else match["name"] or match["key"])
+            position = match.end()
+        if not self.module or position != len(rest):
+            raise ValueError(
+                f"{text!r} is not a path. A path is a module name as named_modules() spells it ('layer3', "
+                f"'encoder.4[0]'), or {OUTPUT!r} with what to select inside of it ('output.logits', 'output[0]')."
+            )
+
+    def select(self, value: Any) -> Any:
+        """Returns what the path selects inside of its module's output."""
+        for selector in self.selectors:
+            try:
+                if isinstance(selector, str) and not isinstance(value, Mapping):
+                    value = getattr(value, selector)
+                else:
+                    value = value[selector]
+            except (AttributeError, KeyError, IndexError, TypeError) as error:
+                raise KeyError(f"{self.text!r}: {selector!r} is not in {describe(value)}.") from error
+        return value
+
+
+def describe(value: Any) -> str:
+    """Says in a few words what a captured value is, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)} items"
+    fields = [name for name in getattr(value, "__dict__", {}) if not name.startswith("_")]
+    return f"a {type(value).__name__}" + (
+        f" with the fields {', '.join(map(repr, fields))}" if fields else ""
+    )
+
+
+def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
+    """Returns the submodule at a dotted path; compiled modules on the way are looked through.
+
+    Args:
+        root: Where the path starts.
+        path: Dotted path, as ``root.named_modules()`` spells it.
+        owner: What the root is called in the error message, such as ``"the student"``.
+
+    Raises:
+        ValueError: If there is no such module; the message lists the closest names.
+    """
+    module = root
+    for part in path.split("."):
+        module = getattr(module, "_orig_mod", module)
+        child = module._modules.get(part)
+        if child is None:
+            names = [name.replace("_orig_mod.", "") for name, _ in root.named_modules()][1:]
+            close = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or [
+                n for n in names if "." not in n
+            ]
+            raise ValueError(
+                f"{owner} ({type(root).__name__}) has no module {path!r}. Closest: "
+                f"{', '.join(map(repr, close[:12])) or 'it has no submodules'}. A path is a name of named_modules(), "
+                f"or {OUTPUT!r} for what forward() returns."
+            )
+        module = child
+    return module
+
+
+class Taps:
+    """Captures the outputs of a model's modules while a record is open.
+
+    Args:
+        root: The model.
+        paths: Module paths (``Path.module``); ``"output"`` is the model's own output.
+        owner: What the model is called in error messages.
+
+    Raises:
+        ValueError: If a path is unknown; the message lists the closest names.
+    """
+
+    def __init__(self, root: nn.Module, paths: Iterable[str], owner: str) -> None:
+        self.root = root
+        self.owner = owner
+        self._modules = {
+            path: root if path == OUTPUT else find_module(root, path, owner) for path in dict.fromkeys(paths)
+        }
+        self._record: Record | None = None
+        self._versions: list[tuple[str, Tensor, int]] = []
+        self._called_once = False
+        self._stop_after: int | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Registers the hooks; before a compiled model's first call, as later ones never fire."""
+        for path, module in self._modules.items():
+            if path != OUTPUT:
+                self._handles.append(module.register_forward_hook(self._hook(path, module)))
+
+    def detach(self) -> None:
+        """Removes every hook and forgets every tensor."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._record = None
+        self._versions.clear()
+
+    def _hook(self, path: str, tapped: nn.Module) -> Any:
+        def capture(module: nn.Module, args: Any, output: Any) -> None:
+            # A deep copy of the model (weight averaging makes one) carries this hook along: it is not ours.
+            if self._record is None or module is not tapped:
+                return
+            self._record[path].append(output)
+            if isinstance(output, Tensor) and not torch.compiler.is_compiling():
+                self._versions.append((path, output, output._version))
+            if self._stop_after is not None:
+                self._stop_after -= 1
+                if self._stop_after == 0:
+                    raise _AllCapturedError
+
+        return capture
+
+    @property
+    def recording(self) -> bool:
+        """Whether a record is open."""
+        return self._record is not None
+
+    def open(self) -> Record:
+        """Opens a record, which the hooks fill until it is closed."""
+        self._record = record = {path: [] for path in self._modules}
+        return record
+
+    def close(self, output: Any = None) -> None:
+        """Closes the record, with the model's own output."""
+        if self._record is not None and OUTPUT in self._record:
+            self._record[OUTPUT].append(output)
+        self._record = None
+
+    def check(self) -> None:
+        """Refuses captured tensors that a later layer has overwritten, and forgets them.
+
+        Raises:
+            RuntimeError: If a tapped output was modified in place after it was captured.
+        """
+        versions, self._versions = self._versions, []
+        for path, tensor, version in versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"The output of {path!r} in {self.owner} was modified in place by a later layer (an activation "
+                    "with inplace=True, for one), so its values are gone. Tap that later layer instead, or make it "
+                    "inplace=False."
+                )
+
+    def run(self, *args: Any, **kwargs: Any) -> Record:
+        """Calls the model and returns what was captured.
+
+        The model runs only as far as its deepest tapped layer once it is known, from an earlier complete
+        run, that each tapped layer is called exactly once and that the model's own output is not asked for.
+        """
+        record = self.open()
+        self._stop_after = len(self._modules) if self._called_once and OUTPUT not in record else None
+        output = None
+        try:
+            output = self.root(*args, **kwargs)
+            self._called_once = all(len(calls) == 1 for path, calls in record.items() if path != OUTPUT)
+        except _AllCapturedError:
+            pass
+        finally:
+            self.close(output)
+            self._stop_after = None
+        self.check()
+        return record
+
+
+class _AllCapturedError(Exception):
+    """Ends a forward pass whose remaining layers nobody reads."""

@@ -1,0 +1,65 @@
+"""What a task adds to distillation: how its model is called, supervised, measured and tapped."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+
+class TaskAdapter(nn.Module, ABC):
+    """Adapts ``DistillationModule`` to a task.
+
+    The smallest adapter has a supervised ``loss``; everything else has a default for batches of
+    ``(inputs, target)`` and models that take the inputs.
+
+    Example:
+        >>> import torch
+        >>> class Regression(TaskAdapter):
+        ...     def loss(self, output, batch):
+        ...         return torch.nn.functional.mse_loss(output, batch[1])
+        >>> batch = torch.ones(2, 3), torch.zeros(2, 3)
+        >>> float(Regression().loss(Regression()(torch.nn.Identity(), batch), batch))
+        1.0
+    """
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Calls the model on a batch, for training and evaluation; returns what it returns."""
+        return model(self.inputs(batch))
+
+    def inputs(self, batch: Any) -> Any:
+        """Returns what the model takes of a batch."""
+        return batch[0]
+
+    def target(self, batch: Any) -> Any:
+        """Returns the labels of a batch, for losses that need them."""
+        return batch[1]
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """Returns the supervised loss, a scalar, of what ``forward`` returned."""
+
+    def metrics(self) -> MetricCollection:
+        """Returns fresh metrics of the student against the labels, by the names they are logged under."""
+        return MetricCollection({})
+
+    def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:
+        """Updates the metrics with what ``forward`` returned."""
+        metrics.update(output, self.target(batch))
+
+    def agreement(self) -> Metric | None:
+        """Returns a fresh metric of how often student and teacher agree, or None where that means nothing."""
+        return None
+
+    def update_agreement(self, metric: Metric, student: Any, teacher: Any) -> None:
+        """Updates the agreement with what ``forward`` returned for both models."""
+        metric.update(student, teacher)
+
+    def predict(self, output: Any) -> Any:
+        """Turns what ``forward`` returned into what a user wants to have predicted."""
+        return output
+
+    def knowledge(self, model: nn.Module) -> Mapping[str, str]:
+        """Returns names that terms may use for paths of the model, such as ``{"logits": "output"}``."""
+        return {}

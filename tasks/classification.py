@@ -1,0 +1,126 @@
+"""Classification of whatever a model turns into logits: images, signals, tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    BinaryCalibrationError,
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MultilabelAccuracy,
+)
+
+from lightning_kd.task import TaskAdapter
+
+
+class Classification(TaskAdapter):
+    """Multi-class or multi-label classification with any module that returns logits.
+
+    Terms may name ``logits``, and ``features.<i>`` of timm models, the stages that their ``feature_info`` lists.
+    Metrics: ``accuracy`` (the fraction of samples, or of labels, that are right), ``calibration_error`` (expected,
+    15 bins, L1; arXiv 1706.04599, equation 3), and in tests with a teacher ``agreement``, the fraction on which
+    student and teacher say the same.
+
+    Args:
+        num_classes: Number of classes C, or of labels in the multi-label case.
+        multilabel: Whether targets are ``(B, C)`` of zeros and ones, and not class indices ``(B,)``.
+        label_smoothing: Of the cross-entropy, in [0, 1); of multi-class targets only.
+
+    Raises:
+        ValueError: If the arguments contradict each other, or logits or labels have another shape or range.
+
+    Example:
+        >>> task = Classification(num_classes=3)
+        >>> batch = torch.zeros(2, 4), torch.tensor([0, 2])
+        >>> round(float(task.loss(torch.zeros(2, 3), batch)), 4)
+        1.0986
+    """
+
+    def __init__(self, num_classes: int, multilabel: bool = False, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if num_classes < (1 if multilabel else 2):
+            raise ValueError(
+                f"num_classes={num_classes}: a choice needs two classes. For one yes-or-no output use multilabel=True."
+            )
+        if not 0.0 <= label_smoothing < 1.0 or (multilabel and label_smoothing):
+            raise ValueError(
+                f"label_smoothing is in [0, 1), and 0 with multilabel=True; got {label_smoothing} with {multilabel=}."
+            )
+        self.num_classes = num_classes
+        self.multilabel = multilabel
+        self.label_smoothing = label_smoothing
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """Returns the cross-entropy, of the softmax or of each label's sigmoid."""
+        logits, target = self._checked(output), self.target(batch)
+        if self.multilabel:
+            if target.shape != logits.shape:
+                raise ValueError(
+                    f"multilabel=True wants targets of zeros and ones, {tuple(logits.shape)} like the logits; got "
+                    f"{tuple(target.shape)}."
+                )
+            return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+        if target.is_floating_point() and target.ndim == 1:
+            raise ValueError(
+                f"Targets are class indices (integers) or (B, C) probabilities; got {target.dtype} (B,)."
+            )
+        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+
+    def metrics(self) -> MetricCollection:
+        """Returns accuracy and calibration error."""
+        if self.multilabel:
+            return MetricCollection(
+                {
+                    "accuracy": MultilabelAccuracy(self.num_classes, average="micro"),
+                    "calibration_error": BinaryCalibrationError(n_bins=15),
+                }
+            )
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+                "calibration_error": MulticlassCalibrationError(self.num_classes, n_bins=15),
+            }
+        )
+
+    def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:
+        """Updates the metrics with the predicted probabilities."""
+        target = self.target(batch)
+        if not self.multilabel and target.ndim > 1:  # soft labels, of mixup for one
+            target = target.argmax(dim=1)
+        metrics.update(self.predict(output), target.long())
+
+    def agreement(self) -> Metric:
+        """Returns the fraction of samples, or of labels, on which student and teacher say the same."""
+        if self.multilabel:
+            return MultilabelAccuracy(self.num_classes, average="micro")
+        return MulticlassAccuracy(self.num_classes, average="micro")
+
+    def update_agreement(self, metric: Metric, student: Any, teacher: Any) -> None:
+        """Updates the agreement with both models' outputs."""
+        said = self.predict(teacher)
+        metric.update(self.predict(student), (said > 0.5).long() if self.multilabel else said.argmax(dim=1))
+
+    def predict(self, output: Any) -> Tensor:
+        """Returns probabilities ``(B, C)`` in float32."""
+        logits = self._checked(output).float()
+        return logits.sigmoid() if self.multilabel else logits.softmax(dim=1)
+
+    def knowledge(self, model: nn.Module) -> Mapping[str, str]:
+        """Offers ``logits`` and the stages of timm models."""
+        stages = getattr(model, "feature_info", None)
+        names = [stage.get("module") for stage in stages] if isinstance(stages, list) else []
+        return {"logits": "output", **{f"features.{i}": name for i, name in enumerate(names) if name}}
+
+    def _checked(self, output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] != self.num_classes:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"Classification(num_classes={self.num_classes}) wants logits of shape (B, {self.num_classes}) from "
+                f"the model; got {got}. Set num_classes of model and task alike; for a model that returns more than "
+                "logits, override Classification.forward."
+            )
+        return output

@@ -1,0 +1,185 @@
+"""Every example in the README, in `docs/` and in a docstring runs; every generated table is complete."""
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+import lightning_kd
+
+REPO = Path(__file__).parents[1]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(lightning_kd.__path__, prefix="lightning_kd.")
+)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[^\s`]+)(?P<options>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S
+)
+TITLE = re.compile(r'title="(?P<name>[^"]+)"')
+LANGUAGES = {"python", "bash", "yaml", "text"}  # each but the last is run or parsed below
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    title: str  # of `title="name"` after the language; the name of the file that the block shows
+    body: str
+    line: int
+
+    def save(self, folder: Path) -> Path:
+        path = folder / (self.title or f"line_{self.line}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.body)
+        return path
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """Find the fenced blocks of a page, those in HTML comments too: a page hides its preparations there."""
+    text = page.read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        title = TITLE.search(match["options"])
+        line = text.count("\n", 0, match.start("body"))
+        body = textwrap.dedent(match["body"])
+        found.append(Block(match["language"], title["name"] if title else "", body, line))
+    return [block for block in found if not languages or block.language in languages]
+
+
+def pages_with(*languages: str) -> list[object]:
+    found = [page for page in PAGES if blocks(page, *languages)]
+    return [pytest.param(page, id=str(page.relative_to(REPO))) for page in found]
+
+
+def config_blocks(page: Path) -> Iterator[Block]:
+    """Yield the YAML blocks that are whole configurations: those with a `model`."""
+    for block in blocks(page, "yaml"):
+        content = yaml.safe_load(block.body)
+        if isinstance(content, dict) and "model" in content:
+            yield block
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the arguments of each `lightning-kd` call in a page's bash blocks."""
+    for block in blocks(page, "bash"):
+        for line in block.body.replace("\\\n", " ").splitlines():
+            for command in re.split(r"&&|\|\||;|\|", line):
+                words = shlex.split(command, comments=True)
+                if words and words[0] == "lightning-kd":
+                    yield words[1:]
+
+
+def call_cli(*args: str) -> None:
+    from lightning_kd.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(list(args))
+    assert done.value.code in (0, None)
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_no_block_escapes(page: Path) -> None:
+    opened = re.findall(r"^ *```(?!$)", page.read_text(), re.M)
+    assert len(opened) == len(blocks(page))
+    assert {block.language for block in blocks(page)} <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a page from top to bottom as the one script that a reader would make of it."""
+    script = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)  # classes of the page pickle
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "python"):
+        exec(
+            compile("\n" * block.line + block.body, page, "exec"), vars(script)
+        )  # with the page's line numbers
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_yaml_parses(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "yaml"):
+        assert yaml.safe_load(block.body) is not None
+    for block in config_blocks(page):
+        call_cli("fit", "--config", str(block.save(tmp_path)), "--print_config")
+
+
+@pytest.mark.parametrize("page", [param for param in pages_with("bash") if list(commands(param.values[0]))])  # type: ignore[attr-defined]
+def test_commands_parse(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in config_blocks(page):
+        block.save(tmp_path)
+    for subcommand, *args in commands(page):
+        if subcommand in {"fit", "validate", "test", "predict"}:
+            call_cli(subcommand, *args, "--print_config")
+            continue
+        call_cli(subcommand, "--help")
+        options = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        assert options <= set(re.findall(r"--[\w.-]+", capsys.readouterr().out)), (subcommand, options)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert result.failed == 0
+
+
+# --- what docs/hooks.py generates
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", REPO / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_loss_table_is_complete(hooks: ModuleType) -> None:
+    losses = importlib.import_module("lightning_kd.losses")
+    rows = [row.strip("| ").split(" | ") for row in hooks.table("losses").splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in losses.__all__]
+    for name, what, source, test in rows:
+        assert len(what) > 10, name
+        assert source.startswith("["), f"{name}: the docstring names no paper (arXiv id) and no page"
+        assert (REPO / test.strip("`")).is_file(), name
+
+
+def test_pages_hold_no_unfilled_table(hooks: ModuleType) -> None:
+    asked = {
+        match
+        for page in PAGES
+        for match in re.findall(hooks.MARKER.format("(.*?)"), page.read_text())
+    }  # fmt: skip
+    assert "losses" in asked
+    assert asked <= set(hooks.COLLECTIONS)
+
+
+def test_every_loss_and_its_paper_is_listed_once(hooks: ModuleType) -> None:
+    losses = importlib.import_module("lightning_kd.losses")
+    assert list(hooks.exports(losses)) == list(losses.__all__)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = yaml.safe_load((REPO / "mkdocs.yml").read_text())["nav"]
+    listed = [page for entry in nav for page in entry.values()]
+    assert sorted(listed) == sorted(page.relative_to(REPO / "docs").as_posix() for page in PAGES[2:])
