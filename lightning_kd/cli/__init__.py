@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 OWN = {"list": "listing", "export": "export", "compare": "compare"}
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -43,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(HELP, end="")
         return 0 if arguments else 2
     try:
-        _run(arguments[0], arguments[1:])
+        with warnings.catch_warnings():
+            # Lightning 2.6 with torch >= 2.9: its own use of torch's pytree, said once per training.
+            warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", category=FutureWarning)
+            _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         return 130
     except Exception as error:

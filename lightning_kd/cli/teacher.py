@@ -98,15 +98,17 @@ def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
     """Train with those settings; the checkpoint appears at ``path`` when it is whole."""
+    from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - which imports this module
+
     trainer = plain(cli.own_config["trainer"])
     quiet = {k: trainer[k] for k in ("accelerator", "devices", "enable_progress_bar") if k in trainer}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
     try:
         file = folder / "teacher.yaml"
-        root = {"default_root_dir": str(folder), "enable_model_summary": False, "logger": False}
+        root = {"default_root_dir": str(folder), "logger": False, "enable_checkpointing": False}
         file.write_text(yaml.safe_dump(settings | {"trainer": quiet | settings["trainer"] | root}))
-        run = type(cli)(["fit", "--config", str(file)])
+        run = DistillationCLI(["fit", "--config", str(file)])
         if run.trainer.is_global_zero:
             (path.parent / f"{path.name}.json").write_text(json.dumps(settings, indent=1))
         run.trainer.save_checkpoint(folder / path.name, weights_only=True)
