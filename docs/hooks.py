@@ -23,9 +23,7 @@ def exports(module: ModuleType) -> dict[str, type]:
 def summary(member: type) -> str:
     """Return the first paragraph of a docstring as one line, without reST roles."""
     paragraph = inspect.cleandoc(member.__doc__ or "").split("\n\n")[0]
-    return (
-        re.sub(r":\w+:`([^`]*)`", r"`\1`", " ".join(paragraph.split())).replace("``", "`").replace("|", "\\|")
-    )
+    return re.sub(r":\w+:`([^`]*)`", r"`\1`", " ".join(paragraph.split())).replace("``", "`").replace("|", "\\|")
 
 
 def source(member: type) -> str:

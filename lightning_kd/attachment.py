@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -145,13 +145,14 @@ class Attachment(Callback):
                 "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
                 "manual_backward (lightning_kd.Distiller)."
             )
-        others = [c for c in trainer.callbacks if isinstance(c, Attachment) and c is not self]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        others = [c for c in callbacks if isinstance(c, Attachment) and c is not self]
         if others:
             raise ValueError(
                 f"{type(self).__name__} and {type(others[0]).__name__} are both attached to "
                 f"{type(pl_module).__name__}; give all terms to one of them (a DistillationModule brings its own)."
             )
-        for callback in trainer.callbacks:
+        for callback in callbacks:
             if callback is self:
                 break
             # It pairs parameters and buffers by position in a copy made at its own setup.
@@ -275,9 +276,7 @@ class Attachment(Callback):
             return
         name = f"{self.student!r}" if self.student else f"{type(pl_module).__name__}.forward"
         children = [
-            n
-            for n, child in pl_module.named_children()
-            if n != GUEST and any(True for _ in child.parameters())
+            n for n, child in pl_module.named_children() if n != GUEST and any(True for _ in child.parameters())
         ]
         raise RuntimeError(
             f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
@@ -304,7 +303,11 @@ class Attachment(Callback):
         home = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), device)
         if home != device:
             teacher.to(device)
-            self._undo.append(lambda: teacher.to(home))
+
+            def undo() -> None:
+                teacher.to(home)
+
+            self._undo.append(undo)
 
 
 class Guest(nn.Module):
@@ -313,7 +316,7 @@ class Guest(nn.Module):
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
         self.distiller = distiller
-        self.register_load_state_dict_post_hook(_forgive_guest)
+        self.register_load_state_dict_post_hook(_forgive_guest)  # type: ignore[no-untyped-call]  # torch's own gap
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Returns nothing of its own."""
@@ -334,12 +337,16 @@ def _end_rehearsal(module: nn.Module, args: Any, output: Any) -> None:
         raise _RehearsalEndedError
 
 
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 @contextmanager
 def _silent(pl_module: LightningModule) -> Iterator[None]:
     """Lets a module's ``log`` calls do nothing."""
     names = ("log", "log_dict")
     for name in names:
-        setattr(pl_module, name, lambda *args, **kwargs: None)
+        setattr(pl_module, name, _log_nothing)
     try:
         yield
     finally:

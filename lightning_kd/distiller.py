@@ -73,23 +73,15 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         if not terms:
-            raise ValueError(
-                'terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.'
-            )
+            raise ValueError('terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.')
         for name, term in terms.items():
-            if (
-                not name.replace("-", "_").isidentifier()
-                or name in ("loss", "task")
-                or hasattr(nn.ModuleDict, name)
-            ):
+            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(nn.ModuleDict, name):
                 raise ValueError(
                     f"{name!r} cannot be a term's name: names are identifiers other than 'loss' and 'task', which are "
                     "logged beside them, and the methods of a dict."
                 )
             if not isinstance(term, Term):
-                raise TypeError(
-                    f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...)."
-                )
+                raise TypeError(f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...).")
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.")
         self.terms = nn.ModuleDict(terms)
@@ -175,7 +167,8 @@ class Distiller(nn.Module):
         """
         if self._taps is None:
             raise RuntimeError("The distiller is not attached: call attach(student) first.")
-        self._calls = calls = []
+        calls: list[Call] = []
+        self._calls = calls
         try:
             yield calls
             self._taps.check()
@@ -185,7 +178,6 @@ class Distiller(nn.Module):
 
     # The teacher answers before the student runs, when no activation of the student is in memory yet.
     def _before_call(self, student: nn.Module) -> Callable[..., None]:
-        @torch.compiler.disable
         def answer(module: nn.Module, args: Any, kwargs: Any) -> None:
             # Validation, evaluation under no_grad, a deep copy of the student and a recursive call are not ours.
             if self._calls is None or self._taps is None or self._taps.recording:
@@ -195,7 +187,7 @@ class Distiller(nn.Module):
             knowledge = self._ask_teacher(args, kwargs)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
 
-        return answer
+        return _eager(answer)
 
     def _ask_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
         if self.teacher_input is None:
@@ -209,12 +201,11 @@ class Distiller(nn.Module):
         return answer
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
-        @torch.compiler.disable
         def finish(module: nn.Module, args: Any, output: Any) -> None:
             if module is student and self._taps is not None and self._taps.recording:
                 self._taps.close(output)
 
-        return finish
+        return _eager(finish)
 
     def build(self, call: Call) -> None:
         """Makes the parameters of projectors and losses for the shapes of a sample call.
@@ -252,9 +243,7 @@ class Distiller(nn.Module):
             ValueError: If a term's two sides do not fit; the message names the term.
         """
         if not calls:
-            raise RuntimeError(
-                "The student was not called, or only under no_grad: there is nothing to distil."
-            )
+            raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
         losses = {}
         for name, term in self.named_terms():
             with _naming(name):
@@ -274,7 +263,7 @@ class Distiller(nn.Module):
 
     def ranges(self, calls: Sequence[Call], name: str) -> Tensor:
         """Returns the lowest and highest value of the student's side of a term, then of the teacher's."""
-        term = self.terms[name]
+        term = dict(self.named_terms())[name]
         pairs = [term.pairs(*self._captured(name, call)) for call in calls]
         sides = zip(*(pair for group in pairs for pair in group), strict=True)
         bounds = [[t.detach().aminmax() for t in side] for side in sides]
@@ -285,6 +274,12 @@ class Distiller(nn.Module):
                 for key, f in (("min", _least), ("max", _most))
             ]
         )
+
+
+def _eager(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keeps a hook out of the graph of a compiled student: the teacher is not compiled with it."""
+    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's own gap
+    return disabled
 
 
 def _least(values: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ class FiniteCheck:
     """
 
     def __init__(self) -> None:
-        self._arriving: list[tuple[torch.cuda.Event, Tensor, int, list[str]]] = []
+        self._arriving: list[tuple[torch.Event, Tensor, int, list[str]]] = []
 
     def __getstate__(self) -> dict[str, object]:
         return {"_arriving": []}
@@ -38,7 +38,7 @@ class FiniteCheck:
         table = torch.stack([values, *_columns(losses, ranges, values)]).T
         host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
         host.copy_(table, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.Event(values.device)
         event.record()
         self._arriving.append((event, host, step, list(losses)))
         while self._arriving and self._arriving[0][0].query():

@@ -149,7 +149,5 @@ class DistillationModule(LightningModule):
         output = self.task(self.student, batch)
         self.log(f"{stage}/loss", self.task.loss(output, batch), on_step=False, on_epoch=True, prog_bar=True)
         self.task.update(metrics, output, batch)
-        self.log_dict(
-            {f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val"
-        )
+        self.log_dict({f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val")
         return output

@@ -93,7 +93,7 @@ class TokensToMap(nn.Module):
         else:
             height, width = self.grid
         patches = x[:, x.shape[1] - height * width :]
-        out: Tensor = self.project(patches.transpose(1, 2).unflatten(2, (height, width)))
+        out: Tensor = self.project(patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width))
         return out
 
 

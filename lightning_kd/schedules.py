@@ -19,9 +19,7 @@ class Schedule(ABC):
 class _Ramp(Schedule):
     def __init__(self, start: float, end: float, until: float = 1.0) -> None:
         if not 0.0 < until <= 1.0:
-            raise ValueError(
-                f"until is the fraction of the run at which the end is reached, in (0, 1]; got {until}."
-            )
+            raise ValueError(f"until is the fraction of the run at which the end is reached, in (0, 1]; got {until}.")
         self.start = start
         self.end = end
         self.until = until

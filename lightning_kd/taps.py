@@ -76,9 +76,7 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)} items"
     fields = [name for name in getattr(value, "__dict__", {}) if not name.startswith("_")]
-    return f"a {type(value).__name__}" + (
-        f" with the fields {', '.join(map(repr, fields))}" if fields else ""
-    )
+    return f"a {type(value).__name__}" + (f" with the fields {', '.join(map(repr, fields))}" if fields else "")
 
 
 def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
@@ -98,9 +96,7 @@ def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
         child = module._modules.get(part)
         if child is None:
             names = [name.replace("_orig_mod.", "") for name, _ in root.named_modules()][1:]
-            close = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or [
-                n for n in names if "." not in n
-            ]
+            close = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or [n for n in names if "." not in n]
             raise ValueError(
                 f"{owner} ({type(root).__name__}) has no module {path!r}. Closest: "
                 f"{', '.join(map(repr, close[:12])) or 'it has no submodules'}. A path is a name of named_modules(), "
@@ -170,7 +166,8 @@ class Taps:
 
     def open(self) -> Record:
         """Opens a record, which the hooks fill until it is closed."""
-        self._record = record = {path: [] for path in self._modules}
+        record: Record = {path: [] for path in self._modules}
+        self._record = record
         return record
 
     def close(self, output: Any = None) -> None:

@@ -159,9 +159,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
                 # Strictly, except that a module around the model may hold more beside it.
                 model.load_state_dict(own if prefix == "" else {key: own[key] for key in wanted}, strict=True)
             except RuntimeError as error:
-                raise ValueError(
-                    f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: {error}"
-                ) from error
+                raise ValueError(f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: {error}") from error
             return
     missing = [key for key in wanted if not any(have == key or have.endswith("." + key) for have in state)]
     raise ValueError(

@@ -1,6 +1,7 @@
 """A term: where a loss is applied, and how much it weighs."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +45,12 @@ class Term(nn.Module):
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(loss, nn.Module):
-            hint = f" Did you mean {loss.__name__}()?" if isinstance(loss, type) else ""
-            raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {loss!r}.{hint}")
-        if not callable(weight) and not 0.0 <= float(weight) < float("inf"):
-            raise ValueError(f"weight is a finite number that is not negative, or a schedule; got {weight}.")
+        given: object = loss  # what a caller without a type checker may pass
+        if not isinstance(given, nn.Module):
+            hint = f" Did you mean {given.__name__}()?" if isinstance(given, type) else ""
+            raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {given!r}.{hint}")
+        if not isinstance(weight, Schedule) and not 0.0 <= _number(weight) < math.inf:
+            raise ValueError(f"weight is a finite number that is not negative, or one of schedules.*; got {weight!r}.")
         self.loss = loss
         self.weight = weight
         self.student = Path(student)
@@ -62,13 +64,11 @@ class Term(nn.Module):
     @property
     def needs_sample(self) -> bool:
         """Whether the term has to see a sample of both tensors before its parameters can exist."""
-        return not self._built and (
-            getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build")
-        )
+        return not self._built and (getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build"))
 
     def weight_at(self, progress: float) -> float:
         """Returns the weight when the fraction ``progress`` of the run is done."""
-        return float(self.weight(progress) if callable(self.weight) else self.weight)
+        return float(self.weight(progress) if isinstance(self.weight, Schedule) else self.weight)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Makes the projector, and the loss's own parameters, for the shapes of a sample.
@@ -83,10 +83,10 @@ class Term(nn.Module):
         if self.projector is None:
             self.projector, self.teacher_side = bridge(student, teacher, getattr(self.loss, "align", "none"))
             self.projector.to(student.device)
-        if hasattr(self.loss, "build"):
+        build = getattr(self.loss, "build", None)
+        if build is not None:
             with torch.no_grad():
-                sample = self.projector(student), self.teacher_side(teacher)
-            self.loss.build(*sample)
+                build(self.projector(student), self.teacher_side(teacher))
             self.loss.to(student.device)
         self._built = True
 
@@ -157,3 +157,7 @@ class Term(nn.Module):
     def extra_repr(self) -> str:
         """Says the wiring."""
         return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan

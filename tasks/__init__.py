@@ -1,6 +1,7 @@
 """Task adapters, one per file; ``TaskAdapter`` is what a new one derives from."""
 
-from lightning_kd.task import TaskAdapter
 from lightning_kd.tasks.classification import Classification
+
+from lightning_kd.task import TaskAdapter
 
 __all__ = ["Classification", "TaskAdapter"]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
@@ -65,9 +64,7 @@ class Classification(TaskAdapter):
                 )
             return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
         if target.is_floating_point() and target.ndim == 1:
-            raise ValueError(
-                f"Targets are class indices (integers) or (B, C) probabilities; got {target.dtype} (B,)."
-            )
+            raise ValueError(f"Targets are class indices (integers) or (B, C) probabilities; got {target.dtype} (B,).")
         return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
 
     def metrics(self) -> MetricCollection:

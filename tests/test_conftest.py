@@ -46,9 +46,7 @@ def test_skips_are_allowed_outside_ci(suite: pytest.Pytester, monkeypatch: pytes
     result.stdout.fnmatch_lines(["*No real data in*absent*LIGHTNING_KD_DATA*"])
 
 
-def test_skips_fail_in_ci_unless_a_gpu_is_missing(
-    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skips_fail_in_ci_unless_a_gpu_is_missing(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     suite.makepyfile(test_module="import pytest\npytest.importorskip('no_such_module')\n")
     result = suite.runpytest_subprocess("--continue-on-collection-errors")

@@ -20,9 +20,7 @@ import lightning_kd
 
 REPO = Path(__file__).parents[1]
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
-MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(lightning_kd.__path__, prefix="lightning_kd.")
-)
+MODULES = sorted(module.name for module in pkgutil.walk_packages(lightning_kd.__path__, prefix="lightning_kd."))
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[^\s`]+)(?P<options>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S
 )
@@ -101,9 +99,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "__main__", script)  # classes of the page pickle
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
-        exec(
-            compile("\n" * block.line + block.body, page, "exec"), vars(script)
-        )  # with the page's line numbers
+        exec(compile("\n" * block.line + block.body, page, "exec"), vars(script))  # with the page's line numbers
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))

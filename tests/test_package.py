@@ -145,14 +145,10 @@ def test_task_libraries_are_imported_late(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_are_declared_dependencies(path: Path) -> None:
-    names = {
-        name.split(".")[0] for name in imported_names(ast.walk(ast.parse(path.read_text())), package_of(path))
-    }
+    names = {name.split(".")[0] for name in imported_names(ast.walk(ast.parse(path.read_text())), package_of(path))}
     needed = names - sys.stdlib_module_names - {"lightning_kd"}
     # A user's project may have the other spelling of Lightning; the engine asks for it and never needs it.
-    declared = {canonicalize_name(Requirement(line).name) for line in all_requirements()} | {
-        "pytorch-lightning"
-    }
+    declared = {canonicalize_name(Requirement(line).name) for line in all_requirements()} | {"pytorch-lightning"}
     import_names = {
         "sklearn": "scikit-learn",
         "yaml": "jsonargparse",
@@ -215,9 +211,7 @@ def test_all_is_true(package: str) -> None:
 
 
 def test_lazy_doors_are_the_same_objects() -> None:
-    code = (
-        "import lightning_kd, lightning_kd.callbacks as c; assert lightning_kd.Distillation is c.Distillation"
-    )
+    code = "import lightning_kd, lightning_kd.callbacks as c; assert lightning_kd.Distillation is c.Distillation"
     run_python(code)
 
 
@@ -368,10 +362,7 @@ def tracked_files(folder: str = ".", suffix: str = "") -> list[str]:
 # Put together here, so that this file does not match itself.
 FORBIDDEN = re.compile(
     "|".join(
-        [
-            r"(?<![\w.~/-])/" + rf"(?:{name})/"
-            for name in ("home", "Users", "root", "work", "tmp", "opt", "mnt")
-        ]
+        [r"(?<![\w.~/-])/" + rf"(?:{name})/" for name in ("home", "Users", "root", "work", "tmp", "opt", "mnt")]
         + ["pypi" + r"\.org", "pythonhosted" + r"\.org", "--" + "(?:extra-)?index-url", "find" + "-links"]
         + ["file" + "://", r"(?:127\.0\.0" + r"\.1|local" + "host):"]
     )
@@ -396,9 +387,7 @@ def test_no_path_or_host_of_a_machine() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "line", ["see /" + "home/me/x", "cd /" + "tmp/x", "index https://pypi" + ".org/simple"]
-)
+@pytest.mark.parametrize("line", ["see /" + "home/me/x", "cd /" + "tmp/x", "index https://pypi" + ".org/simple"])
 def test_the_search_for_paths_finds_them(line: str) -> None:
     assert FORBIDDEN.search(line)
 

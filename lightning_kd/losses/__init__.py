@@ -1,25 +1,33 @@
-from torch.nn import Module, functional as F
+"""Distillation losses: ``loss(student, teacher[, target]) -> scalar``, one per file."""
 
+from lightning_kd.losses.at import AT
+from lightning_kd.losses.crd import CRD
+from lightning_kd.losses.dist import DIST
+from lightning_kd.losses.dkd import DKD
+from lightning_kd.losses.fitnet import FitNet
+from lightning_kd.losses.kd import KD
+from lightning_kd.losses.nkd import NKD
+from lightning_kd.losses.ofa import OFA
+from lightning_kd.losses.pkt import PKT
+from lightning_kd.losses.pld import PLD
+from lightning_kd.losses.rkd import RKD
+from lightning_kd.losses.sp import SP
+from lightning_kd.losses.standardize import Standardized
+from lightning_kd.losses.vid import VID
 
-class KD(Module):
-    def __init__(self, temperature=4.0):
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, s, t):
-        return (
-            F.kl_div(
-                (s / self.temperature).log_softmax(1),
-                (t / self.temperature).log_softmax(1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            * self.temperature**2
-        )
-
-
-class FitNet(Module):
-    align = "shape"
-
-    def forward(self, s, t):
-        return F.mse_loss(s, t)
+__all__ = [
+    "AT",
+    "CRD",
+    "DIST",
+    "DKD",
+    "KD",
+    "NKD",
+    "OFA",
+    "PKT",
+    "PLD",
+    "RKD",
+    "SP",
+    "VID",
+    "FitNet",
+    "Standardized",
+]

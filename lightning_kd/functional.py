@@ -1,0 +1,35 @@
+"""The losses as pure functions; each is documented by its module in ``lightning_kd.losses``."""
+
+from lightning_kd.losses._bank import crd_nce
+from lightning_kd.losses.at import at
+from lightning_kd.losses.crd import crd
+from lightning_kd.losses.dist import dist
+from lightning_kd.losses.dkd import dkd
+from lightning_kd.losses.fitnet import fitnet
+from lightning_kd.losses.kd import kd
+from lightning_kd.losses.nkd import nkd
+from lightning_kd.losses.ofa import ofa
+from lightning_kd.losses.pkt import pkt
+from lightning_kd.losses.pld import pld
+from lightning_kd.losses.rkd import rkd
+from lightning_kd.losses.sp import sp
+from lightning_kd.losses.standardize import standardize
+from lightning_kd.losses.vid import vid
+
+__all__ = [
+    "at",
+    "crd",
+    "crd_nce",
+    "dist",
+    "dkd",
+    "fitnet",
+    "kd",
+    "nkd",
+    "ofa",
+    "pkt",
+    "pld",
+    "rkd",
+    "sp",
+    "standardize",
+    "vid",
+]

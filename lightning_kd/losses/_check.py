@@ -1,0 +1,86 @@
+"""What every loss asks of its inputs: shapes and dtypes only, so that no check waits for the device."""
+
+import math
+
+from torch import Tensor
+
+
+def positive(name: str, value: float) -> float:
+    """Return ``value`` if it is a positive finite number, else raise ``ValueError``."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
+    return value
+
+
+def same_shape(student: Tensor, teacher: Tensor, remedy: str) -> None:
+    """Raise ``ValueError`` with both shapes and the remedy if they differ."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape. {remedy}"
+        )
+
+
+def logits(student: Tensor, teacher: Tensor, dim: int = 1, classes: int = 2, why: str = "") -> None:
+    """Check a pair of logits: same shape, a class dimension ``dim``, and at least so many ``classes``."""
+    same_shape(
+        student,
+        teacher,
+        "Select the same classes on both sides (path 'output[0]', ...), or give the term a projector.",
+    )
+    if not (student.ndim >= 2 and -student.ndim <= dim < student.ndim):
+        raise ValueError(
+            f"expected logits (B, C) or (B, C, ...) with classes in dimension {dim}, got shape "
+            f"{tuple(student.shape)}. A single logit per sample is (B, 1): use logits.unsqueeze(1)."
+        )
+    if student.shape[dim] < classes:
+        raise ValueError(
+            f"at least {classes} classes are needed in dimension {dim}, got {student.shape[dim]} in shape "
+            f"{tuple(student.shape)}. {why or ONE_CLASS}"
+        )
+
+
+ONE_CLASS = (
+    "A softmax over one class is always 1, so the term would be silently zero: "
+    "use KD(activation='sigmoid') for binary and multi-label logits."
+)
+TWO_CLASSES = (
+    "With two classes there is one non-target class, whose share of the non-target mass is always 1, so that "
+    "part is undefined: use KD() for two classes, KD(activation='sigmoid') for binary and multi-label logits."
+)
+
+
+def class_target(target: Tensor | None, logits: Tensor, dim: int = 1) -> Tensor:
+    """Return the class indices as ``int64`` of the logits' shape without the class dimension, or raise.
+
+    That the indices lie in ``[0, C)`` is not checked here: on an accelerator it would stall the step.
+    """
+    if target is None:
+        raise ValueError("this loss needs the class indices as `target`, got None.")
+    if target.is_floating_point() or target.is_complex():
+        raise ValueError(
+            f"target must hold integer class indices, got {target.dtype} of shape {tuple(target.shape)}. For "
+            "multi-hot or soft targets use KD(activation='sigmoid'), which needs no target; for one-hot "
+            "targets pass target.argmax(1)."
+        )
+    expected = (*logits.shape[:dim], *logits.shape[dim:][1:])
+    if tuple(target.shape) != expected:
+        raise ValueError(
+            f"target must have shape {expected} for logits {tuple(logits.shape)}, got {tuple(target.shape)}. "
+            "It holds one class index per sample and position; for multi-hot targets use "
+            "KD(activation='sigmoid')."
+        )
+    return target.long()
+
+
+def samples(student: Tensor, teacher: Tensor, at_least: int, why: str) -> None:
+    """Check that both sides hold the same, large enough number of samples in dimension 0."""
+    if student.ndim < 2 or teacher.ndim < 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (B, ...) with the "
+            "same batch size B. Capture both from the same forward."
+        )
+    if student.shape[0] < at_least:
+        raise ValueError(
+            f"at least {at_least} samples are needed, got {student.shape[0]}: {why} "
+            "Use a larger batch, and drop_last=True for a rest batch."
+        )

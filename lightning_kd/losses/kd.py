@@ -1,0 +1,115 @@
+"""KD: soft labels, as forward, reverse or Jensen-Shannon divergence."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.losses import _check
+from lightning_kd.losses._numerics import upcast
+
+Divergence = Literal["forward", "reverse", "jsd"]
+Activation = Literal["softmax", "sigmoid"]
+
+
+def kd(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 4.0,
+    divergence: Divergence = "forward",
+    activation: Activation = "softmax",
+    beta: float = 0.5,
+    dim: int = 1,
+) -> Tensor:
+    """Return ``T^2 * D(p_t, p_s)``, averaged over samples and positions; see :class:`KD`."""
+    _check.logits(student, teacher, dim, classes=2 if activation == "softmax" else 1)
+    s, t = upcast(student) / temperature, upcast(teacher.detach()) / temperature
+    if activation == "softmax":
+        log_s, log_t = s.log_softmax(dim), t.log_softmax(dim)
+    else:  # each label is a distribution over (present, absent)
+        log_s = torch.stack((F.logsigmoid(s), F.logsigmoid(-s)))
+        log_t = torch.stack((F.logsigmoid(t), F.logsigmoid(-t)))
+    distributions = student.numel() // student.shape[dim]
+    return temperature**2 * _divergence(log_s, log_t, divergence, beta) / distributions
+
+
+def _divergence(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float) -> Tensor:
+    # kl_div(log q, log p) is KL(p || q), summed over everything
+    if divergence == "forward" or (divergence == "jsd" and beta == 0):
+        return F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+    if divergence == "reverse" or beta == 1:
+        return F.kl_div(log_t, log_s, reduction="sum", log_target=True)
+    mixture = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    from_teacher = F.kl_div(mixture, log_t, reduction="sum", log_target=True)
+    from_student = F.kl_div(mixture, log_s, reduction="sum", log_target=True)
+    return beta * from_teacher + (1 - beta) * from_student
+
+
+class KD(nn.Module):
+    r"""Soft labels: match the teacher's tempered class distribution (Hinton et al.).
+
+    With ``p = softmax(logits / T)`` over the C classes of each sample and position::
+
+        forward:  T^2 * KL(p_t || p_s)
+        reverse:  T^2 * KL(p_s || p_t)
+        jsd:      T^2 * (beta * KL(p_t || m) + (1 - beta) * KL(p_s || m)),  m = beta * p_t + (1 - beta) * p_s
+
+    The divergence is summed over classes and averaged over samples and positions. With
+    ``activation="sigmoid"`` every label is its own Bernoulli distribution, ``p = sigmoid(logit / T)``, and
+    the divergences of the labels are summed: binary and multi-label models.
+
+    Args:
+        temperature: T > 0; the factor T^2 keeps the gradient's scale. May be changed between steps.
+        divergence: Which of the three.
+        activation: ``"softmax"`` for exclusive classes, ``"sigmoid"`` for independent labels.
+        beta: The teacher's share in the mixture, in [0, 1]; only ``"jsd"`` reads it. At the ends, where the
+            formula is zero for any student, it is the KL that it tends to after division by beta or
+            (1 - beta): 0 is the forward KL, 1 the reverse, as in trl's generalised JSD.
+        dim: The class dimension; -1 for tokens (B, N, C).
+
+    Returns:
+        ``forward(student, teacher)``, both logits (B, C) or (B, C, ...), returns a scalar, zero at equality.
+
+    Raises:
+        ValueError: If the shapes differ, or if a softmax runs over a single class.
+
+    Source:
+        Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531. Generalised JSD:
+        Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649, equation 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_kd import losses
+        >>> kd = losses.KD(temperature=4.0)
+        >>> student = torch.zeros(2, 10, requires_grad=True)
+        >>> teacher = 3 * torch.eye(10)[:2]
+        >>> kd(student, teacher) > kd(teacher, teacher)
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        divergence: Divergence = "forward",
+        activation: Activation = "softmax",
+        beta: float = 0.5,
+        dim: int = 1,
+    ) -> None:
+        super().__init__()
+        if divergence not in ("forward", "reverse", "jsd"):
+            raise ValueError(f"divergence must be 'forward', 'reverse' or 'jsd', got {divergence!r}.")
+        if activation not in ("softmax", "sigmoid"):
+            raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}.")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta is the teacher's share in the mixture, in [0, 1], got {beta!r}.")
+        self.temperature = _check.positive("temperature", temperature)
+        self.divergence: Divergence = divergence
+        self.activation: Activation = activation
+        self.beta = beta
+        self.dim = dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the divergence of two logits of one shape."""
+        return kd(student, teacher, self.temperature, self.divergence, self.activation, self.beta, self.dim)

@@ -1,0 +1,80 @@
+"""Logit standardisation: any logit loss on z-scores."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.losses._numerics import upcast
+
+
+def standardize(logits: Tensor, dim: int = 1, eps: float = 1e-7) -> Tensor:
+    """Return ``(logits - mean) / (std + eps)`` over the class dimension; see :class:`Standardized`."""
+    if not -logits.ndim <= dim < logits.ndim or logits.shape[dim] < 2:
+        raise ValueError(
+            f"z-scores need at least two classes in dimension {dim}, got logits {tuple(logits.shape)}. "
+            "Binary and multi-label logits have nothing to be standardised over: use the loss as it is."
+        )
+    logits = upcast(logits)
+    std = logits.std(dim, keepdim=True)
+    # constant logits (a head initialised with zeros) stay 0, with no gradient of size 1/eps
+    return torch.where(std > 0, (logits - logits.mean(dim, keepdim=True)) / (std + eps), 0.0)
+
+
+class Standardized(nn.Module):
+    """Logit standardisation: any logit loss on the z-scores of both logits (Sun et al.).
+
+    Over the C classes of each sample and position::
+
+        loss(z(student), z(teacher)[, target]),  z(x) = (x - mean(x)) / (std(x) + 1e-7)
+
+    with the standard deviation over C - 1, as in the authors' code. The student is then free in the offset
+    and scale of its logits. The paper's settings: temperature 2, weight 9.
+
+    Args:
+        loss: A loss on logits, such as ``KD(temperature=2.0)`` or ``DKD()``.
+        dim: The class dimension.
+
+    Returns:
+        ``forward(student, teacher, target=None)`` returns what ``loss`` returns; the target is passed on if
+        ``loss`` takes one.
+
+    Raises:
+        ValueError: If ``loss`` needs a target and none is given, or with a single class.
+
+    Source:
+        Sun et al., Logit Standardization in Knowledge Distillation, arXiv 2403.01427.
+
+    Example:
+        >>> import torch
+        >>> from lightning_kd import losses
+        >>> loss = losses.Standardized(losses.KD(temperature=2.0))
+        >>> teacher = torch.randn(4, 10)
+        >>> torch.allclose(loss(3 * teacher + 1, teacher), torch.tensor(0.0), atol=1e-5)
+        True
+    """
+
+    def __init__(self, loss: nn.Module, dim: int = 1) -> None:
+        super().__init__()
+        self.loss = loss
+        self.dim = dim
+        parameter = inspect.signature(loss.forward).parameters.get("target")
+        self.takes_target = parameter is not None
+        self.needs_target = parameter is not None and parameter.default is inspect.Parameter.empty
+
+    @property
+    def temperature(self) -> float:
+        """The wrapped loss's temperature, so that a schedule reaches it through here."""
+        return float(self.loss.temperature)  # type: ignore[arg-type]  # a plain float attribute of the loss
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.loss.temperature = value  # type: ignore[assignment]  # as above
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the wrapped loss of the standardised logits."""
+        if target is None and self.needs_target:
+            raise ValueError(f"{type(self.loss).__name__} needs the labels as `target`, got None.")
+        student, teacher = standardize(student, self.dim), standardize(teacher.detach(), self.dim)
+        loss: Tensor = self.loss(student, teacher, target) if self.takes_target else self.loss(student, teacher)
+        return loss

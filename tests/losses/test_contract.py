@@ -1,0 +1,356 @@
+"""One contract for everything in ``losses.__all__``; a new loss needs one line in ``CASES``."""
+
+import copy
+import inspect
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_kd import functional, losses
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], nn.Module]
+    function: Callable[..., Tensor]
+    student: tuple[int, ...] = (8, 10)
+    teacher: tuple[int, ...] = (8, 10)
+    # why a property does not hold, by its name; where absent, it is tested
+    not_true: dict[str, str] = field(default_factory=dict)
+
+
+MAP = (8, 6, 4, 4)
+CROSS_ENTROPY = "a cross entropy: its value at equality is an entropy"
+LABEL = "its target part is smallest where the student is certain of the label"
+RELATIONS = "defined over the pairs of a batch with a factor 1/B"
+LEARNS = "has parameters of its own"
+
+
+def _vid(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
+    return functional.vid(module.regressor(s.movedim(1, -1)).movedim(-1, 1), t, module.rho)
+
+
+def _crd(module: nn.Module, s: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    s, t = (
+        nn.functional.normalize(head(x)) for head, x in ((module.student_head, s), (module.teacher_head, t))
+    )
+    return functional.crd(s, t, target=target)
+
+
+def _standardized(m: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return functional.dkd(functional.standardize(s), functional.standardize(t), y)
+
+
+def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda module, *args: function(*args)
+
+
+CASES = {
+    "AT": Case(losses.AT, _plain(functional.at), (8, 3, 4, 4), MAP),
+    "CRD": Case(
+        lambda: losses.CRD(dim=16),
+        _crd,
+        (8, 12),
+        (8, 20),
+        {"zero": LEARNS, "duplicates": "a copy of a sample is a negative that cannot be told apart"},
+    ),
+    "DIST": Case(losses.DIST, _plain(functional.dist)),
+    "DKD": Case(losses.DKD, _plain(functional.dkd)),
+    "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
+    "KD": Case(losses.KD, _plain(functional.kd)),
+    "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
+    "OFA": Case(losses.OFA, _plain(functional.ofa), not_true={"zero": CROSS_ENTROPY}),
+    "PKT": Case(losses.PKT, _plain(functional.pkt), (8, 12), (8, 20), {"duplicates": RELATIONS}),
+    "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
+    "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
+    "SP": Case(losses.SP, _plain(functional.sp), (8, 12), (8, 20), {"duplicates": RELATIONS}),
+    "Standardized": Case(lambda: losses.Standardized(losses.DKD()), _standardized),
+    "VID": Case(losses.VID, _vid, (8, 3, 4, 4), MAP, {"zero": LEARNS}),
+}
+
+
+@pytest.fixture(params=losses.__all__)
+def name(request: pytest.FixtureRequest) -> str:
+    assert request.param in CASES, (
+        f"losses.{request.param} needs a Case in {__file__}: how to make and call it."
+    )
+    return request.param
+
+
+def _inputs(
+    case: Case, scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    target = torch.randint(case.student[1], (case.student[0],))
+    return (
+        (scale * torch.randn(case.student)).to(dtype),
+        (scale * torch.randn(case.teacher)).to(dtype),
+        target,
+    )
+
+
+def _built(case: Case, student: Tensor, teacher: Tensor) -> nn.Module:
+    torch.manual_seed(1)
+    loss = case.make()
+    if hasattr(loss, "build"):
+        loss.build(student.float(), teacher.float())
+    return loss
+
+
+def _call(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    takes_target = "target" in inspect.signature(loss.forward).parameters
+    return loss(student, teacher, target) if takes_target else loss(student, teacher)
+
+
+def test_there_are_losses():
+    assert losses.__all__
+    assert functional.__all__
+    assert not set(CASES) - set(losses.__all__)
+
+
+def test_scalar_in_float32(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _call(_built(CASES[name], s, t), s, t, y)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+
+
+def test_zero_at_equality(name: str):
+    case = CASES[name]
+    if "zero" in case.not_true:
+        pytest.skip(case.not_true["zero"])
+    _, t, y = _inputs(case)
+    torch.testing.assert_close(
+        _call(_built(case, t, t), t.clone(), t, y), torch.tensor(0.0), atol=1e-5, rtol=0
+    )
+
+
+def test_stationary_at_equality(name: str):
+    case = CASES[name]
+    if "minimum" in case.not_true or case.not_true.get("zero") == LEARNS:
+        pytest.skip(case.not_true.get("minimum", LEARNS))
+    _, t, y = _inputs(case)
+    s = t.clone().requires_grad_()
+    _call(_built(case, t, t), s, t, y).backward()
+    assert s.grad is not None
+    assert s.grad.abs().max() < 1e-5
+
+
+def test_gradient_reaches_the_student_only(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    s.requires_grad_()
+    t.requires_grad_()
+    _call(loss, s, t, y).backward()
+    assert s.grad is not None
+    assert s.grad.abs().max() > 0
+    assert t.grad is None
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.parameters())
+
+
+def test_following_the_gradient_lowers_the_loss(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    s.requires_grad_()
+    before = _call(loss, s, t, y)
+    (gradient,) = torch.autograd.grad(before, s)
+    after = _call(loss, s.detach() - 1e-2 * gradient / gradient.norm(), t, y)
+    assert after < before
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "autocast"),
+    [
+        (200.0, torch.float32, False),
+        (60000.0, torch.float16, False),
+        (200.0, torch.float32, True),
+        (200.0, torch.bfloat16, True),
+    ],
+)
+def test_finite_at_the_extremes(name: str, scale: float, dtype: torch.dtype, autocast: bool):
+    case = CASES[name]
+    s, t, y = _inputs(case)
+    s, t = (scale * s.sign()).to(dtype), (scale * t.sign()).to(dtype)
+    loss = _built(case, s, t)
+    s.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = _call(loss, s, t, y)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert torch.isfinite(value)
+    assert s.grad is not None
+    assert torch.isfinite(s.grad).all()
+
+
+def test_autocast_changes_nothing(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = _call(loss, s, t, y)
+    torch.testing.assert_close(value, _call(loss, s, t, y))
+
+
+def test_scale_does_not_depend_on_the_batch_size(name: str):
+    case = CASES[name]
+    if "duplicates" in case.not_true:
+        pytest.skip(case.not_true["duplicates"])
+    s, t, y = _inputs(case)
+    loss = _built(case, s, t)
+    twice = _call(loss, s.repeat(2, *[1] * (s.ndim - 1)), t.repeat(2, *[1] * (t.ndim - 1)), y.repeat(2))
+    torch.testing.assert_close(twice, _call(loss, s, t, y))
+
+
+def test_the_order_of_the_batch_does_not_matter(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    order = torch.randperm(len(s))
+    torch.testing.assert_close(_call(loss, s[order], t[order], y[order]), _call(loss, s, t, y))
+
+
+def test_one_sample_is_defined_or_refused(name: str):
+    case = CASES[name]
+    s, t, y = (x[:1] for x in _inputs(case))
+    loss = _built(case, s, t)
+    if name in ("CRD", "DIST", "PKT", "RKD", "SP"):
+        with pytest.raises(ValueError, match=r"at least \d samples are needed, got 1.*drop_last=True"):
+            _call(loss, s, t, y)
+    else:
+        assert torch.isfinite(_call(loss, s, t, y))
+
+
+def test_identical_samples_have_finite_gradients(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    s = s[:1].repeat(8, *[1] * (s.ndim - 1)).requires_grad_()
+    zeros = torch.zeros_like(s, requires_grad=True)
+    for student in (s, zeros):
+        _call(loss, student, t, y).backward()
+        assert student.grad is not None
+        assert student.grad.abs().max() < 1e3
+
+
+def test_inputs_are_left_alone(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    before = [x.clone() for x in (s, t, y)]
+    _call(loss, s, t, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, (s, t, y), strict=True))
+
+
+def test_module_and_function_agree(name: str):
+    case = CASES[name]
+    s, t, y = _inputs(case)
+    loss = _built(case, s, t)
+    takes_target = "target" in inspect.signature(loss.forward).parameters
+    value = case.function(loss, s, t, y) if takes_target else case.function(loss, s, t)
+    torch.testing.assert_close(_call(loss, s, t, y), value)
+
+
+def test_defaults_live_in_one_place(name: str):
+    """The function and the module have the same parameters with the same defaults, where both have them."""
+    function = getattr(functional, name.lower(), None)
+    if function is None:
+        pytest.skip("a module around another loss")
+    ours = inspect.signature(getattr(losses, name)).parameters
+    theirs = inspect.signature(function).parameters
+    assert all(ours[key].default == theirs[key].default for key in ours.keys() & theirs.keys())
+
+
+def test_state_dict_round_trip(name: str):
+    case = CASES[name]
+    s, t, y = _inputs(case)
+    loss, other = _built(case, s, t), case.make()
+    if hasattr(other, "build"):
+        other.build(s, t)
+    other.load_state_dict(loss.state_dict(), strict=True)
+    torch.testing.assert_close(_call(other, s, t, y), _call(loss, s, t, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(name: str, clone: Callable[[nn.Module], nn.Module]):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    torch.testing.assert_close(_call(clone(loss), s, t, y), _call(loss, s, t, y), rtol=0, atol=0)
+
+
+def test_compiles_in_one_graph(name: str):
+    """A branch on a tensor's value or an ``.item()``, which would wait for the device, breaks the graph."""
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    torch.compiler.reset()
+    args = (s.requires_grad_(), t, y)[: 3 if "target" in inspect.signature(loss.forward).parameters else 2]
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(*args), loss(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_synchronisation_and_finite_under_float16_autocast(name: str):
+    s, t, y = (x.cuda() for x in _inputs(CASES[name], scale=200.0))
+    loss = _built(CASES[name], s, t)
+    s.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype=torch.float16):
+            value = _call(loss, s, t, y)
+        value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(value)
+    assert s.grad is not None
+    assert torch.isfinite(s.grad).all()
+
+
+def test_unbuilt_losses_say_so(name: str):
+    loss = CASES[name].make()
+    if not hasattr(loss, "build"):
+        pytest.skip("nothing to build")
+    with pytest.raises(RuntimeError, match="build"):
+        _call(loss, *_inputs(CASES[name]))
+
+
+def test_temperature_is_a_plain_number_that_is_checked_and_read(name: str):
+    loss = CASES[name].make()
+    if not hasattr(loss, "temperature"):
+        pytest.skip("no temperature")
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    before = _call(loss, s, t, y)
+    assert isinstance(loss.temperature, float)
+    loss.temperature = 2 * loss.temperature
+    assert _call(loss, s, t, y) != before
+    if "temperature" in inspect.signature(type(loss)).parameters:
+        for wrong in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="temperature"):
+                type(loss)(temperature=wrong)
+
+
+def test_labels_must_be_class_indices(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    if "target" not in inspect.signature(loss.forward).parameters:
+        pytest.skip("no target")
+    with pytest.raises(ValueError, match=r"integer class indices.*KD\(activation='sigmoid'\)"):
+        loss(s, t, nn.functional.one_hot(y, 20).float())
+    with pytest.raises(ValueError, match=r"must have shape \(8,\)"):
+        loss(s, t, y[:, None])
+
+
+def test_alignment_is_declared(name: str):
+    assert getattr(getattr(losses, name), "align", "none") in ("none", "size", "shape")
+
+
+def test_documentation(name: str):
+    text = inspect.getdoc(getattr(losses, name))
+    assert text
+    first = text.splitlines()[0]
+    assert first.endswith(".")
+    assert len(first) < 110
+    assert "Example:" in text
+    assert "Source:" in text
+    assert re.search(r"arXiv\s+\d{4}\.\d{4,5}", text)

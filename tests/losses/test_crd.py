@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchdistill.losses.mid_level import CRDLoss
+
+from lightning_kd import losses
+from lightning_kd.functional import crd, crd_nce
+
+
+def _memory(
+    samples: int = 50, negatives: int = 20, **kwargs: float
+) -> tuple[losses.CRD, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    s, t = torch.randn(8, 12), torch.randn(8, 20)
+    loss = losses.CRD(dim=16, memory=samples, negatives=negatives, **kwargs)
+    loss.build(s, t)
+    return loss, s, t, torch.randperm(samples)[:8]
+
+
+def test_orthogonal_and_aligned_in_closed_form():
+    torch.testing.assert_close(
+        crd(torch.eye(4), torch.eye(4), temperature=0.5), torch.tensor(2 * math.log(1 + 3 * math.exp(-2)))
+    )
+
+
+def test_indistinguishable_in_closed_form():
+    x = F.normalize(torch.ones(6, 4))
+    torch.testing.assert_close(crd(x, x), torch.tensor(2 * math.log(6)))
+
+
+def test_samples_of_the_same_class_are_no_negatives():
+    """With the batch's classes taken two by two, each sample has four negatives of six."""
+    x = F.normalize(torch.ones(6, 4))
+    torch.testing.assert_close(
+        crd(x, x, target=torch.tensor([0, 0, 1, 1, 2, 2])), torch.tensor(2 * math.log(5))
+    )
+    torch.testing.assert_close(crd(x, x, target=torch.zeros(6, dtype=torch.int64)), torch.tensor(0.0))
+
+
+def test_teacher_head_learns_but_the_teacher_does_not():
+    s, t = torch.randn(4, 6), torch.randn(4, 8, requires_grad=True)
+    loss = losses.CRD(dim=3)
+    loss.build(s, t)
+    loss(s, t).backward()
+    assert t.grad is None
+    assert loss.teacher_head is not None
+    assert loss.teacher_head.weight.grad is not None
+
+
+def test_noise_contrastive_against_torchdistill():
+    torch.manual_seed(0)
+    scores, log_z = 3 * torch.randn(8, 21), torch.tensor(4.0)
+    peer = CRDLoss.__new__(CRDLoss)  # its constructor does not run (it reads an attribute it has not set)
+    nn.Module.__init__(peer)
+    peer.eps, peer.num_samples = 0.0, 50
+    expected = peer.compute_contrast_loss((scores - log_z).exp()).squeeze()
+    torch.testing.assert_close(crd_nce(scores[:, 0], scores[:, 1:], log_z, 20 / 50), expected)
+
+
+def test_scores_that_say_nothing_in_closed_form():
+    """With e^x / Z = 1/M everywhere: log(K + 1) for the positive and K log(1 + 1/K), about 1, for others."""
+    zero = torch.zeros(8, 20)
+    loss = crd_nce(zero[:, 0], zero, torch.tensor(50.0).log(), 20 / 50)
+    torch.testing.assert_close(loss, torch.tensor(math.log(21) + 20 * math.log(1 + 1 / 20)))
+
+
+def test_banks_move_in_training_only_and_only_for_the_batch():
+    loss, s, t, index = _memory()
+    assert loss.banks is not None
+    before = {key: value.clone() for key, value in loss.banks.state_dict().items()}
+    loss.eval()(s, t, index=index)
+    assert all(
+        torch.equal(value, before[key]) or value.isnan().all()
+        for key, value in loss.banks.state_dict().items()
+    )
+    loss.train()(s, t, index=index)
+    moved = (loss.banks.student != before["student"]).any(1)
+    assert moved.nonzero().flatten().tolist() == sorted(index.tolist())
+    torch.testing.assert_close(loss.banks.teacher.norm(dim=1), torch.ones(50))
+    assert torch.isfinite(loss.banks.log_partition).all()
+
+
+def test_momentum_0_stores_the_embedding_itself():
+    loss, s, t, index = _memory(momentum=0.0)
+    loss(s, t, index=index)
+    assert loss.banks is not None
+    assert loss.student_head is not None
+    torch.testing.assert_close(loss.banks.student[index], F.normalize(loss.student_head(s)).detach())
+
+
+def test_the_first_batch_sets_the_partition_once():
+    loss, s, t, index = _memory(samples=50, negatives=50_000)
+    assert loss.banks is not None
+    bank = loss.banks.teacher.clone()
+    assert loss.student_head is not None
+    every = (F.normalize(loss.student_head(s)) @ bank.T / 0.07).exp().sum(1).mean().log()
+    loss(s, t, index=index)
+    first = loss.banks.log_partition.clone()
+    torch.testing.assert_close(first[0], every.detach(), atol=0.05, rtol=0)  # a mean of M e^x over a sample
+    loss(s, t, index=index)
+    assert torch.equal(loss.banks.log_partition, first)
+    assert losses.CRD(memory=9, partition=1.0).banks.log_partition.tolist() == [0.0, 0.0]
+
+
+def test_known_labels_are_no_negatives():
+    loss, s, t, index = _memory(samples=8, negatives=400, partition=1.0)
+    index, labels = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    loss(s, t, labels, index)
+    assert loss.banks is not None
+    assert loss.banks.label.tolist() == [0] * 8
+    others = loss.eval()(s, t, labels + 1, index)
+    alone = loss.eval()(s, t, labels, index)
+    assert alone < others / 10  # only the positive is left
+
+
+def test_resume_is_exact():
+    loss, s, t, index = _memory()
+    loss(s, t, index=index)
+    other = losses.CRD(dim=16, memory=50, negatives=20)
+    other.build(s, t)
+    other.load_state_dict(loss.state_dict(), strict=True)
+    random = torch.get_rng_state()
+    values = []
+    for each in (loss, other):
+        torch.set_rng_state(random)
+        values.append([each(s, t, index=index), each(s, t, index=index)])
+    assert values[0] == values[1]
+
+
+class _Largest(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+def test_no_negative_is_gathered_per_sample():
+    """Per sample, 64 x 16384 x 128 floats are half a gigabyte; shared, the largest tensor is (K, D)."""
+    s, t = torch.randn(64, 32), torch.randn(64, 48)
+    loss = losses.CRD(dim=128, memory=20_000, negatives=16384)
+    loss.build(s, t)
+    with _Largest() as largest:
+        loss(s.requires_grad_(), t, index=torch.arange(64)).backward()
+    assert largest.numel <= 20_000 * 128  # the bank itself
+    assert s.grad is not None
+
+
+def test_memory_compiles_in_one_graph():
+    loss, s, t, index = _memory()
+    target = torch.zeros(8, dtype=torch.int64)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    assert torch.isfinite(compiled(s, t, target, index))
+
+
+def test_extremes_with_memory():
+    loss, s, t, index = _memory()
+    s = (6e4 * s.sign()).half().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(s, (6e4 * t.sign()).half(), index=index)
+    value.backward()
+    assert torch.isfinite(value)
+    assert s.grad is not None
+    assert torch.isfinite(s.grad).all()
+
+
+def test_bfloat16_weights():
+    """Lightning's "bf16-true" casts every module that it finds, banks included."""
+    loss, s, t, index = _memory()
+    assert torch.isfinite(loss.bfloat16()(s.bfloat16(), t.bfloat16(), index=index))
+
+
+def test_errors_give_the_remedy():
+    loss, s, t, _ = _memory()
+    with pytest.raises(ValueError, match=r"needs `index`.*CRD\(\) without memory"):
+        loss(s, t)
+    with pytest.raises(ValueError, match="momentum"):
+        losses.CRD(momentum=1.0)
+    with pytest.raises(ValueError, match="memory"):
+        losses.CRD(memory=1)
+    with pytest.raises(ValueError, match="partition"):
+        losses.CRD(memory=10, partition=0.0)
