@@ -54,7 +54,7 @@ class Digits(TensorDataModule):
         self.val_size = val_size
         self.split_seed = split_seed
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002 - every stage reads the same 115 kB
+    def setup(self, stage: str) -> None:
         """Read the images and split them."""
         bunch = _late("sklearn.datasets", "scikit-learn").load_digits()
         split = _late("sklearn.model_selection", "scikit-learn").train_test_split
@@ -63,9 +63,7 @@ class Digits(TensorDataModule):
         train, rest = split(
             range(len(labels)), train_size=self.train_size, stratify=labels, random_state=self.split_seed
         )
-        val, test = split(
-            rest, train_size=self.val_size, stratify=labels[rest], random_state=self.split_seed
-        )
+        val, test = split(rest, train_size=self.val_size, stratify=labels[rest], random_state=self.split_seed)
         for name, chosen in (("train", train), ("val", val), ("test", test)):
             self.splits[name] = TensorImages(images[chosen], labels[chosen])
 
@@ -130,7 +128,7 @@ class Cifar10(TensorDataModule):
             )
         _save_atomically(_decode(archive), self._cache(archive))
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002 - every stage maps the same file
+    def setup(self, stage: str) -> None:
         """Map the decoded images, and choose the subset."""
         archive = self.root / "cifar10_jpeg" / "cifar10_jpeg_all.tar.xz"
         cached = torch.load(self._cache(archive), weights_only=True, mmap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,6 +61,7 @@ class CifarResNet(nn.Module):
         FileNotFoundError: If the file ``weights`` is not there.
 
     Example:
+        >>> import torch
         >>> CifarResNet(depth=8, in_channels=1, width=4)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
 

@@ -122,7 +122,7 @@ class TensorDataModule(LightningDataModule):
         """Batches of the test split, in order."""
         return self._loader("test")
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002 - the hook's
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch, and normalise any: uint8 ``(N, C, H, W)`` to float32 of the same shape."""
         images, labels = batch
         if self.padding and self.trainer is not None and self.trainer.training:

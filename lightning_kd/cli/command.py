@@ -44,8 +44,7 @@ class DistillationCLI(LightningCLI):
             load_from_checkpoint_support=False,
             args=expand_arguments(arguments),
             run=run,
-            parser_kwargs={"exit_on_error": False}
-            | {name: {"exit_on_error": False} for name in self.subcommands()},
+            parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in self.subcommands()},
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> None:
     output: Path = options.output or Path("comparisons", "+".join(names))
     for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs
         logging.getLogger(logger).setLevel(logging.WARNING)
-    configs = {name: read(find(given), options.teacher, overrides) for name, given in zip(names, options.config, strict=True)}
+    files = [find(given) for given in options.config]
+    configs = {n: read(file, options.teacher, overrides) for n, file in zip(names, files, strict=True)}
     students = [Path(path) for path in options.student_ckpt]
     for path in students:
         if not path.is_file():
@@ -58,15 +59,16 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Set
         overrides = [*overrides, *given]
     cli = ParseOnly(["--config", file, *overrides], run=False)
     settings = teacher.plain_config(cli)
-    if not settings["model"].get("terms") or "model" not in (settings["model"].get("teacher") or {}).get("init_args", {}):
-        raise UsageError(f"{file} has no terms or no teacher with a network of its own: there is nothing to compare")
+    spec = (settings["model"].get("teacher") or {}).get("init_args") or {}
+    if not settings["model"].get("terms") or not spec.get("model") or not spec.get("checkpoint"):
+        raise UsageError(
+            f"{file}: compare needs terms, and as teacher a lightning_kd.teachers.Frozen with a model and a checkpoint"
+        )
     teacher.ensure(cli)
     return {k: v for k, v in settings.items() if k in ("seed_everything", "trainer", "data", "model")}
 
 
-def compare(
-    configs: dict[str, Settings], seeds: list[int] | None, students: list[Path], output: Path
-) -> list[Row]:
+def compare(configs: dict[str, Settings], seeds: list[int] | None, students: list[Path], output: Path) -> list[Row]:
     """Train and measure everything; a row each, with what it costs."""
     runs = output / "runs"
     teachers: dict[str, Row] = {}

@@ -31,9 +31,7 @@ def count(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
     }
 
 
-def latency_ms(
-    models: Mapping[str, tuple[nn.Module, tuple[Any, ...]]], rounds: int = 60
-) -> dict[str, float]:
+def latency_ms(models: Mapping[str, tuple[nn.Module, tuple[Any, ...]]], rounds: int = 60) -> dict[str, float]:
     """Median time of one call of each model on its example, on this machine, in milliseconds.
 
     The models take turns, so that what else the machine does hits all of them alike.

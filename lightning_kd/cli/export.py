@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         "runtimes), or state_dict (weights only, for the plain class)",
     )
     parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed, of outputs of order 1")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(arguments)
     if options.format not in FORMATS:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, received {options.format!r}")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         difference = _difference(saved, write(saved, part))
         if not difference <= options.tolerance:
             raise UsageError(
-                f"the exported network differs by {difference:.2g} (allowed: {options.tolerance:.2g}, see --tolerance); "
+                f"the exported network differs by {difference:.2g} (--tolerance is {options.tolerance:.2g}); "
                 f"nothing was written to {output}"
             )
         part.replace(output)
@@ -102,9 +102,9 @@ def _torchscript(saved: Saved, path: Path) -> Run:
     with warnings.catch_warnings():
         # Said in --help, and asked for all the same.
         warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=FutureWarning)
-        traced = torch.jit.trace(saved.model, saved.example(2))
+        traced = torch.jit.trace(saved.model, saved.example(2))  # type: ignore[no-untyped-call]
         torch.jit.save(traced, str(path))
-        loaded = torch.jit.load(str(path))
+        loaded = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
     return lambda inputs: outputs(loaded(*inputs))
 
 

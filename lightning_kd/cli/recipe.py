@@ -68,7 +68,7 @@ def _import(class_path: str) -> type[nn.Module]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot import {class_path!r}, the class of the saved network: {error}") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UsageError(f"refused: {class_path!r} is not a subclass of torch.nn.Module; is the file from someone else?")
+        raise UsageError(f"refused: {class_path!r} is no subclass of torch.nn.Module; is the file from someone else?")
     return found
 
 

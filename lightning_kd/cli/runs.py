@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
 from lightning_kd.cli.command import DistillationCLI
@@ -27,9 +26,9 @@ class ParseOnly(DistillationCLI):
 
 
 def write(settings: Settings, file: Path) -> str:
-    """Write settings as YAML; the path of the file."""
+    """Write settings to a file that ``--config`` reads; its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    file.write_text(json.dumps(settings, indent=1))
     return str(file)
 
 
@@ -46,7 +45,7 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
         return checkpoint
     print(f"{say}: training, {settings['trainer'].get('max_epochs')} epochs", flush=True)
     trainer = settings["trainer"] | ALL_IN_ONE
-    cli = DistillationCLI(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.yaml")])
+    cli = DistillationCLI(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
     part = folder / f".{key}.part"
     cli.trainer.save_checkpoint(part, weights_only=True)
     os.replace(part, checkpoint)
@@ -68,7 +67,7 @@ class Tested:
         self.weights = weights
         stat = weights.stat()
         key = fingerprint(settings | {"weights": [str(weights), stat.st_size, stat.st_mtime_ns]})
-        self._yaml, kept = folder / f"{key}.yaml", folder / f"{key}.json"
+        self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part")
@@ -79,7 +78,7 @@ class Tested:
         self._inputs: Inputs = content["inputs"]
 
     def _cli(self) -> DistillationCLI:
-        cli = DistillationCLI(["--config", write(self.settings, self._yaml)], run=False)
+        cli = DistillationCLI(["--config", write(self.settings, self._file)], run=False)
         load_weights(cli.model.student, self.weights)
         return cli
 

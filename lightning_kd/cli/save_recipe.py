@@ -25,13 +25,13 @@ class SaveRecipe(Callback):
         self.inputs: Inputs = []
         self._handle: RemovableHandle | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - the hook's
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first call of the student, to see what it is given."""
         student = pl_module.student
         assert isinstance(student, nn.Module)
         self._handle = student.register_forward_pre_hook(self._see)
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002 - the hook's
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and all(isinstance(arg, Tensor) for arg in args):
             self.inputs = [(list(arg.shape[1:]), str(arg.dtype).removeprefix("torch.")) for arg in args]
         self.on_fit_end()
@@ -46,6 +46,6 @@ class SaveRecipe(Callback):
         """Leave nothing behind in the student."""
         self.on_fit_end()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002 - the hook's
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the recipe."""
         checkpoint[KEY] = {"student": self.recipe, "inputs": [list(i) for i in self.inputs]}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_kd.cli.errors import UsageError
@@ -67,7 +66,7 @@ def ensure(cli: DistillationCLI) -> None:
 def plain_config(cli: DistillationCLI) -> dict[str, Any]:
     """The parsed configuration as plain types, without what is linked."""
     parser = cli._parser(cli.subcommand)
-    loaded: dict[str, Any] = yaml.safe_load(parser.dump(cli.own_config, skip_validation=True))
+    loaded: dict[str, Any] = json.loads(parser.dump(cli.own_config, format="json", skip_validation=True))
     return loaded
 
 
@@ -105,9 +104,9 @@ def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
     try:
-        file = folder / "teacher.yaml"
+        file = folder / "teacher.json"
         root = {"default_root_dir": str(folder), "logger": False, "enable_checkpointing": False}
-        file.write_text(yaml.safe_dump(settings | {"trainer": quiet | settings["trainer"] | root}))
+        file.write_text(json.dumps(settings | {"trainer": quiet | settings["trainer"] | root}))
         run = DistillationCLI(["fit", "--config", str(file)])
         if run.trainer.is_global_zero:
             (path.parent / f"{path.name}.json").write_text(json.dumps(settings, indent=1))
@@ -117,7 +116,7 @@ def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@rank_zero_only  # type: ignore[untyped-decorator]
+@rank_zero_only
 def _move(made: Path, path: Path) -> None:
     os.replace(made, path)
 
@@ -143,7 +142,7 @@ def check(path: Path, settings: dict[str, Any]) -> None:
     then, now = _flat(before), _flat(settings)
     differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in sorted(then | now) if then.get(k) != now.get(k)]
     raise UsageError(
-        f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train it again, "
+        f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train again, "
         "name another file with --model.teacher.init_args.checkpoint, or take it as it is with --teacher_fit null"
     )
 
