@@ -33,7 +33,6 @@ def save(rows: Sequence[Row], path: Path) -> None:
         _panel(axis, rows, students, metric)
     labels = [f"{row.name}\n{_short(row.costs.get('parameters', 0))} parameters" for row in students]
     axes[0].set_yticks(range(len(students)), labels)
-    axes[0].invert_yaxis()
     figure.suptitle("Teacher, student alone, and distilled", x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.savefig(path)
 
