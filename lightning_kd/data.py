@@ -31,7 +31,6 @@ class Digits(TensorDataModule):
         train_size: Images to train on.
         val_size: Images to validate on; all others are for the test.
         split_seed: Seed of the split.
-        shift: Training images are moved at random by up to so many pixels.
         num_workers: Processes that load; 0 is fastest for tensors in memory.
 
     Raises:
@@ -48,10 +47,9 @@ class Digits(TensorDataModule):
         train_size: int = 1000,
         val_size: int = 200,
         split_seed: int = 0,
-        shift: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, mean=(0.5,), std=(0.5,), padding=shift)
+        super().__init__(batch_size, num_workers, mean=(0.5,), std=(0.5,))
         self.train_size = train_size
         self.val_size = val_size
         self.split_seed = split_seed

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_kd.data import Cifar10
 from lightning_kd.models import CifarResNet
 
 
@@ -45,8 +46,6 @@ def test_a_published_file_loads_strictly(data_dir: Path) -> None:
 @pytest.mark.slow
 def test_published_weights_give_the_known_accuracy(data_dir: Path) -> None:
     # 83.2 % on all 10,000 JPEG images; 1,024 images leave a standard error of 1.2 points.
-    from lightning_kd.data import Cifar10
-
     data = Cifar10(root=str(data_dir))
     data.prepare_data()
     data.setup("test")

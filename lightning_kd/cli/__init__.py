@@ -45,15 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         with warnings.catch_warnings():
-            # Lightning 2.6 with torch >= 2.9: its own use of torch's pytree, said once per training.
+            # Lightning 2.6 calls torch's pytree (torch >= 2.9) and jsonargparse (>= 4.49) by their older names.
             warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", category=FutureWarning)
+            renamed = r"(?s).*(instantiate_classes|skip_none).*was deprecated in v4\.49"
+            warnings.filterwarnings("ignore", message=renamed, category=DeprecationWarning)
             _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if traceback or not _explains_itself(error):
             raise
-        print(f"lightning-kd: error: {error}", file=sys.stderr)
+        print(f"lightning-kd: error: {_root(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -79,3 +81,10 @@ def _explains_itself(error: Exception) -> bool:
 
     told = (UsageError, MisconfigurationException, FileNotFoundError, ModuleNotFoundError, ValueError, TypeError)
     return isinstance(error, told) or type(error).__name__ == "ArgumentError"
+
+
+def _root(error: BaseException) -> BaseException:
+    """What a class that was being built complained of, without the list of all types that were tried."""
+    while "Union subtypes" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

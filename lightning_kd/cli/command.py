@@ -24,14 +24,7 @@ LINKED_TO_NUM_CLASSES = (
     "model.teacher.init_args.model.init_args.num_classes",
 )
 
-
-class _Parser(LightningArgumentParser):
-    """Lightning 2.6 calls ``instantiate_classes``, which jsonargparse 4.49 renamed."""
-
-    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it by the name that this jsonargparse has."""
-        renamed = getattr(self, "instantiate", None)
-        return (renamed or super().instantiate_classes)(*args, **kwargs)
+_STRICT: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
 
 
 class DistillationCLI(LightningCLI):
@@ -51,10 +44,10 @@ class DistillationCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=_Parser,
             args=expand_arguments(arguments),
             run=run,
-            parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in self.subcommands()},
+            # A typo is an error to be told, neither an abbreviation nor an exit.
+            parser_kwargs={name: dict(_STRICT) for name in self.subcommands()} | _STRICT,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -42,4 +42,3 @@ def test_every_config_runs_from_nothing(
     losses = {k: float(v) for k, v in step.items() if v}
     assert len(losses) >= 3
     assert all(v > 0 for v in losses.values()), losses
-    print(name, losses)
