@@ -150,18 +150,20 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict.")
     wanted = model.state_dict()
+    # Files from before torch 0.4.1 do not count batches, and torch loads them all the same.
+    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
     first = next(iter(wanted), "")
     prefixes = {key[: len(key) - len(first)] for key in state if key == first or key.endswith("." + first)}
     for prefix in sorted(prefixes, key=len):
         own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        if own.keys() >= wanted.keys():
+        if own.keys() >= needed:
             try:
                 # Strictly, except that a module around the model may hold more beside it.
-                model.load_state_dict(own if prefix == "" else {key: own[key] for key in wanted}, strict=True)
+                model.load_state_dict(own if prefix == "" else {k: own[k] for k in wanted if k in own}, strict=True)
             except RuntimeError as error:
                 raise ValueError(f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: {error}") from error
             return
-    missing = [key for key in wanted if not any(have == key or have.endswith("." + key) for have in state)]
+    missing = [key for key in needed if not any(have == key or have.endswith("." + key) for have in state)]
     raise ValueError(
         f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: it lacks {', '.join(missing[:5])} "
         f"(and {max(len(missing) - 5, 0)} more); it has {', '.join(list(state)[:5])}, .... Is it the checkpoint of "
