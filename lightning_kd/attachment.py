@@ -244,6 +244,8 @@ class Attachment(Callback):
 
         @functools.wraps(training_step)
         def training_step_and_terms(*args: Any, **kwargs: Any) -> Any:
+            if not trainer.training:  # many a validation_step calls training_step
+                return training_step(*args, **kwargs)
             with self.distiller.watch() as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result

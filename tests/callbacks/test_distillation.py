@@ -1,0 +1,485 @@
+"""The callback on modules as users and Lightning itself write them; none of their lines is changed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.demos import LightningTransformer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_kd.tasks import Classification
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, schedules
+
+
+def net(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(16, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator))
+
+
+def loader() -> DataLoader:
+    return DataLoader(data(), batch_size=4)
+
+
+class Base(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = net(8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: LightningModule, *callbacks: Any, batches: Any = None, **kwargs: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    run = Trainer(callbacks=list(callbacks), **options | kwargs)
+    run.fit(module, loader() if batches is None else batches)
+    return run
+
+
+def kd(student: str | None = "model", teacher: nn.Module | None = None, **kwargs: Any) -> Distillation:
+    return Distillation(teacher or net(16), {"kd": Term(losses.KD(), weight=0.9)}, student=student, **kwargs)
+
+
+def hint(**kwargs: Any) -> Distillation:
+    term = Term(losses.FitNet(), student="0", teacher="0")
+    return Distillation(net(16), {"hint": term}, **{"student": "model"} | kwargs)
+
+
+def logged(run: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+# Modules of Lightning, of timm users, and with the optimizers of real projects.
+
+
+def test_boring_model() -> None:
+    run = fit(
+        BoringModel(), kd(None, nn.Linear(32, 2)), batches=BoringModel().train_dataloader(), limit_train_batches=3
+    )
+    assert logged(run)["train/kd"] > 0
+
+
+def test_lightning_transformer() -> None:
+    class Words(Dataset):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            words = torch.randint(0, 30, (36,), generator=torch.Generator().manual_seed(index))
+            return words[:-1], words[1:]
+
+    class Offline(LightningTransformer):
+        def prepare_data(self) -> None:
+            """Would download WikiText."""
+
+    teacher, student = Offline(vocab_size=30), Offline(vocab_size=30)
+    # It returns log-probabilities (B * T, V), which are logits.
+    callback = Distillation(
+        teacher.model,
+        {
+            "kd": Term(losses.KD()),
+            "hint": Term(losses.FitNet(), student="transformer.encoder", teacher="transformer.encoder"),
+        },
+        student="model",
+    )
+    run = fit(student, callback, batches=DataLoader(Words(), batch_size=2))
+    assert logged(run)["train/kd"] > 0
+    assert logged(run)["train/hint"] > 0
+
+
+def test_a_timm_classifier() -> None:
+    class TimmClassifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("resnet10t", num_classes=4)
+            self.criterion = nn.CrossEntropyLoss()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            logits = self(batch["image"])
+            return {"loss": self.criterion(logits, batch["label"]), "logits": logits}
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.net.parameters(), lr=1e-3)
+
+    items = [{"image": torch.randn(3, 32, 32), "label": torch.tensor(i % 4)} for i in range(4)]
+    callback = Distillation(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, depth=2),
+        {
+            "dkd": Term(losses.DKD()),
+            "tokens": Term(losses.FitNet(), student="net.layer3", teacher="blocks.1"),
+        },
+        target="label",
+    )
+    run = fit(TimmClassifier(), callback, batches=DataLoader(items, batch_size=2))
+    assert logged(run)["train/dkd"] > 0
+    assert logged(run)["train/tokens"] > 0
+
+
+def test_two_parameter_groups_and_a_scheduler_per_step() -> None:
+    class Grouped(Base):
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.model[0].parameters(), "lr": 0.01}, {"params": self.model[2].parameters()}]
+            optimizer = torch.optim.AdamW(groups, lr=0.1)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.01, 0.1], total_steps=4)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    run = fit(Grouped(), hint())
+    optimizer = run.optimizers[0]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2 + 2, 2]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [group["lr"] for group in fit(Grouped()).optimizers[0].param_groups]
+    assert rates != [0.01, 0.1]
+
+
+# What training_step may return, and where networks may be made.
+
+
+@pytest.mark.parametrize("returned", ["tensor", "dict", "none"])
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_what_training_step_returns(returned: str) -> None:
+    outputs = []
+
+    class Returns(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            skipped = returned == "none" and batch_idx % 2
+            return None if skipped else {"loss": loss, "more": 1} if returned == "dict" else loss
+
+        def on_train_batch_end(self, outputs_: Any, batch: Any, batch_idx: int) -> None:
+            outputs.append(outputs_)
+
+    run = fit(Returns(), kd())
+    assert logged(run)["train/loss"] == pytest.approx(logged(run)["train/task"] + 0.9 * logged(run)["train/kd"])
+    if returned == "dict":
+        assert outputs[0]["more"] == 1
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+@pytest.mark.parametrize("callback", [kd, hint])
+def test_networks_made_late(hook: str, callback: Callable[[], Distillation]) -> None:
+    class Late(Base):
+        def __init__(self) -> None:
+            LightningModule.__init__(self)
+
+    def make(self: LightningModule, stage: str = "") -> None:
+        if not hasattr(self, "model"):
+            self.model = net(8)
+
+    setattr(Late, hook, make)
+    module = Late()
+    run = fit(module, callback())
+    assert min(logged(run).values()) > 0
+    assert list(module._modules) == ["model"]
+
+
+def test_the_module_itself_is_the_student_by_default() -> None:
+    class Direct(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    term = Term(losses.FitNet(), student="model.0", teacher="0")
+    run = fit(Direct(), Distillation(net(16), {"hint": term}))
+    assert logged(run)["train/hint"] > 0
+
+
+def test_two_views_in_one_step() -> None:
+    class Views(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            one, two = self.model(batch[0]), self.model(batch[0] + 0.1)
+            with torch.no_grad():
+                self.model(batch[0])
+            return (one - two).square().mean()
+
+    teacher = net(16)
+    calls: list[Tensor] = []
+    teacher.register_forward_hook(lambda module, args, output: calls.append(args[0]))
+    fit(Views(), kd(teacher=teacher))
+    assert len(calls) == 2 * 4
+    assert torch.equal(calls[0] + 0.1, calls[1])
+
+
+# Labels, inputs and logs.
+
+
+@pytest.mark.parametrize("target", [None, 1, lambda batch: batch[1]])
+def test_labels_of_a_tuple(target: Any) -> None:
+    fit(Base(), Distillation(net(16), {"dkd": Term(losses.DKD())}, student="model", target=target))
+
+
+def test_labels_that_are_not_there() -> None:
+    class Unlabelled(Base):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.model(batch).square().mean()
+
+    images = DataLoader(torch.randn(8, 6), batch_size=4)
+    fit(Unlabelled(), kd(), batches=images)
+    with pytest.raises(ValueError, match=r"needs 'target', and batch\[1\] did not get it out of the batch, a tensor"):
+        fit(Unlabelled(), Distillation(net(16), {"dkd": Term(losses.DKD())}, student="model"), batches=images)
+    optional = Distillation(net(16), {"z": Term(losses.Standardized(losses.KD()))}, student="model")
+    fit(Unlabelled(), optional, batches=images)
+
+
+def test_the_teacher_can_have_another_input() -> None:
+    seen: list[Tensor] = []
+    teacher = nn.Sequential(nn.Linear(12, 4))
+    teacher.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    fit(Base(), kd(teacher=teacher, teacher_input=lambda x: torch.cat([x, x], dim=1)))
+    assert seen[0].shape == (4, 12)
+
+
+def test_a_name_that_the_module_logs_is_the_modules() -> None:
+    class Logs(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss * 0 + 42.0)
+            return loss
+
+    values = logged(fit(Logs(), kd(), max_epochs=2))
+    assert values["train/loss"] == 42.0
+    assert values["train/kd"] > 0
+
+
+def test_weights_follow_their_schedule_over_the_run() -> None:
+    values: list[float] = []
+
+    class Watch(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            values.append(float(self.trainer.callback_metrics["train/kd/weight"]))
+
+    term = Term(losses.KD(), weight=schedules.Linear(2.0, 0.0))
+    fit(Watch(), Distillation(net(16), {"kd": term}, student="model"))
+    assert values == [2.0, 1.5, 1.0, 0.5]
+    with pytest.raises(ValueError, match=r"\['kd'\] have a schedule over the run, and the run has no end"):
+        fit(Base(), Distillation(net(16), {"kd": term}, student="model"), max_epochs=-1)
+
+
+# Everything else that a Trainer does.
+
+
+@pytest.mark.parametrize("callback", [kd, hint])
+def test_fit_again_validate_test_predict(callback: Callable[[], Distillation]) -> None:
+    class Full(Base):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", self.training_step(batch, batch_idx))
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("test", self.training_step(batch, batch_idx))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(batch[0])
+
+    module, attached = Full(), callback()
+    teacher = attached.distiller.teacher.model
+    calls: list[int] = []
+    run = Trainer(
+        callbacks=[attached], max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    run.validate(module, loader(), verbose=False)
+    run.fit(module, loader(), loader())
+    teacher[0].register_forward_hook(lambda *args: calls.append(1))
+    run.validate(module, loader(), verbose=False)
+    run.test(module, loader(), verbose=False)
+    assert len(run.predict(module, loader())) == 4
+    assert not calls
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader(), loader())
+    assert len(calls) == 4
+    run = Trainer(fast_dev_run=True, callbacks=[callback()], accelerator="cpu", enable_progress_bar=False)
+    run.fit(Full(), loader(), loader())
+
+
+def test_an_iterable_data_set_and_several_loaders() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([data()[i] for i in range(8)])
+
+    fit(Base(), hint(), batches=DataLoader(Stream(), batch_size=4))
+
+    class Two(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["a"], batch_idx)
+
+    fit(Two(), hint(target=lambda batch: batch["a"][1]), batches={"a": loader(), "b": loader()})
+
+
+def test_the_rehearsal_leaves_no_trace() -> None:
+    class Random(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
+            self.steps: list[int] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("before", 1.0)
+            logits = self.model(batch[0])
+            self.steps.append(batch_idx)
+            return nn.functional.cross_entropy(logits, batch[1])
+
+    states = []
+    unweighted = Term(losses.FitNet(), weight=0.0, student="0", teacher="0")
+    for callbacks in ([], [Distillation(net(16), {"hint": unweighted}, student="model")]):
+        torch.manual_seed(5)
+        module = Random()
+        fit(module, *callbacks)
+        assert module.steps == [0, 1, 2, 3]
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo at a graph break
+def test_a_compiled_module() -> None:
+    module = Base()
+    fit(torch.compile(module, backend="eager"), kd())
+    module = Base()
+    module.model = torch.compile(module.model, backend="eager")
+    assert logged(fit(module, hint()))["train/hint"] > 0
+
+
+def test_a_compiled_module_that_ran_before_is_refused_rather_than_taught_nothing() -> None:
+    module = Base()
+    module.model = torch.compile(module.model, backend="eager")
+    module.model(torch.zeros(4, 6))
+    with pytest.raises((RuntimeError, ValueError), match=r"compiled|0 times"):
+        fit(module, hint())
+
+
+def test_projects_on_pytorch_lightning() -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Foreign(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net(8)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    for callback in (kd(), hint()):
+        run = pl.Trainer(
+            callbacks=[callback], max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            enable_model_summary=False, accelerator="cpu",
+        )  # fmt: skip
+        module = Foreign()
+        run.fit(module, loader())
+        assert min(float(value) for value in run.callback_metrics.values()) > 0
+        assert list(module._modules) == ["model"]
+
+
+# What is refused, and how.
+
+
+def test_manual_optimization_is_told_what_to_call() -> None:
+    class Manual(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match=r"manual optimization.*distiller\.watch\(\)"):
+        fit(Manual(), kd())
+
+
+def test_what_manual_optimization_calls_works() -> None:
+    class Manual(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.values: list[float] = []
+            self.distiller = Distiller({"kd": Term(losses.KD())}, net(16))
+            self.distiller.attach(self.model)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            with self.distiller.watch() as calls:
+                loss = super().training_step(batch, batch_idx)
+            found = self.distiller(calls, target=batch[1])
+            self.optimizers().zero_grad()
+            self.manual_backward(loss + self.distiller.total(found))
+            self.optimizers().step()
+            self.values.append(float(found["kd"].detach()))
+
+    module = Manual()
+    fit(module)
+    assert len(module.values) == 4
+    assert all(value > 0 for value in module.values)
+    assert not any("teacher" in key for key in module.state_dict())
+
+
+def test_a_student_that_is_not_called() -> None:
+    with pytest.raises(RuntimeError, match=r"did not call the student \(Base.forward\).*'model'"):
+        fit(Base(), kd(None))
+
+
+def test_an_unknown_path_lists_the_closest_and_leaves_nothing_behind() -> None:
+    module = Base()
+    for callback in (
+        Distillation(net(16), {"hint": Term(losses.FitNet(), student="9", teacher="0")}, student="model"),
+        Distillation(net(16), {"hint": Term(losses.FitNet(), student="0", teacher="0.x")}, student="model"),
+        kd("modle"),
+    ):
+        with pytest.raises(ValueError, match=r"has no module .*Closest: '"):
+            fit(module, callback)
+        assert "training_step" not in vars(module)
+        assert list(module._modules) == ["model"]
+        assert not module.model._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+def test_two_attachments_are_refused() -> None:
+    module = DistillationModule(Classification(4), net(8), net(16), {"kd": Term(losses.KD())})
+    with pytest.raises(ValueError, match="give all terms to one of them"):
+        fit(module, kd())
+
+
+def test_an_error_in_training_step_is_the_users_own() -> None:
+    class Broken(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise ArithmeticError("mine")
+
+    module = Broken()
+    for callback in (kd(), hint()):
+        with pytest.raises(ArithmeticError, match="mine"):
+            fit(module, callback)
+        assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"terms": {}}, "terms is empty"),
+        ({"terms": {"loss": Term(losses.KD())}}, "cannot be a term's name"),
+        ({"terms": {"kd": losses.KD()}}, "wrap the loss"),
+        ({"teacher": "resnet50"}, "teacher is a module"),
+        ({"task_weight": -1.0}, "task_weight"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Distillation(**{"teacher": net(4), "terms": {"kd": Term(losses.KD())}} | arguments)
