@@ -1,5 +1,6 @@
-"""Every example in the README, in `docs/` and in a docstring runs; every generated table is complete."""
+"""Every example in the README, in `docs/` and in a docstring runs; every generated table and message is complete."""
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -181,3 +182,54 @@ def test_every_page_is_in_the_navigation() -> None:
     nav = yaml.safe_load((REPO / "mkdocs.yml").read_text())["nav"]
     listed = [page for entry in nav for page in entry.values()]
     assert sorted(listed) == sorted(page.relative_to(REPO / "docs").as_posix() for page in PAGES[2:])
+
+
+# --- docs/troubleshooting.md and the code
+
+
+SOURCES = [path for folder in ("lightning_kd", "callbacks", "tasks") for path in sorted((REPO / folder).rglob("*.py"))]
+VARIES = "…"
+
+
+def message(node: ast.expr) -> str:
+    """Return the text of a string in the source, with a mark for what an f-string fills in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    parts = node.values if isinstance(node, ast.JoinedStr) else []
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else VARIES for part in parts)
+
+
+def raised_messages() -> dict[str, str]:
+    """Return the first argument of everything named `...Error(...)`, and of `add_note`, with its place."""
+    found = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args:
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if name.endswith("Error") or name == "add_note":
+                    found[message(node.args[0])] = f"{path.relative_to(REPO)}:{node.lineno}"
+    return found
+
+
+def says(text: str, documented: str) -> bool:
+    """Whether the documented pieces stand in a message, in their order."""
+    position = 0
+    for piece in filter(None, documented.split(VARIES)):
+        position = text.find(piece, position)
+        if position < 0:
+            return False
+        position += len(piece)
+    return True
+
+
+def test_troubleshooting_and_the_code_say_the_same() -> None:
+    page = (REPO / "docs" / "troubleshooting.md").read_text()
+    documented = [row.split("`")[1] for row in page.splitlines() if row.startswith("| `")]
+    raised = raised_messages()
+    assert len(documented) > 50
+    invented = [said for said in documented if not any(says(text, said) for text in raised)]
+    assert not invented, "documented, but raised nowhere"
+    # What only passes another message on (`Term 'kd': ...`) has no words of its own.
+    own_words = {text: place for text, place in raised.items() if len(text.replace(VARIES, "")) > 10}
+    missing = {place: text for text, place in own_words.items() if not any(says(text, said) for said in documented)}
+    assert not missing, "raised, but not in docs/troubleshooting.md"
