@@ -92,6 +92,7 @@ class Distiller(nn.Module):
         self._taps: Taps | None = None
         self._calls: list[Call] | None = None
         self._handles: list[Any] = []
+        self._depth = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taps": None, "_calls": None, "_handles": []}
@@ -121,6 +122,10 @@ class Distiller(nn.Module):
         self._student_paths = self._resolve("student", student)
         self._teacher_paths = self._resolve("teacher", teacher)
         self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
+        self._read = [
+            Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
+            for name, term in self.named_terms()
+        ]
         self._taps = Taps(student, (path.module for path in self._student_paths.values()), "the student")
         self._taps.attach()
         self._handles = [
@@ -165,24 +170,30 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: If the distiller is not attached, or a tapped output was modified in place.
         """
-        if self._taps is None:
+        taps = self._taps
+        if taps is None:
             raise RuntimeError("The distiller is not attached: call attach(student) first.")
         calls: list[Call] = []
         self._calls = calls
+        self._depth = 0
         try:
             yield calls
-            self._taps.check()
+            taps.check(self._read)
         finally:
             self._calls = None
-            self._taps.close()
+            taps.close()
+            taps.forget()
 
     # The teacher answers before the student runs, when no activation of the student is in memory yet.
     def _before_call(self, student: nn.Module) -> Callable[..., None]:
         def answer(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Validation, evaluation under no_grad, a deep copy of the student and a recursive call are not ours.
-            if self._calls is None or self._taps is None or self._taps.recording:
+            # Validation, evaluation under no_grad and a deep copy of the student are not ours.
+            if self._calls is None or self._taps is None or module is not student:
                 return
-            if module is not student or not torch.is_grad_enabled():
+            if self._taps.recording:  # a recursive call is part of the outer one
+                self._depth += 1
+                return
+            if not torch.is_grad_enabled():
                 return
             knowledge = self._ask_teacher(args, kwargs)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
@@ -202,7 +213,11 @@ class Distiller(nn.Module):
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:
-            if module is student and self._taps is not None and self._taps.recording:
+            if module is not student or self._taps is None or not self._taps.recording:
+                return
+            if self._depth:
+                self._depth -= 1
+            else:
                 self._taps.close(output)
 
         return _eager(finish)

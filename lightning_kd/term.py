@@ -137,10 +137,12 @@ class Term(nn.Module):
         students = [self._tensor(self.student, value, "student") for value in student]
         teachers = [self._tensor(self.teacher, value, "teacher") for value in teacher]
         if len(students) != len(teachers) or not students:
+            remedy = "Tap modules that are called equally often."
+            if not students or not teachers:
+                remedy += " A compiled model has to be compiled, but not called, before its taps are attached."
             raise ValueError(
                 f"the student's {self.student.text!r} was called {len(students)} times and the teacher's "
-                f"{self.teacher.text!r} {len(teachers)} times in one forward pass; the calls cannot be paired. Tap "
-                "modules that are called equally often."
+                f"{self.teacher.text!r} {len(teachers)} times in one forward pass; the calls cannot be paired. {remedy}"
             )
         return list(zip(students, teachers, strict=True))
 
