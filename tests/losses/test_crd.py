@@ -11,9 +11,7 @@ from lightning_kd import losses
 from lightning_kd.functional import crd, crd_nce
 
 
-def _memory(
-    samples: int = 50, negatives: int = 20, **kwargs: float
-) -> tuple[losses.CRD, Tensor, Tensor, Tensor]:
+def _memory(samples: int = 50, negatives: int = 20, **kwargs: float) -> tuple[losses.CRD, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     s, t = torch.randn(8, 12), torch.randn(8, 20)
     loss = losses.CRD(dim=16, memory=samples, negatives=negatives, **kwargs)
@@ -35,9 +33,7 @@ def test_indistinguishable_in_closed_form():
 def test_samples_of_the_same_class_are_no_negatives():
     """With the batch's classes taken two by two, each sample has four negatives of six."""
     x = F.normalize(torch.ones(6, 4))
-    torch.testing.assert_close(
-        crd(x, x, target=torch.tensor([0, 0, 1, 1, 2, 2])), torch.tensor(2 * math.log(5))
-    )
+    torch.testing.assert_close(crd(x, x, target=torch.tensor([0, 0, 1, 1, 2, 2])), torch.tensor(2 * math.log(5)))
     torch.testing.assert_close(crd(x, x, target=torch.zeros(6, dtype=torch.int64)), torch.tensor(0.0))
 
 
@@ -73,10 +69,7 @@ def test_banks_move_in_training_only_and_only_for_the_batch():
     assert loss.banks is not None
     before = {key: value.clone() for key, value in loss.banks.state_dict().items()}
     loss.eval()(s, t, index=index)
-    assert all(
-        torch.equal(value, before[key]) or value.isnan().all()
-        for key, value in loss.banks.state_dict().items()
-    )
+    assert all(torch.equal(value, before[key]) or value.isnan().all() for key, value in loss.banks.state_dict().items())
     loss.train()(s, t, index=index)
     moved = (loss.banks.student != before["student"]).any(1)
     assert moved.nonzero().flatten().tolist() == sorted(index.tolist())
