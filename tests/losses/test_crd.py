@@ -110,6 +110,19 @@ def test_known_labels_are_no_negatives():
     assert alone < others / 10  # only the positive is left
 
 
+def test_the_sample_itself_is_no_negative():
+    """Every score is 0: each side is log(1 + K/M) and, for each draw of the other sample, log(1 + M/K)."""
+    loss = losses.CRD(dim=4, memory=2, negatives=1000, partition=1.0)
+    loss.build(torch.zeros(1, 3), torch.zeros(1, 3))
+    for parameter in loss.parameters():
+        nn.init.zeros_(parameter)
+    torch.manual_seed(0)
+    others = int((torch.randint(2, (1000,)) == 1).sum())
+    torch.manual_seed(0)
+    value = loss(torch.zeros(1, 3), torch.zeros(1, 3), index=torch.tensor([0]))
+    assert value.item() == pytest.approx(2 * (math.log(501) + others * math.log(1 + 1 / 500)), rel=1e-4)
+
+
 def test_resume_is_exact():
     loss, s, t, index = _memory()
     loss(s, t, index=index)
