@@ -133,13 +133,15 @@ class Taps:
         root: The model.
         paths: Module paths (``Path.module``); ``"output"`` is the model's own output.
         owner: What the model is called in error messages.
+        stop_early: Whether ``run`` may leave out the layers behind the deepest tap.
 
     Raises:
         ValueError: If a path is unknown; the message lists the closest names.
     """
 
-    def __init__(self, root: nn.Module, paths: Iterable[str], owner: str) -> None:
+    def __init__(self, root: nn.Module, paths: Iterable[str], owner: str, stop_early: bool = True) -> None:
         self.root = root
+        self.stop_early = stop_early
         self.owner = owner
         self._modules = {
             path: root if path == OUTPUT else find_module(root, path, owner) for path in dict.fromkeys(paths)
@@ -233,7 +235,8 @@ class Taps:
         run, that each tapped layer is called exactly once and that the model's own output is not asked for.
         """
         record = self.open()
-        self._stop_after = len(self._modules) if self._called_once and OUTPUT not in record else None
+        may_stop = self.stop_early and self._called_once and OUTPUT not in record
+        self._stop_after = len(self._modules) if may_stop else None
         output = None
         try:
             output = self.root(*args, **kwargs)

@@ -125,7 +125,7 @@ class Term(nn.Module):
                     "of the batch, its key or its index."
                 )
         assert self.projector is not None
-        losses = [self.loss(self.projector(s), self.teacher_side(t).detach(), **arguments) for s, t in pairs]
+        losses = [self.loss(self.projector(s), _constant(self.teacher_side(t)), **arguments) for s, t in pairs]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def pairs(self, student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
@@ -159,6 +159,11 @@ class Term(nn.Module):
     def extra_repr(self) -> str:
         """Says the wiring."""
         return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"
+
+
+def _constant(x: Tensor) -> Tensor:
+    # What a model computed under inference_mode cannot be saved for a backward; a copy of it can.
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def _number(value: object) -> float:
