@@ -74,8 +74,9 @@ class Distiller(nn.Module):
         super().__init__()
         if not terms:
             raise ValueError('terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.')
+        taken = nn.ModuleDict()
         for name, term in terms.items():
-            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(nn.ModuleDict, name):
+            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(taken, name):
                 raise ValueError(
                     f"{name!r} cannot be a term's name: names are identifiers other than 'loss' and 'task', which are "
                     "logged beside them, and the methods of a dict."
