@@ -354,7 +354,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     "content", [[1, 2], torch.zeros(3), {"epoch": 3}, {"state_dict": [1]}, {1: torch.zeros(2)}, {}]
 )
 def test_a_file_without_a_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no state dict|does not fit"):
+    with pytest.raises(ValueError, match=r"holds no state dict|does not fit"):
         load_weights(Net(), save(tmp_path, content))
 
 
