@@ -53,7 +53,7 @@ def test_a_weight_is_a_finite_number_that_is_not_negative(weight: Any) -> None:
 
 @pytest.mark.parametrize("weight", [schedules.Linear(1.0, -1.0), schedules.Cosine(-0.5, 1.0)])
 def test_a_schedule_of_weights_is_held_to_the_same(weight: schedules.Schedule) -> None:
-    with pytest.raises(ValueError, match="weight is a finite number.*Linear|Cosine"):
+    with pytest.raises(ValueError, match=r"weight is a finite number.*(Linear|Cosine)"):
         Term(losses.KD(), weight=weight)
 
 
