@@ -196,21 +196,22 @@ class Distiller(nn.Module):
                 return
             if not torch.is_grad_enabled():
                 return
-            knowledge = self._ask_teacher(args, kwargs)
+            args, kwargs = self.teacher_arguments(args, kwargs)
+            knowledge = self.teacher(*args, **kwargs)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
 
         return _eager(answer)
 
-    def _ask_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
+    def teacher_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what the teacher is called with where the student is called with ``args`` and ``kwargs``."""
         if self.teacher_input is None:
-            answer: Record = self.teacher(*args, **kwargs)
-            return answer
+            return args, kwargs
         made = self.teacher_input(*args, **kwargs)
         if isinstance(made, dict):
-            answer = self.teacher(**made)
-        else:
-            answer = self.teacher(*(made if isinstance(made, tuple) else (made,)))
-        return answer
+            return (), made
+        return (made if isinstance(made, tuple) else (made,)), {}
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:

@@ -114,15 +114,20 @@ class Frozen(Teacher):
         if self._taps is None:
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
         self.model.train(self.mode == "train")
+        args, kwargs = self.to_own_type(args, kwargs)
+        with torch.no_grad():
+            return self._taps.run(*args, **kwargs)
+
+    def to_own_type(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments with their floating-point tensors in the type of the model's weights."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
-        def to_own_type(x: Any) -> Any:
+        def convert(x: Any) -> Any:
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x
 
         if dtype is not None:
-            args, kwargs = tree_map(to_own_type, (args, kwargs))
-        with torch.no_grad():
-            return self._taps.run(*args, **kwargs)
+            args, kwargs = tree_map(convert, (args, kwargs))
+        return args, kwargs
 
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
