@@ -1,11 +1,18 @@
 """What the documentation generates from the code, so that it cannot differ from it."""
 
+import atexit
 import importlib
 import inspect
 import re
+import shutil
+import tempfile
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 
 REPO = Path(__file__).parents[1]
 MARKER = "<!-- table of {} -->"
@@ -50,6 +57,21 @@ def table(collection: str) -> str:
     for name, member in exports(module).items():
         rows.append(f"| `{name}` | {summary(member)} | {source(member)} | {test_file(member)} |")
     return "\n".join(rows)
+
+
+@event_priority(100)  # before mkdocstrings reads its paths
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show mkdocstrings, which reads files, the package as it is installed; called by mkdocs."""
+    setuptools = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]
+    site = Path(tempfile.mkdtemp(prefix="lightning-kd-docs-"))
+    atexit.register(shutil.rmtree, site)
+    package = site / "lightning_kd"
+    package.mkdir()
+    mapped = [REPO / folder for name, folder in setuptools["package-dir"].items() if "." in name]
+    for entry in [*(REPO / "lightning_kd").iterdir(), *mapped]:
+        (package / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
+    config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [str(site)]
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

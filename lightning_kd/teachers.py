@@ -184,7 +184,9 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
 
 def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
     """Says what keeps the tensors of a file from being a model's."""
-    missing = [f"it lacks {key}" for key in wanted if key not in have]
+    # Files from before torch 0.4.1 do not count batches, and torch loads them all the same.
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    missing = [f"it lacks {key}" for key in needed if key not in have]
     shapes = [
         f"{key} is {tuple(have[key].shape)} and not {tuple(value.shape)}"
         for key, value in wanted.items()

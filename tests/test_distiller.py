@@ -120,7 +120,7 @@ def test_a_task_offers_names() -> None:
     torch.testing.assert_close(values["kd"], nn.functional.mse_loss(student(x)["logits"], teacher(x)["logits"]))
     torch.testing.assert_close(values["hint"], nn.functional.mse_loss(student.stem(x), teacher.stem(x)))
     distiller.detach()
-    with pytest.raises(ValueError, match="no module 'logit'.*The task offers 'logits', 'features'"):
+    with pytest.raises(ValueError, match=r"no module 'logit'.*The task offers 'logits', 'features'"):
         Distiller({"kd": Term(nn.MSELoss(), student="logit")}, teacher, knowledge=knowledge).attach(student)
 
 

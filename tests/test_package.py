@@ -173,11 +173,6 @@ print(json.dumps(sorted(new & set({sorted(TASK_LIBRARIES)}))))
     assert json.loads(run_python(code)) == []
 
 
-def test_bare_import_is_light() -> None:
-    # The doors are lazy, so that shell completion, `--help` and a worker process need not wait for torch.
-    assert run_python("import sys, lightning_kd; print('torch' in sys.modules)") == "False"
-
-
 # --- public names
 
 
@@ -207,7 +202,6 @@ def test_all_is_true(package: str) -> None:
     assert len(public) == len(set(public))
     missing = [name for name in public if not hasattr(module, name)]
     assert not missing
-    assert set(public) <= set(dir(module))
 
 
 def test_lazy_doors_are_the_same_objects() -> None:

@@ -174,7 +174,6 @@ MODELS = {
     "cnn": (lambda: timm.create_model("resnet18", num_classes=5), "layer2"),
     "vit": (lambda: vit(24), "blocks.1"),
     "vit with registers": (lambda: vit(16, patch=4, reg_tokens=4), "blocks.1"),
-    "vit without class": (lambda: vit(16, patch=16, class_token=False, global_pool="avg"), "blocks.1"),
 }
 
 

@@ -306,6 +306,13 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         load_weights(Net(), save(tmp_path, state))
 
 
+def test_a_file_from_before_batches_were_counted(tmp_path: Path) -> None:
+    saved, model = Net(), Net()
+    state = {k: v for k, v in saved.state_dict().items() if "num_batches" not in k}
+    load_weights(model, save(tmp_path, prefixed(state, "model.")))
+    assert same(state_of(model), state_of(saved))
+
+
 def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*nowhere\.pt.*looked from"):
         Frozen(Net(), checkpoint=tmp_path / "nowhere.pt")

@@ -1,1 +1,90 @@
-"""The command line."""
+"""The command line: ``lightning-kd fit|validate|test|predict|list|export|compare``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+
+OWN = {"list": "listing", "export": "export", "compare": "compare"}
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+HELP = """\
+usage: lightning-kd COMMAND [--config NAME_OR_FILE] [options]
+
+Task-specific knowledge distillation: everything in YAML, nothing in code.
+
+  fit        train a student (and its teacher first, if it was never trained)
+  validate   measure a student on the validation data
+  test       measure a student on the test data
+  predict    predict with a student
+  compare    train teacher, student alone and distilled student; say what was gained
+  export     write a student as ONNX, TorchScript or a plain state dict
+  list       name the losses, teachers, tasks, callbacks, schedules, projectors, configs
+
+  lightning-kd COMMAND --help says more. First steps: lightning-kd compare --config digits_kd
+  --traceback, with any command: show where in the code an error arose
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What stands on the command line after the program's name; default: ``sys.argv[1:]``.
+
+    Returns:
+        0, or 2 after an error that its message explains in one line.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    traceback = "--traceback" in arguments
+    if traceback:
+        arguments.remove("--traceback")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 calls torch's pytree (torch >= 2.9) and jsonargparse (>= 4.49) by their older names.
+            warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", category=FutureWarning)
+            renamed = r"(?s).*(instantiate_classes|skip_none).*was deprecated in v4\.49"
+            warnings.filterwarnings("ignore", message=renamed, category=DeprecationWarning)
+            _run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if traceback or not _explains_itself(error):
+            raise
+        print(f"lightning-kd: error: {_root(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command in OWN:
+        importlib.import_module(f"lightning_kd.cli.{OWN[command]}").main(arguments)
+    elif command in LIGHTNING:
+        from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - `list` should not wait for torch
+
+        DistillationCLI([command, *arguments])
+    else:
+        from lightning_kd.cli.errors import unknown  # noqa: PLC0415
+
+        raise unknown("command", command, [*LIGHTNING, *OWN])
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether an error was raised to tell someone what to change, rather than by a defect."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
+
+    from lightning_kd.cli.errors import UsageError  # noqa: PLC0415
+
+    told = (UsageError, MisconfigurationException, FileNotFoundError, ModuleNotFoundError, ValueError, TypeError)
+    return isinstance(error, told) or type(error).__name__ == "ArgumentError"
+
+
+def _root(error: BaseException) -> BaseException:
+    """What a class that was being built complained of, without the list of all types that were tried."""
+    while "Union subtypes" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

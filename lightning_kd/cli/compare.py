@@ -1,0 +1,126 @@
+"""``lightning-kd compare``: teacher, student alone and distilled students, on the same data and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from lightning_kd.cli import costs, plot, report, teacher
+from lightning_kd.cli.configs import find
+from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.report import Row
+from lightning_kd.cli.runs import ParseOnly, Settings, Tested, fit
+
+DESCRIPTION = """\
+Train (or load) the teacher, the student alone, and the student distilled by each configuration; measure all of them
+on the test data; print and save what was gained. What was trained before is found again, so that an interrupted
+comparison goes on where it was. Further options override the configurations, as in `lightning-kd fit`.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Compare, print the table, and save it with the plot."""
+    parser = argparse.ArgumentParser(prog="lightning-kd compare", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config", "-c", nargs="+", required=True, metavar="NAME_OR_FILE", help="configurations")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the configuration's own seed")
+    parser.add_argument("--teacher", metavar="CKPT", help="take this teacher instead of training one")
+    parser.add_argument("--student-ckpt", nargs="+", default=[], metavar="CKPT", help="measure these students too")
+    parser.add_argument("--output", type=Path, help="folder for results; default: comparisons/<configuration>")
+    options, overrides = parser.parse_known_args(arguments)
+    names = [Path(name).stem for name in options.config]
+    output: Path = options.output or Path("comparisons", "+".join(names))
+    for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    files = [find(given) for given in options.config]
+    configs = {n: read(file, options.teacher, overrides) for n, file in zip(names, files, strict=True)}
+    students = [Path(path) for path in options.student_ckpt]
+    for path in students:
+        if not path.is_file():
+            raise UsageError(f"--student-ckpt: no checkpoint at {path}")
+    rows = compare(configs, options.seeds, students, output)
+    text = report.markdown(rows)
+    verdict = report.verdict(rows)
+    report.save(rows, f"{text}\n\n{verdict}\n", output)
+    plot.save(rows, output / "comparison.png")
+    print(f"\n{text}\n\n{verdict}\n\nsaved: {output}/comparison.md, .csv, .png and runs.csv")
+
+
+def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Settings:
+    """The settings of one configuration, its teacher ready.
+
+    Raises:
+        UsageError: If the configuration does not distil, or the teacher is not there and cannot be trained.
+    """
+    if teacher_checkpoint is not None:
+        if not Path(teacher_checkpoint).is_file():
+            raise UsageError(f"--teacher: no checkpoint at {teacher_checkpoint}")
+        given = ["--teacher_fit", "null", "--model.teacher.init_args.checkpoint", teacher_checkpoint]
+        overrides = [*overrides, *given]
+    cli = ParseOnly(["--config", file, *overrides], run=False)
+    settings = teacher.plain_config(cli)
+    spec = (settings["model"].get("teacher") or {}).get("init_args") or {}
+    if not settings["model"].get("terms") or not spec.get("model") or not spec.get("checkpoint"):
+        raise UsageError(
+            f"{file}: compare needs terms, and as teacher a lightning_kd.teachers.Frozen with a model and a checkpoint"
+        )
+    teacher.ensure(cli)
+    return {k: v for k, v in settings.items() if k in ("seed_everything", "trainer", "data", "model")}
+
+
+def compare(configs: dict[str, Settings], seeds: list[int] | None, students: list[Path], output: Path) -> list[Row]:
+    """Train and measure everything; a row each, with what it costs."""
+    runs = output / "runs"
+    teachers: dict[str, Row] = {}
+    alone: dict[str, Row] = {}
+    others: list[Row] = []
+    tested: dict[str, Tested] = {}
+
+    def row(name: str, role: str, each_seed: dict[int, Tested], baseline: str = "") -> Row:
+        tested[name] = next(iter(each_seed.values()))
+        return Row(name, role, {seed: t.metrics for seed, t in each_seed.items()}, baseline)
+
+    for name, settings in configs.items():
+        network, checkpoint = (settings["model"]["teacher"]["init_args"][k] for k in ("model", "checkpoint"))
+        key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
+        if key not in teachers:
+            taught = settings | {"model": settings["model"] | {"student": network}}
+            title = f"teacher{_number(teachers)}"
+            teachers[key] = row(title, "teacher", {0: Tested(taught, Path(checkpoint), runs)})
+        seeded = seeds or [settings["seed_everything"]]
+        single = teacher.alone(settings)
+        key = teacher.fingerprint(single | {"seed_everything": seeded})
+        if key not in alone:
+            title = f"student alone{_number(alone)}"
+            alone[key] = row(title, "alone", _train(title, single, settings, seeded, runs))
+        each_seed = _train(name, settings, settings, seeded, runs)
+        others.append(row(name, "distilled", each_seed, baseline=alone[key].name))
+    first = next(iter(configs.values()))
+    for path in students:
+        others.append(row(str(path), "given", {0: Tested(first, path, runs)}))
+    rows = [*teachers.values(), *alone.values(), *others]
+    _add_costs(rows, tested)
+    return rows
+
+
+def _train(name: str, training: Settings, measuring: Settings, seeds: list[int], runs: Path) -> dict[int, Tested]:
+    """Train under every seed; measure in agreement with the teacher, which the student alone never met."""
+    tested = {}
+    for seed in seeds:
+        checkpoint = fit(training | {"seed_everything": seed}, runs, f"{name}, seed {seed}")
+        tested[seed] = Tested(measuring | {"seed_everything": seed}, checkpoint, runs)
+    return tested
+
+
+def _number(so_far: dict[str, Row]) -> str:
+    return f" {len(so_far) + 1}" if so_far else ""
+
+
+def _add_costs(rows: list[Row], tested: dict[str, Tested]) -> None:
+    """Networks of one architecture share the numbers: measured apart, they would differ by chance."""
+    kinds = {row.name: teacher.fingerprint(tested[row.name].settings["model"]["student"]) for row in rows}
+    networks = {kinds[row.name]: tested[row.name].network() for row in rows}
+    latency = costs.latency_ms(networks)
+    for row in rows:
+        kind = kinds[row.name]
+        row.costs = costs.count(*networks[kind]) | {"latency_ms": latency[kind]}

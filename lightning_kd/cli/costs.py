@@ -1,0 +1,48 @@
+"""What a network costs, whoever trained it: parameters, operations, time, bytes."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
+    """Parameters, floating-point operations for the example, and bytes on disk.
+
+    A multiply-add is two operations, as ``torch.utils.flop_counter`` counts.
+    """
+    model.eval()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*example)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": counter.get_total_flops(),
+        "size_bytes": file.getbuffer().nbytes,
+    }
+
+
+def latency_ms(models: Mapping[str, tuple[nn.Module, tuple[Any, ...]]], rounds: int = 60) -> dict[str, float]:
+    """Median time of one call of each model on its example, on this machine, in milliseconds.
+
+    The models take turns, so that what else the machine does hits all of them alike.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for turn in range(rounds + 5):
+            for name, (model, example) in models.items():
+                model.eval()
+                start = time.perf_counter()
+                model(*example)
+                if turn >= 5:  # the first calls allocate
+                    taken[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(times) for name, times in taken.items()}

@@ -1,0 +1,130 @@
+"""``lightning-kd export``: the student alone, in a format that needs neither teacher nor this library."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.recipe import Saved, build
+
+Outputs = list[Tensor]
+Run = Callable[[tuple[Tensor, ...]], Outputs]
+
+
+def main(arguments: list[str]) -> None:
+    """Export a checkpoint and check what was written against the network in Python."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-kd export",
+        description="Write the student of a checkpoint, read it back, and compare its outputs with the network's.",
+    )
+    parser.add_argument("checkpoint", help="a .ckpt file that `lightning-kd fit` wrote")
+    parser.add_argument(
+        "--format",
+        required=True,
+        metavar="FORMAT",
+        help="onnx (any batch size; checked with onnxruntime), torchscript (PyTorch has deprecated it; for old "
+        "runtimes), or state_dict (weights only, for the plain class)",
+    )
+    parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
+    options = parser.parse_args(arguments)
+    if options.format not in FORMATS:
+        raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, received {options.format!r}")
+    ending, write = FORMATS[options.format]
+    saved = Saved(options.checkpoint)
+    output: Path = options.output or Path(options.checkpoint).with_suffix(ending)
+    if output.resolve() == Path(options.checkpoint).resolve():
+        raise UsageError(f"--output is the checkpoint itself ({output}); name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.part{ending}")
+    try:
+        difference = _difference(saved, write(saved, part))
+        if not difference <= options.tolerance:
+            raise UsageError(
+                f"the exported network differs by {difference:.2g} (--tolerance is {options.tolerance:.2g}); "
+                f"nothing was written to {output}"
+            )
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    size = output.stat().st_size / 1024
+    print(f"{output}: {size:.0f} kB; largest difference to the network's outputs: {difference:.2g}")
+
+
+def _difference(saved: Saved, run: Run) -> float:
+    """Largest difference of the outputs relative to their size, for two batch sizes."""
+    worst = 0.0
+    for batch in (1, 3):
+        inputs = saved.example(batch)
+        with torch.no_grad():
+            expected, received = outputs(saved.model(*inputs)), run(inputs)
+        if [e.shape for e in expected] != [r.shape for r in received]:
+            return float("inf")
+        for e, r in zip(expected, received, strict=True):
+            worst = max(worst, float((e - r).abs().max() / e.abs().max().clamp(min=1.0)))
+    return worst
+
+
+def outputs(value: Any) -> Outputs:
+    """All tensors in what a network returned, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _onnx(saved: Saved, path: Path) -> Run:
+    runtime = _late("onnxruntime")
+    _late("onnxscript")
+    inputs = saved.example(2)
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        saved.model, inputs, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
+    )
+    assert program is not None
+    program.save(path, external_data=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(inputs: tuple[Tensor, ...]) -> Outputs:
+        fed = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(each) for each in session.run(None, fed)]
+
+    return run
+
+
+def _torchscript(saved: Saved, path: Path) -> Run:
+    with warnings.catch_warnings():
+        # Said in --help, and asked for all the same.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=FutureWarning)
+        traced = torch.jit.trace(saved.model, saved.example(2))  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, str(path))
+        loaded = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+    return lambda inputs: outputs(loaded(*inputs))
+
+
+def _state_dict(saved: Saved, path: Path) -> Run:
+    torch.save(saved.state, path)
+    fresh = build(saved.recipe)
+    fresh.load_state_dict(torch.load(path, weights_only=True))
+    fresh.eval()
+    return lambda inputs: outputs(fresh(*inputs))
+
+
+def _late(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'{module} is not installed: pip install "lightning-kd[export]"') from error
+
+
+FORMATS: dict[str, tuple[str, Callable[[Saved, Path], Run]]] = {
+    "onnx": (".onnx", _onnx),
+    "torchscript": (".torchscript.pt", _torchscript),
+    "state_dict": (".state_dict.pt", _state_dict),
+}

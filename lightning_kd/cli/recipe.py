@@ -1,0 +1,121 @@
+"""What a checkpoint needs besides weights to become a network again: its recipe, as plain Python types."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.cli.errors import UsageError
+
+KEY = "lightning_kd"
+_INITIAL_WEIGHTS = {"weights": None, "pretrained": False}
+
+Recipe = dict[str, Any]
+Inputs = list[tuple[list[int], str]]
+"""Of each input, its shape without the batch, and the name of its type."""
+
+
+def plain(value: Any) -> Any:
+    """Configuration values as plain types, without what only says where training started from."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        kept = {str(k): plain(v) for k, v in value.items()}
+        if "class_path" in kept and "init_args" in kept:
+            kept["init_args"] = {k: _INITIAL_WEIGHTS.get(k, v) for k, v in kept["init_args"].items()}
+        return kept
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def accepts(class_path: str, argument: str) -> bool:
+    """Whether the class at that path takes the argument by name."""
+    return argument in inspect.signature(_import(class_path)).parameters
+
+
+def build(recipe: Any) -> Any:
+    """The network of a recipe, with fresh weights.
+
+    A recipe comes from a file, so it is not trusted: it can name subclasses of ``nn.Module`` and nothing else.
+
+    Raises:
+        UsageError: If it names something else, or something that cannot be imported or built.
+    """
+    if isinstance(recipe, list):
+        return [build(part) for part in recipe]
+    if not isinstance(recipe, dict):
+        return recipe
+    if "class_path" not in recipe:
+        return {key: build(value) for key, value in recipe.items()}
+    kind = _import(str(recipe["class_path"]))
+    arguments = build(recipe.get("init_args", {}))
+    try:
+        return kind(**arguments)
+    except Exception as error:
+        raise UsageError(f"{recipe['class_path']}({arguments}) cannot be built: {error}") from error
+
+
+def _import(class_path: str) -> type[nn.Module]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"cannot import {class_path!r}, the class of the saved network: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UsageError(f"refused: {class_path!r} is no subclass of torch.nn.Module; is the file from someone else?")
+    return found
+
+
+class Saved:
+    """The student of a checkpoint, ready to use.
+
+    Args:
+        path: A checkpoint that ``lightning-kd fit`` wrote. Loaded with ``weights_only=True``.
+
+    Raises:
+        UsageError: If there is no such file, or it is not such a checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if not Path(path).is_file():
+            raise UsageError(f"no checkpoint at {path}: give the path of a .ckpt file that `lightning-kd fit` wrote")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}") from error
+        if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
+            raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
+        self.recipe: Recipe = content[KEY]["student"]
+        self.inputs: Inputs = [(shape, dtype) for shape, dtype in content[KEY]["inputs"]]
+        prefix = "student."
+        self.state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+        self.model: nn.Module = build(self.recipe)
+        try:
+            self.model.load_state_dict(self.state)
+        except RuntimeError as error:
+            raise UsageError(f"{path}: the weights do not fit {self.recipe['class_path']}: {error}") from error
+        self.model.eval()
+
+    def example(self, batch: int) -> tuple[Tensor, ...]:
+        """Random inputs of the shapes that the student was trained on."""
+        if not self.inputs:
+            raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
+        return random_inputs(self.inputs, batch)
+
+
+def random_inputs(inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
+    """Tensors of those shapes and types, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape, name in inputs:
+        dtype: torch.dtype = getattr(torch, name)
+        noise = torch.randn(batch, *shape, generator=generator)
+        made.append(noise.to(dtype) if dtype.is_floating_point else noise.abs().to(dtype))
+    return tuple(made)

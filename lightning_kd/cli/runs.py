@@ -1,0 +1,102 @@
+"""Runs of a comparison: each is trained once, kept in a file, and found again by what decided it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.cli.recipe import Inputs, random_inputs
+from lightning_kd.cli.teacher import fingerprint
+from lightning_kd.teachers import load_weights
+
+Settings = dict[str, Any]
+ALL_IN_ONE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+class ParseOnly(DistillationCLI):
+    """The command line, read and not acted upon."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing: a teacher that does not exist yet cannot be loaded."""
+
+
+def write(settings: Settings, file: Path) -> str:
+    """Write settings to a file that ``--config`` reads; its path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1))
+    return str(file)
+
+
+def fit(settings: Settings, folder: Path, say: str) -> Path:
+    """Train by the same code as ``lightning-kd fit``, unless that was done before.
+
+    Returns:
+        The checkpoint, which is only there when the training ended.
+    """
+    key = fingerprint(settings)
+    checkpoint = folder / f"{key}.ckpt"
+    if checkpoint.is_file():
+        print(f"{say}: trained before")
+        return checkpoint
+    print(f"{say}: training, {settings['trainer'].get('max_epochs')} epochs", flush=True)
+    trainer = settings["trainer"] | ALL_IN_ONE
+    cli = DistillationCLI(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
+    part = folder / f".{key}.part"
+    cli.trainer.save_checkpoint(part, weights_only=True)
+    os.replace(part, checkpoint)
+    return checkpoint
+
+
+class Tested:
+    """A network with given weights, measured on the test data by the same code as ``lightning-kd test``.
+
+    Args:
+        settings: The configuration whose student the network is, and with whose teacher it may agree.
+        weights: File with the weights.
+        folder: Where what was measured is kept, and found again.
+    """
+
+    def __init__(self, settings: Settings, weights: Path, folder: Path) -> None:
+        quiet = ALL_IN_ONE | {"enable_progress_bar": False}
+        self.settings = settings | {"trainer": settings["trainer"] | quiet}
+        self.weights = weights
+        stat = weights.stat()
+        key = fingerprint(settings | {"weights": [str(weights), stat.st_size, stat.st_mtime_ns]})
+        self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(self._measure()))
+            os.replace(part, kept)
+        content = json.loads(kept.read_text())
+        self.metrics: dict[str, float] = content["metrics"]
+        self._inputs: Inputs = content["inputs"]
+
+    def _cli(self) -> DistillationCLI:
+        cli = DistillationCLI(["--config", write(self.settings, self._file)], run=False)
+        load_weights(cli.model.student, self.weights)
+        return cli
+
+    def _measure(self) -> dict[str, Any]:
+        cli = self._cli()
+        seen: Inputs = []
+
+        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if not seen:
+                seen.extend((list(a.shape[1:]), str(a.dtype)[6:]) for a in args if isinstance(a, Tensor))
+
+        handle = cli.model.student.register_forward_pre_hook(see)
+        measured = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+        handle.remove()
+        metrics = {k.removeprefix("test/"): float(v) for k, v in measured.items()}
+        return {"metrics": metrics, "inputs": seen}
+
+    def network(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The network, and one input for it."""
+        student: nn.Module = self._cli().model.student
+        return student.eval(), random_inputs(self._inputs, batch=1)

@@ -1,0 +1,51 @@
+"""The callback that makes a checkpoint complete: weights, and what they are the weights of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_kd.cli.recipe import KEY, Inputs, Recipe
+
+
+class SaveRecipe(Callback):
+    """Puts the student's class, its arguments and the shapes of its inputs into every checkpoint.
+
+    A checkpoint can then be moved, and still be exported or compared without the file it was trained from.
+
+    Args:
+        recipe: ``{"class_path": ..., "init_args": {...}}`` of the student.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.inputs: Inputs = []
+        self._handle: RemovableHandle | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the first call of the student, to see what it is given."""
+        student = pl_module.student
+        assert isinstance(student, nn.Module)
+        self._handle = student.register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and all(isinstance(arg, Tensor) for arg in args):
+            self.inputs = [(list(arg.shape[1:]), str(arg.dtype).removeprefix("torch.")) for arg in args]
+        self.on_fit_end()
+
+    def on_fit_end(self, *_: Any) -> None:
+        """Leave nothing behind in the student."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave nothing behind in the student."""
+        self.on_fit_end()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the recipe."""
+        checkpoint[KEY] = {"student": self.recipe, "inputs": [list(i) for i in self.inputs]}

@@ -1,0 +1,156 @@
+"""The teacher's own training: before the first distillation, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.recipe import plain
+
+if TYPE_CHECKING:
+    from lightning_kd.cli.command import DistillationCLI
+
+
+@dataclass
+class TeacherFit:
+    """How the teacher is trained when its checkpoint does not exist: alone, on the same data and task.
+
+    Optimizer and scheduler are the student's, with these values instead.
+
+    Args:
+        max_epochs: Epochs to train for.
+        lr: Learning rate.
+        seed: Seed, the same for all students of this teacher.
+    """
+
+    max_epochs: int
+    lr: float
+    seed: int = 0
+
+
+def ensure(cli: DistillationCLI) -> None:
+    """Train the teacher of a configuration and save it where the configuration says, unless it is there.
+
+    Beside the checkpoint lies a ``.json`` with all that decided it. A checkpoint that was trained otherwise is
+    never used and never overwritten.
+
+    Raises:
+        UsageError: If the checkpoint that is there was trained with other settings.
+    """
+    config = plain_config(cli)
+    how = config.get("teacher_fit")
+    spec = config["model"].get("teacher") or {}
+    checkpoint = (spec.get("init_args") or {}).get("checkpoint")
+    if not how or not checkpoint:
+        return
+    settings = own_training(config)
+    path = Path(checkpoint)
+    if path.is_file():
+        check(path, settings)
+        print(f"teacher: loaded from {path}, trained before")
+        return
+    print(f"teacher: no checkpoint at {path}; it is trained first ({how['max_epochs']} epochs)")
+    fit(cli, settings, path)
+    print(f"teacher: saved to {path}\n")
+
+
+def plain_config(cli: DistillationCLI) -> dict[str, Any]:
+    """The parsed configuration as plain types, without what is linked."""
+    parser = cli._parser(cli.subcommand)
+    loaded: dict[str, Any] = json.loads(parser.dump(cli.own_config, format="json", skip_validation=True))
+    return loaded
+
+
+def own_training(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the teacher's own training: the same one, with the teacher in the student's place."""
+    how = config["teacher_fit"]
+    model = config["model"]
+    network = model["teacher"]["init_args"]["model"]
+    settings = alone(config) | {"seed_everything": how["seed"], "trainer": {"max_epochs": how["max_epochs"]}}
+    settings["model"] = settings["model"] | {"student": network}
+    settings["model"]["optimizer"] = _replace(model.get("optimizer"), lr=how["lr"])
+    if model.get("lr_scheduler"):
+        settings["model"]["lr_scheduler"] = _replace(model["lr_scheduler"], T_max=how["max_epochs"])
+    return settings
+
+
+def alone(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without distillation: the same data, student, optimizer and trainer."""
+    model = {k: v for k, v in config["model"].items() if k not in ("teacher", "terms", "task_weight")}
+    return {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config} | {"model": model}
+
+
+def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The spec with those of the values that it has."""
+    arguments = spec.get("init_args") or {}
+    return spec | {"init_args": arguments | {k: v for k, v in values.items() if k in arguments}}
+
+
+def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
+    """Train with those settings; the checkpoint appears at ``path`` when it is whole."""
+    from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - which imports this module
+
+    trainer = plain(cli.own_config["trainer"])
+    quiet = {k: trainer[k] for k in ("accelerator", "devices", "enable_progress_bar") if k in trainer}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
+    try:
+        file = folder / "teacher.json"
+        root = {"default_root_dir": str(folder), "logger": False, "enable_checkpointing": False}
+        file.write_text(json.dumps(settings | {"trainer": quiet | settings["trainer"] | root}))
+        run = DistillationCLI(["fit", "--config", str(file)])
+        if run.trainer.is_global_zero:
+            (path.parent / f"{path.name}.json").write_text(json.dumps(settings, indent=1))
+        run.trainer.save_checkpoint(folder / path.name, weights_only=True)
+        _move(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@rank_zero_only
+def _move(made: Path, path: Path) -> None:
+    os.replace(made, path)
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that settings share only with equal ones."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse a teacher that was trained otherwise than these settings say.
+
+    Raises:
+        UsageError: Naming what differs.
+    """
+    record = path.parent / f"{path.name}.json"
+    if not record.is_file():
+        print(f"teacher: no record beside {path} of how it was trained; it is taken as it is")
+        return
+    before = json.loads(record.read_text())
+    if before == settings:
+        return
+    then, now = _flat(before), _flat(settings)
+    differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in sorted(then | now) if then.get(k) != now.get(k)]
+    raise UsageError(
+        f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train again, "
+        "name another file with --model.teacher.init_args.checkpoint, or take it as it is with --teacher_fit null"
+    )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

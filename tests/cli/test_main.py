@@ -1,0 +1,168 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_kd.cli import main
+from lightning_kd.cli.listing import KINDS, members
+
+SMALL = [
+    "--trainer.max_epochs", "2", "--model.lr_scheduler.init_args.T_max", "2", "--teacher_fit.max_epochs", "2",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+ALONE = ["--model.teacher", "null", "--model.terms", "null", "--teacher_fit", "null"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which ``fit --config digits_kd`` was run, from nothing."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "digits_kd", *SMALL, "--traceback"]) == 0
+    return folder
+
+
+def student(trained: Path) -> Path:
+    (found,) = (trained / "runs").rglob("*.ckpt")
+    return found
+
+
+def test_fit_trains_the_teacher_first_and_logs_side_by_side(trained: Path) -> None:
+    assert (trained / "checkpoints" / "digits_teacher.ckpt").is_file()
+    assert (trained / "checkpoints" / "digits_teacher.ckpt.json").is_file()
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == [
+        "digits_teacher.ckpt",
+        "digits_teacher.ckpt.json",
+    ]
+    run = trained / "runs" / "digits_kd" / "version_0"
+    assert (run / "metrics.csv").is_file()
+    assert (run / "config.yaml").is_file()
+    assert list(run.glob("events.out.tfevents*"))
+    assert {"train/kd", "train/task", "train/loss"} <= set((run / "metrics.csv").read_text().split("\n")[0].split(","))
+
+
+def test_a_checkpoint_holds_the_student_and_its_recipe_only(trained: Path) -> None:
+    content = torch.load(student(trained), weights_only=True)
+    assert all(key.startswith("student.") for key in content["state_dict"])
+    assert content["lightning_kd"]["student"]["init_args"]["num_classes"] == 10
+    assert content["lightning_kd"]["inputs"] == [[[1, 8, 8], "float32"]]
+
+
+def test_a_teacher_that_is_there_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "digits_kd", *SMALL, "--trainer.fast_dev_run", "true"]) == 0
+    assert "trained before" in capsys.readouterr().out
+    assert main(["fit", "--config", "digits_kd", *SMALL, "--data.init_args.train_size", "200"]) == 2
+    assert "train_size: 300 then, 200 now" in capsys.readouterr().err
+
+
+# Lightning says so of every checkpoint that is not tested where it was trained.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_test_measures_agreement_with_the_teacher(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    arguments = ["--trainer.logger", "false", "--ckpt_path", str(student(trained))]
+    assert main(["test", "--config", "digits_kd", *arguments]) == 0
+    assert "test/agreement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["onnx", "torchscript", "state_dict"])
+def test_export_survives_moving_the_checkpoint(
+    form: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copy(student(trained), tmp_path / "moved.ckpt")
+    output = tmp_path / f"student.{form}"
+    assert main(["export", str(moved), "--format", form, "--output", str(output)]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    assert output.stat().st_size > 10_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moved.ckpt", f"student.{form}"]
+
+
+def test_export_leaves_no_file_that_failed_the_check(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "student.onnx"
+    arguments = ["--format", "onnx", "--output", str(output), "--tolerance=-1"]
+    assert main(["export", str(student(trained)), *arguments]) == 2
+    assert "differs by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_names_other_code_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(student(trained), weights_only=True)
+    content["lightning_kd"]["student"] = {"class_path": "os.system", "init_args": {"command": "touch harm"}}
+    torch.save(content, tmp_path / "evil.ckpt")
+    assert main(["export", str(tmp_path / "evil.ckpt"), "--format", "onnx"]) == 2
+    assert "refused: 'os.system'" in capsys.readouterr().err
+
+
+def test_compare_trains_once_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", "--config", "digits_kd", *SMALL, "--output", "out"]
+    assert main([*arguments, "--traceback", "--seeds", "0"]) == 0
+    assert "cannot be told" in capsys.readouterr().out
+    assert main([*arguments, "--seeds", "0", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "student alone, seed 0: trained before" in out
+    assert "digits_kd, seed 1: training" in out
+    assert "over 2 seeds" in out
+    assert {"comparison.md", "comparison.csv", "comparison.png", "runs.csv"} <= {p.name for p in Path("out").iterdir()}
+    assert len(Path("out", "runs.csv").read_text().splitlines()) == 1 + 1 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fit", "--config", "digits_kdd"], "Did you mean digits_kd"),
+        (["fitt"], "Did you mean fit"),
+        (["list", "loses"], "Did you mean losses"),
+        (["export", "none.ckpt", "--format", "onnx"], "no checkpoint at none.ckpt"),
+        (["export", "none.ckpt", "--format", "tflite"], "expected one of onnx"),
+        (["compare", "--config", "digits_kd", "--teacher", "none.ckpt"], "no checkpoint at none.ckpt"),
+        (["fit", "--config", "digits_kd", *ALONE, "--model.student.init_args.depth", "9"], "error: expected a depth"),
+        (["fit", "--config", "digits_kd", "--trainer.max_epoch", "3"], "max_epoch"),
+        (["test", "--config", "digits_kd"], "error: No checkpoint at 'checkpoints/digits_teacher.ckpt'"),
+    ],
+)
+def test_bad_input_is_told_with_exit_code_2(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.ckpt")
+    for name in ("text.ckpt", "plain.ckpt"):
+        assert main(["export", str(tmp_path / name), "--format", "onnx"]) == 2
+        assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_member_that_is_listed_has_its_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = members(kind)
+    assert found
+    assert all(found.values()), found
+    assert main(["list", kind]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in found)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n  {c} " in told for c in ("fit", "validate", "test", "predict", "compare", "export", "list"))

@@ -1,0 +1,46 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+from lightning_kd.cli.report import Row, markdown, save, verdict
+
+
+def rows(distilled: list[float]) -> list[Row]:
+    def metrics(values: list[float]) -> dict[int, dict[str, float]]:
+        return {seed: {"accuracy": v, "agreement": 0.9, "loss": 1.0} for seed, v in enumerate(values)}
+
+    return [
+        Row("teacher", "teacher", {0: {"accuracy": 0.95, "agreement": 1.0}}),
+        Row("student alone", "alone", metrics([0.90, 0.91, 0.92])),
+        Row("kd", "distilled", metrics(distilled), baseline="student alone", costs={"parameters": 1234.0}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("distilled", "said"),
+    [
+        ([0.92, 0.931, 0.939], "+2.00 points of accuracy against the student alone (± 0.10 over 3 seeds, better in 3)"),
+        ([0.93, 0.90, 0.91], "within the spread of the seeds, so no difference is shown"),
+        ([0.80, 0.81, 0.825], "a loss beyond the spread"),
+        ([0.95], "cannot be told"),
+    ],
+)
+def test_the_verdict_is_honest(distilled: list[float], said: str) -> None:
+    assert said in verdict(rows(distilled))
+
+
+def test_the_table_has_mean_and_sample_deviation() -> None:
+    table = markdown(rows([0.90, 0.92, 0.94]))
+    assert "92.00 ± 2.00" in table
+    assert "1,234" in table
+    assert "loss" not in table
+
+
+def test_the_csv_files_hold_rows_and_runs(tmp_path: Path) -> None:
+    save(rows([0.90, 0.92, 0.94]), "text", tmp_path)
+    with (tmp_path / "comparison.csv").open() as file:
+        *_, kd = csv.DictReader(file)
+    assert float(kd["accuracy_std"]) == pytest.approx(0.02)
+    with (tmp_path / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 7

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+
+from lightning_kd.cli import main
+from lightning_kd.cli.configs import shipped, summary
+
+CONFIGS = shipped()
+
+
+def test_configs_are_found() -> None:
+    assert {"digits_kd", "cifar10_kd", "cifar10_dkd", "cifar10_feature"} <= set(CONFIGS)
+    folder = Path(__file__).parents[2] / "configs"
+    assert set(CONFIGS) == {path.stem for path in folder.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_says_what_it_is_and_names_no_machine(name: str) -> None:
+    assert summary(CONFIGS[name])
+    text = CONFIGS[name].read_text()
+    assert "/home" not in text
+    assert "/work" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_runs_from_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if name.startswith("cifar10"):
+        monkeypatch.setenv("LIGHTNING_KD_DATA", str(request.getfixturevalue("data_dir").resolve()))
+    monkeypatch.chdir(tmp_path)
+    short = [
+        "--trainer.max_epochs", "1", "--teacher_fit.max_epochs", "1",
+        "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
+        "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
+    ]  # fmt: skip
+    assert main(["fit", "--config", name, *short, "--traceback"]) == 0
+    (metrics,) = Path("runs").rglob("metrics.csv")
+    header, first, *_ = metrics.read_text().splitlines()
+    step = {k: v for k, v in zip(header.split(","), first.split(","), strict=True) if k.startswith("train/")}
+    losses = {k: float(v) for k, v in step.items() if v}
+    assert len(losses) >= 3
+    assert all(v > 0 for v in losses.values()), losses
