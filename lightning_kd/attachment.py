@@ -209,7 +209,8 @@ class Attachment(Callback):
     ) -> None:
         """Makes the terms' parameters from the shapes of two samples; nothing else is changed by it."""
         device = trainer.strategy.root_device
-        pl_module.to(device)
+        # What the strategy does right after this, and what the rehearsal needs done before.
+        trainer.precision_plugin.convert_module(pl_module).to(device)
         self._move_teacher(device)
         calls: list[Call] = []
         with ExitStack() as stack:
@@ -256,8 +257,7 @@ class Attachment(Callback):
         return training_step_and_terms
 
     def _total(self, trainer: Trainer, task_loss: Tensor, calls: list[Call], batch: Any) -> Tensor:
-        labels = {name: _label(how, batch, name) for name, how in self.labels.items() if self._wanted(name)}
-        losses = self.distiller(calls, **labels)
+        losses = self.distiller(calls, **self._labels_of(batch))
         self._check(trainer.global_step, losses, lambda name: self.distiller.ranges(calls, name))
         progress = trainer.global_step / self._total_steps
         total = self.task_weight * task_loss + self.distiller.total(losses, progress)
@@ -268,8 +268,14 @@ class Attachment(Callback):
                 self._values[f"train/{name}/weight"] = term.weight_at(progress)
         return total
 
-    def _wanted(self, label: str) -> bool:
-        return any(label in term.labels for _, term in self.distiller.named_terms())
+    def _labels_of(self, batch: Any) -> dict[str, Any]:
+        """Gets out of the batch what some term can use; what a loss only may use can be missing."""
+        found = {}
+        for name, how in self.labels.items():
+            required = [term.labels[name] for _, term in self.distiller.named_terms() if name in term.labels]
+            if required and (any(required) or how is not None or isinstance(batch, (tuple, list))):
+                found[name] = _label(how, batch, name)
+        return found
 
     def _check_called(self, calls: list[Call], pl_module: LightningModule) -> None:
         if calls:
@@ -370,11 +376,13 @@ def _label(how: Label | None, batch: Any, name: str) -> Any:
     try:
         if callable(how):
             return how(batch)
+        if how is None and not isinstance(batch, (tuple, list)):
+            raise TypeError("batch[1] is the default for batches that are tuples or lists")
         return batch[1 if how is None else how]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"A loss needs {name!r}, and {how if how is not None else 'batch[1]'} is not in the batch "
-            f"({describe(batch)}). Pass {name}=..., a function of the batch, its key or its index."
+            f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "
+            f"{describe(batch)}: {error!r}. Pass {name}=..., a function of the batch, its key or its index."
         ) from error
 
 

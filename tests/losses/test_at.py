@@ -12,9 +12,7 @@ def test_against_torchdistill(squared: bool, mode: str):
     s, t = torch.randn(4, 3, 5, 6), torch.randn(4, 8, 5, 6)
     side = {"io": "output", "path": "x"}
     peer = ATLoss({"pair": {"student": side, "teacher": side}}, mode=mode)
-    torch.testing.assert_close(
-        losses.AT(squared=squared)(s, t), peer({"x": {"output": s}}, {"x": {"output": t}})
-    )
+    torch.testing.assert_close(losses.AT(squared=squared)(s, t), peer({"x": {"output": s}}, {"x": {"output": t}}))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 4.0])

@@ -36,9 +36,7 @@ def _vid(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _crd(module: nn.Module, s: Tensor, t: Tensor, target: Tensor) -> Tensor:
-    s, t = (
-        nn.functional.normalize(head(x)) for head, x in ((module.student_head, s), (module.teacher_head, t))
-    )
+    s, t = (nn.functional.normalize(head(x)) for head, x in ((module.student_head, s), (module.teacher_head, t)))
     return functional.crd(s, t, target=target)
 
 
@@ -76,15 +74,11 @@ CASES = {
 
 @pytest.fixture(params=losses.__all__)
 def name(request: pytest.FixtureRequest) -> str:
-    assert request.param in CASES, (
-        f"losses.{request.param} needs a Case in {__file__}: how to make and call it."
-    )
+    assert request.param in CASES, f"losses.{request.param} needs a Case in {__file__}: how to make and call it."
     return request.param
 
 
-def _inputs(
-    case: Case, scale: float = 1.0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(case: Case, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     target = torch.randint(case.student[1], (case.student[0],))
     return (
@@ -125,9 +119,7 @@ def test_zero_at_equality(name: str):
     if "zero" in case.not_true:
         pytest.skip(case.not_true["zero"])
     _, t, y = _inputs(case)
-    torch.testing.assert_close(
-        _call(_built(case, t, t), t.clone(), t, y), torch.tensor(0.0), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(_call(_built(case, t, t), t.clone(), t, y), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
 def test_stationary_at_equality(name: str):

@@ -11,9 +11,7 @@ from lightning_kd import losses
 from lightning_kd.functional import crd, crd_nce
 
 
-def _memory(
-    samples: int = 50, negatives: int = 20, **kwargs: float
-) -> tuple[losses.CRD, Tensor, Tensor, Tensor]:
+def _memory(samples: int = 50, negatives: int = 20, **kwargs: float) -> tuple[losses.CRD, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     s, t = torch.randn(8, 12), torch.randn(8, 20)
     loss = losses.CRD(dim=16, memory=samples, negatives=negatives, **kwargs)
@@ -35,9 +33,7 @@ def test_indistinguishable_in_closed_form():
 def test_samples_of_the_same_class_are_no_negatives():
     """With the batch's classes taken two by two, each sample has four negatives of six."""
     x = F.normalize(torch.ones(6, 4))
-    torch.testing.assert_close(
-        crd(x, x, target=torch.tensor([0, 0, 1, 1, 2, 2])), torch.tensor(2 * math.log(5))
-    )
+    torch.testing.assert_close(crd(x, x, target=torch.tensor([0, 0, 1, 1, 2, 2])), torch.tensor(2 * math.log(5)))
     torch.testing.assert_close(crd(x, x, target=torch.zeros(6, dtype=torch.int64)), torch.tensor(0.0))
 
 
@@ -73,10 +69,7 @@ def test_banks_move_in_training_only_and_only_for_the_batch():
     assert loss.banks is not None
     before = {key: value.clone() for key, value in loss.banks.state_dict().items()}
     loss.eval()(s, t, index=index)
-    assert all(
-        torch.equal(value, before[key]) or value.isnan().all()
-        for key, value in loss.banks.state_dict().items()
-    )
+    assert all(torch.equal(value, before[key]) or value.isnan().all() for key, value in loss.banks.state_dict().items())
     loss.train()(s, t, index=index)
     moved = (loss.banks.student != before["student"]).any(1)
     assert moved.nonzero().flatten().tolist() == sorted(index.tolist())
@@ -115,6 +108,19 @@ def test_known_labels_are_no_negatives():
     others = loss.eval()(s, t, labels + 1, index)
     alone = loss.eval()(s, t, labels, index)
     assert alone < others / 10  # only the positive is left
+
+
+def test_the_sample_itself_is_no_negative():
+    """Every score is 0: each side is log(1 + K/M) and, for each draw of the other sample, log(1 + M/K)."""
+    loss = losses.CRD(dim=4, memory=2, negatives=1000, partition=1.0)
+    loss.build(torch.zeros(1, 3), torch.zeros(1, 3))
+    for parameter in loss.parameters():
+        nn.init.zeros_(parameter)
+    torch.manual_seed(0)
+    others = int((torch.randint(2, (1000,)) == 1).sum())
+    torch.manual_seed(0)
+    value = loss(torch.zeros(1, 3), torch.zeros(1, 3), index=torch.tensor([0]))
+    assert value.item() == pytest.approx(2 * (math.log(501) + others * math.log(1 + 1 / 500)), rel=1e-4)
 
 
 def test_resume_is_exact():

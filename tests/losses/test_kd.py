@@ -52,9 +52,7 @@ def test_a_binary_logit_is_a_softmax_over_it_and_zero(divergence: str):
 
 def test_hand_computed():
     s, t = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    assert kd(s, t, temperature=1.0).item() == pytest.approx(
-        0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    )
+    assert kd(s, t, temperature=1.0).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
 
 
 def test_high_temperature_matches_centred_logits():

@@ -20,8 +20,7 @@ def test_without_self_pairs_against_categorical():
     s, t = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 12, dtype=torch.float64)
     others = ~torch.eye(6, dtype=torch.bool)
     kernels = [
-        torch.stack([torch.cosine_similarity(row, x) for row in x])[others].reshape(6, 5) / 2 + 0.5
-        for x in (s, t)
+        torch.stack([torch.cosine_similarity(row, x) for row in x])[others].reshape(6, 5) / 2 + 0.5 for x in (s, t)
     ]
     expected = kl_divergence(Categorical(kernels[1]), Categorical(kernels[0])).sum() / 36
     torch.testing.assert_close(pkt(s, t), expected, rtol=1e-4, atol=0)

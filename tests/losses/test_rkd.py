@@ -57,3 +57,11 @@ def test_too_little_to_compare_is_refused():
         losses.RKD()(torch.zeros(2, 8), torch.zeros(2, 8))
     with pytest.raises(ValueError, match="both 0"):
         losses.RKD(distance=0.0, angle=0.0)
+
+
+def test_distances_survive_a_large_offset():
+    """From 26 rows on torch.cdist would expand the square, and lose distances of 1 between points at 1000."""
+    torch.manual_seed(0)
+    s, t = 1000 + torch.randn(40, 3), torch.randn(40, 3)
+    expected = rkd(s.double(), t.double(), angle=0.0).float()
+    torch.testing.assert_close(rkd(s, t, angle=0.0), expected, rtol=1e-4, atol=0)

@@ -1,0 +1,423 @@
+"""The invariants of the design, for every loss, through the callback on a module that knows nothing of it."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning_kd.tasks import Classification
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_kd import Distillation, DistillationModule, Term, losses, schedules
+
+LOGITS = ("output", "output")
+MAPS = ("stem", "stem")
+VECTORS = ("pool", "pool")
+WIRING = {
+    "AT": (losses.AT, MAPS),
+    "CRD": (lambda: losses.CRD(dim=8), VECTORS),
+    "DIST": (losses.DIST, LOGITS),
+    "DKD": (losses.DKD, LOGITS),
+    "FitNet": (losses.FitNet, MAPS),
+    "KD": (losses.KD, LOGITS),
+    "NKD": (losses.NKD, LOGITS),
+    "OFA": (losses.OFA, LOGITS),
+    "PKT": (losses.PKT, VECTORS),
+    "PLD": (losses.PLD, LOGITS),
+    "RKD": (losses.RKD, VECTORS),
+    "SP": (losses.SP, VECTORS),
+    "Standardized": (lambda: losses.Standardized(losses.KD()), LOGITS),
+    "VID": (losses.VID, MAPS),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, width: int, stride: int = 1, norm: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, stride=stride, padding=1),
+            nn.BatchNorm2d(width) if norm else nn.Identity(),
+            nn.ReLU(),
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.drop = nn.Dropout(0.1 if norm else 0.0)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.pool(self.stem(x))))
+
+
+class Plain(LightningModule):
+    """A user's module: no trace of distillation."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.model = Net(4, stride=2, norm=norm)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+        self.log("my_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+
+
+class Validated(Plain):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", nn.functional.cross_entropy(self.model(batch[0]), batch[1]))
+
+
+class History(Logger):
+    """What was logged, step by step."""
+
+    name, version = "history", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, float]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "train/loss" in metrics:
+            self.steps.append({name: value for name, value in metrics.items() if name.startswith("train/")})
+
+
+def loader(batch_size: int = 8) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(32, 1, 8, 8, generator=generator)
+    labels = torch.randint(0, 5, (32,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
+
+
+def trainer(*callbacks: Callback | History, epochs: int = 2, **kwargs: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": [history for history in callbacks if isinstance(history, History)],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+    }
+    hooks = [callback for callback in callbacks if isinstance(callback, Callback)]
+    return Trainer(max_epochs=epochs, callbacks=hooks, **options | kwargs)
+
+
+def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwargs: Any) -> Distillation:
+    loss, (student_path, teacher_path) = WIRING[name]
+    terms = {"it": Term(loss(), weight=0.5, student=student_path, teacher=teacher_path)}
+    return Distillation(teacher or Net(6), terms, **{"student": "model"} | kwargs)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key, value in a.items() if not torch.equal(value, b[key])] == []
+
+
+@pytest.fixture(params=losses.__all__)
+def name(request: pytest.FixtureRequest) -> str:
+    assert request.param in WIRING, f"losses.{request.param} needs an entry in WIRING of {__file__}"
+    return request.param
+
+
+def test_the_teacher_stands_still_and_is_asked_once_per_training_batch(name: str) -> None:
+    teacher = Net(6)
+    before, calls, modes = state_of(teacher), [], []
+    teacher.stem.register_forward_hook(lambda module, args, output: calls.append(output.requires_grad))
+    teacher.stem.register_forward_hook(lambda module, args, output: modes.append(module.training))
+
+    class Meddler(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            teacher.train()
+
+    callback = distillation(name, teacher)
+    trainer(Meddler(), callback, num_sanity_val_steps=2).fit(Validated(), loader(), loader())
+    assert_same(before, state_of(teacher))
+    rehearsals = 1 if any(True for _ in callback.distiller.parameters()) or name == "AT" else 0
+    assert len(calls) == 2 * 4 + rehearsals
+    assert not any(calls)
+    assert not any(modes)
+
+
+def test_every_term_is_logged_and_moves_the_student(name: str) -> None:
+    history = History()
+    seed_everything(0)
+    module = Plain()
+    trainer(distillation(name, task_weight=0.0), history, epochs=1).fit(module, loader())
+    assert all(step["train/it"] > 0 for step in history.steps)
+    for step in history.steps:
+        assert step["train/loss"] == pytest.approx(0.5 * step["train/it"], rel=1e-5)
+    seed_everything(0)
+    assert not torch.equal(module.model.stem[0].weight, Plain().model.stem[0].weight)
+
+
+def test_the_checkpoint_holds_the_student_alone(name: str, tmp_path: Path) -> None:
+    module, run = Plain(), trainer(distillation(name), epochs=1)
+    run.fit(module, loader())
+    file = tmp_path / "it.ckpt"
+    run.save_checkpoint(file, weights_only=False)
+    checkpoint = torch.load(file, weights_only=True)
+    fresh = Plain()
+    fresh.load_state_dict(checkpoint["state_dict"], strict=True)
+    assert_same(state_of(fresh), state_of(module))
+    sizes = sum(v.numel() for v in checkpoint["state_dict"].values())
+    assert sizes == sum(v.numel() for v in Plain().state_dict().values())
+    saved = checkpoint["callbacks"].get("Distillation", {})
+    assert all(key.startswith("it.") for key in saved)
+
+
+def test_resume_is_exact(name: str, tmp_path: Path) -> None:
+    def run(history: History, resume: Path | None = None) -> tuple[LightningModule, Distillation]:
+        seed_everything(3)
+        module, callback = Plain(), distillation(name)
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        trainer(callback, history, Reseed(), keep, enable_checkpointing=True).fit(
+            module, loader(), ckpt_path=resume, weights_only=True
+        )
+        return module, callback
+
+    whole, rest = History(), History()
+    module, callback = run(whole)
+    resumed, resumed_callback = run(rest, tmp_path / "epoch=0.ckpt")
+    assert_same(state_of(module), state_of(resumed))
+    assert_same(callback.state_dict(), resumed_callback.state_dict())
+    assert whole.steps[4:] == rest.steps
+
+
+class Reseed(Callback):
+    """Dropout draws from the global generator, which Lightning does not restore."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        torch.manual_seed(100 + trainer.global_step)
+
+
+def test_nothing_is_left_behind(name: str) -> None:
+    module, teacher = Plain(), Net(6)
+    callback = distillation(name, teacher)
+    trainer(callback, epochs=1).fit(module, loader())
+    never_distilled = Plain()
+    trainer(epochs=1).fit(never_distilled, loader())
+    assert vars(module).keys() == vars(never_distilled).keys()
+    module.trainer = None
+    assert list(module._modules) == ["model"]
+    for net in (module, teacher):
+        for part in net.modules():
+            assert not part._forward_hooks
+            assert not part._forward_pre_hooks
+    pickle.loads(pickle.dumps(module))
+    copy.deepcopy(module)
+    pickle.loads(pickle.dumps(callback))
+    copy.deepcopy(callback)
+
+
+@pytest.mark.parametrize("optimizer", ["model", "all", "groups", "scheduler", "lists", "one-cycle", "adagrad", "named"])
+def test_projectors_learn_however_configure_optimizers_is_written(optimizer: str) -> None:
+    class Configured(Plain):
+        def configure_optimizers(self) -> Any:  # noqa: PLR0911  # one return per way to write it
+            mine: Any = self.model.parameters()
+            if optimizer == "all":
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+            if optimizer == "groups":
+                return torch.optim.SGD(
+                    [{"params": self.model.head.parameters()}, {"params": self.model.stem.parameters()}], 0.1
+                )
+            if optimizer == "adagrad":
+                return [torch.optim.Adagrad(mine, initial_accumulator_value=0.5)]
+            if optimizer == "named":
+                return torch.optim.SGD(self.model.named_parameters(), lr=0.1)
+            made = torch.optim.SGD(mine, lr=0.1, momentum=0.9)
+            if optimizer == "scheduler":
+                return {
+                    "optimizer": made,
+                    "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(made, [lambda step: 0.5**step]),
+                }
+            if optimizer == "lists":
+                return [made], [{"scheduler": torch.optim.lr_scheduler.StepLR(made, 1), "interval": "step"}]
+            if optimizer == "one-cycle":
+                cycle = torch.optim.lr_scheduler.OneCycleLR(made, 0.1, total_steps=8)
+                return {"optimizer": made, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+            return made
+
+    class Grab(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.before = [p.detach().clone() for p in callback.distiller.parameters()]
+
+    callback, grab = distillation("FitNet"), Grab()
+    run = trainer(callback, grab)
+    run.fit(Configured(), loader())
+    assert grab.before
+    assert all(not torch.equal(a, b) for a, b in zip(grab.before, callback.distiller.parameters(), strict=True))
+    groups = [id(p) for group in run.optimizers[0].param_groups for p in group["params"]]
+    assert len(groups) == len(set(groups))
+    if optimizer == "scheduler":
+        assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)
+
+
+def test_accumulated_micro_batches_give_the_full_batch() -> None:
+    results = []
+    for batch_size, accumulate in ((16, 1), (4, 4)):
+        seed_everything(0)
+        module = Plain(norm=False)
+        terms = {
+            "kd": Term(losses.KD()),
+            "hint": Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0),
+        }
+        callback = Distillation(Net(6, norm=False), terms, student="model")
+        trainer(callback, accumulate_grad_batches=accumulate).fit(module, loader(batch_size=batch_size))
+        results.append(state_of(module))
+    for key in results[0]:
+        torch.testing.assert_close(results[0][key], results[1][key])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_terms_are_alive_in_other_precisions(precision: Any, name: str) -> None:
+    history = History()
+    trainer(distillation(name), history, epochs=1, precision=precision).fit(Plain(), loader())
+    assert all(0 < step["train/it"] < float("inf") for step in history.steps)
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_gradient_clipping(clip: str) -> None:
+    trainer(distillation(), gradient_clip_val=0.01, gradient_clip_algorithm=clip).fit(Plain(), loader())
+
+
+def test_a_term_that_is_not_finite_stops_the_run_with_its_name_step_and_ranges() -> None:
+    class Explodes(nn.Module):
+        calls = 0
+
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            self.calls += 1
+            return (student - teacher).square().mean() / (0.0 if self.calls == 3 else 1.0)
+
+    callback = Distillation(Net(6), {"boom": Term(Explodes())}, student="model")
+    with pytest.raises(FloatingPointError, match=r"Step 2: the distillation term 'boom' is inf \(student in \[-?\d"):
+        trainer(callback).fit(module := Plain(), loader())
+    assert "training_step" not in vars(module)
+    assert not module.model._forward_hooks
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", ["KD", "FitNet"])
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_beside_weight_averaging(order: str, name: str, tmp_path: Path) -> None:
+    average, callback = EMAWeightAveraging(decay=0.9), distillation(name)
+    callbacks = [callback, average] if order == "before" else [average, callback]
+    run = trainer(*callbacks)
+    module = Validated()
+    if order == "after" and name == "FitNet":
+        with pytest.raises(ValueError, match="comes before Distillation"):
+            run.fit(module, loader(), loader())
+        return
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(*callbacks, keep, enable_checkpointing=True)
+    run.fit(module, loader(), loader())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for state in (checkpoint["state_dict"], checkpoint["current_model_state"]):
+        Plain().load_state_dict(state, strict=True)
+    trainer(*callbacks, keep, epochs=3, enable_checkpointing=True).fit(
+        Validated(), loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+
+
+def test_the_module_door_is_the_callback_door() -> None:
+    def terms() -> dict[str, Term]:
+        torch.manual_seed(7)
+        return {
+            "kd": Term(losses.KD(), weight=schedules.Linear(0.0, 2.0)),
+            "hint": Term(losses.FitNet(), student="stem", teacher="stem"),
+        }
+
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+    seed_everything(0)
+    teacher, plain = Net(6), Validated()
+    module = DistillationModule(Classification(5), copy.deepcopy(plain.model), teacher, terms(), optimizer=sgd)
+    histories = History(), History()
+    for history, door, callbacks in (
+        (histories[0], plain, [Distillation(teacher, terms(), student="model")]),
+        (histories[1], module, []),
+    ):
+        torch.manual_seed(11)
+        trainer(*callbacks, history).fit(door, loader(), loader())
+    assert histories[0].steps == histories[1].steps
+    assert histories[0].steps[4]["train/kd/weight"] == 1.0
+    assert_same(state_of(plain.model), state_of(module.student))
+    assert all(key.startswith("student.") for key in module.state_dict())
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_invariants import Net, Plain, loader, trainer
+from lightning.pytorch import LightningDataModule, seed_everything
+from torch.utils.data import DataLoader, DistributedSampler
+from lightning_kd import Distillation, Term, losses
+
+class Halves(LightningDataModule):
+    # Lightning's own sampler shuffles training data anew for each number of processes.
+    def train_dataloader(self):
+        data, trainer = loader().dataset, self.trainer
+        sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=16 // trainer.world_size, sampler=sampler)
+
+if __name__ == "__main__":
+    strategy, devices, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    seed_everything(0)
+    module = Plain(norm=False)
+    terms = {{
+        "kd": Term(losses.KD()),
+        "dkd": Term(losses.DKD(), weight=0.1),
+        "hint": Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0),
+    }}
+    callback = Distillation(Net(6, norm=False), terms, student="model")
+    run = trainer(callback, strategy=strategy, devices=devices, use_distributed_sampler=False)
+    seed_everything(0)  # as DDP does by itself before the projectors are made
+    run.fit(module, Halves())
+    if run.is_global_zero:
+        logged = {{k: float(v) for k, v in run.callback_metrics.items()}}
+        torch.save({{"state": module.state_dict(), "logged": logged, "projectors": callback.state_dict()}}, out)
+"""
+
+
+def train_in_processes(strategy: str, devices: int, folder: Path) -> dict[str, Any]:
+    script, out = folder / "train.py", folder / "out.pt"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    command = [sys.executable, str(script), strategy, str(devices), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "unused" not in done.stderr
+    result: dict[str, Any] = torch.load(out, weights_only=True)
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_in_processes("auto", 1, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_two_processes_are_the_same_training(strategy: str, one_process: dict[str, Any], tmp_path: Path) -> None:
+    two = train_in_processes(strategy, 2, tmp_path)
+    assert set(two["logged"]) == {"my_loss", "train/loss", "train/task", "train/kd", "train/dkd", "train/hint"}
+    assert all(value > 0 for value in two["logged"].values())
+    # Lightning brings back from spawned processes the module, but not the callbacks.
+    for part in ("state",) if strategy == "ddp_spawn" else ("state", "projectors"):
+        assert two[part].keys() == one_process[part].keys() != set()
+        for key in two[part]:
+            torch.testing.assert_close(two[part][key], one_process[part][key])
