@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.taps import OUTPUT, Path, Record, Taps, describe, find_module
+from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.term import Term
+from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
 """Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""

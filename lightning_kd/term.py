@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kd.projectors import bridge
 from lightning_kd.schedules import Schedule
-from lightning_kd.taps import OUTPUT, Path, describe
+from lightning_kd.wiring import OUTPUT, Path, describe
 
 
 class Term(nn.Module):

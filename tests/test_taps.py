@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_kd import Distiller, Term
-from lightning_kd.taps import OUTPUT, Path, Taps, describe, find_module
+from lightning_kd.taps import Taps
+from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
 Pair = namedtuple("Pair", ["first", "second"])
 
