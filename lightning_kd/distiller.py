@@ -229,7 +229,7 @@ class Distiller(nn.Module):
         """Makes the parameters of projectors and losses for the shapes of a sample call.
 
         Args:
-            call: A call that was watched; it may have been made under ``no_grad``.
+            call: A call that was watched.
 
         Raises:
             ValueError: If the shapes of a term cannot be bridged.
