@@ -1,26 +1,22 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_kd.distiller import Call, Distiller
 from lightning_kd.finite import FiniteCheck
-from lightning_kd.samples import first_samples
+from lightning_kd.guest import GUEST, Guest
+from lightning_kd.optimizers import adopt, optimizers_of
+from lightning_kd.rehearsal import rehearse
 from lightning_kd.schedules import Schedule
-from lightning_kd.taps import describe, find_module
-
-GUEST = "_distillation"
-"""The submodule that holds the terms' parameters in the user's module during a fit."""
+from lightning_kd.wiring import describe, find_module
 
 Label = Callable[[Any], Any] | str | int
 """How to get labels out of a batch: a function of it, a key, or an index."""
@@ -201,40 +197,16 @@ class Attachment(Callback):
         self._undo.append(lambda: delattr(pl_module, GUEST))
 
     def _build(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        student: nn.Module,
-        training_step: Callable[..., Any],
+        self, trainer: Trainer, pl_module: LightningModule, student: nn.Module, training_step: Callable[..., Any]
     ) -> None:
-        """Makes the terms' parameters from the shapes of two samples; nothing else is changed by it."""
+        """Makes the terms' parameters from the shapes of two samples."""
         device = trainer.strategy.root_device
         # What the strategy does right after this, and what the rehearsal needs done before.
         trainer.precision_plugin.convert_module(pl_module).to(device)
         self._move_teacher(device)
-        calls: list[Call] = []
-        with ExitStack() as stack:
-            stack.enter_context(isolate_rng())
-            stack.enter_context(_buffers_restored(pl_module))
-            stack.enter_context(_silent(pl_module))
-            # Hooks that a compiled module meets only later would never fire.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(student.register_forward_hook(_end_rehearsal).remove)
-            try:
-                batch = first_samples(trainer, pl_module)
-                stack.enter_context(trainer.precision_plugin.train_step_context())
-                calls = stack.enter_context(self.distiller.watch())
-                with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
-                training_step(batch, *([0] if with_index else []))
-            except _RehearsalEndedError:
-                pass
-            except Exception as error:
-                error.add_note(
-                    "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
-                    "projectors have to bridge. A term whose projector= is given needs none."
-                )
-                raise
-            self._check_called(calls, pl_module)
+        calls = rehearse(trainer, pl_module, training_step, student, self.distiller)
+        self._check_called(calls, pl_module)
+        with isolate_rng():  # data order and dropout are those of the student trained alone
             self.distiller.build(calls[0])
 
     def _distilling(
@@ -299,9 +271,9 @@ class Attachment(Callback):
         @functools.wraps(configure_optimizers)
         def configure_optimizers_and_terms() -> Any:
             result = configure_optimizers()
-            optimizers = list(_optimizers(result))
+            optimizers = list(optimizers_of(result))
             if optimizers:
-                _adopt(optimizers, [p for p in self.distiller.parameters() if p.requires_grad])
+                adopt(optimizers, [p for p in self.distiller.parameters() if p.requires_grad])
             return result
 
         return configure_optimizers_and_terms
@@ -318,62 +290,6 @@ class Attachment(Callback):
             self._undo.append(undo)
 
 
-class Guest(nn.Module):
-    """Holds a distiller in the user's module: its parameters are trained there, and in no state dict."""
-
-    def __init__(self, distiller: Distiller) -> None:
-        super().__init__()
-        self.distiller = distiller
-        self.register_load_state_dict_post_hook(_forgive_guest)  # type: ignore[no-untyped-call]  # torch's own gap
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Returns nothing of its own."""
-        return {} if destination is None else destination
-
-
-def _forgive_guest(module: nn.Module, incompatible: Any) -> None:
-    """Keeps strict loading of the user's module strict about the user's own keys only."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if GUEST not in key.split(".")]
-
-
-class _RehearsalEndedError(Exception):
-    """Ends the rehearsal once the student has returned."""
-
-
-def _end_rehearsal(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.is_grad_enabled():
-        raise _RehearsalEndedError
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-@contextmanager
-def _silent(pl_module: LightningModule) -> Iterator[None]:
-    """Lets a module's ``log`` calls do nothing."""
-    names = ("log", "log_dict")
-    for name in names:
-        setattr(pl_module, name, _log_nothing)
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(pl_module, name)
-
-
-@contextmanager
-def _buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Puts BatchNorm statistics and other buffers back."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
-
-
 def _label(how: Label | None, batch: Any, name: str) -> Any:
     try:
         if callable(how):
@@ -386,37 +302,3 @@ def _label(how: Label | None, batch: Any, name: str) -> Any:
             f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "
             f"{describe(batch)}: {error!r}. Pass {name}=..., a function of the batch, its key or its index."
         ) from error
-
-
-def _optimizers(result: Any) -> Iterator[Optimizer]:
-    """Finds the optimizers in whatever ``configure_optimizers`` returned."""
-    if isinstance(result, Optimizer):
-        yield result
-    elif isinstance(result, Mapping):
-        yield from _optimizers(result.get("optimizer"))
-    elif isinstance(result, (list, tuple)):
-        for item in result:
-            yield from _optimizers(item)
-
-
-def _adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
-    """Adds to the first group of the first optimizer the parameters that no optimizer has.
-
-    A group of their own would not do: schedulers that exist by now have counted the groups.
-    """
-    have = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [p for p in parameters if id(p) not in have]
-    optimizer = optimizers[0]
-    group = optimizer.param_groups[0]
-    sample = group["params"][0]
-    group["params"].extend(missing)
-    if "param_names" in group:
-        group["param_names"].extend(f"{GUEST}.{i}" for i in range(len(missing)))
-    if sample in optimizer.state:  # Adagrad, for one, makes its state at construction, a constant
-        for parameter in missing:
-            optimizer.state[parameter] = {
-                key: torch.full_like(parameter, value.flatten()[0].item())
-                if value.shape == sample.shape
-                else value.clone()
-                for key, value in optimizer.state[sample].items()
-            }

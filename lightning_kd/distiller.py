@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.taps import OUTPUT, Path, Record, Taps, describe, find_module
+from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.term import Term
+from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
 """Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""
@@ -74,8 +75,9 @@ class Distiller(nn.Module):
         super().__init__()
         if not terms:
             raise ValueError('terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.')
+        taken = nn.ModuleDict()
         for name, term in terms.items():
-            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(nn.ModuleDict, name):
+            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(taken, name):
                 raise ValueError(
                     f"{name!r} cannot be a term's name: names are identifiers other than 'loss' and 'task', which are "
                     "logged beside them, and the methods of a dict."
@@ -92,6 +94,7 @@ class Distiller(nn.Module):
         self._taps: Taps | None = None
         self._calls: list[Call] | None = None
         self._handles: list[Any] = []
+        self._depth = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taps": None, "_calls": None, "_handles": []}
@@ -121,6 +124,10 @@ class Distiller(nn.Module):
         self._student_paths = self._resolve("student", student)
         self._teacher_paths = self._resolve("teacher", teacher)
         self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
+        self._read = [
+            Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
+            for name, term in self.named_terms()
+        ]
         self._taps = Taps(student, (path.module for path in self._student_paths.values()), "the student")
         self._taps.attach()
         self._handles = [
@@ -165,44 +172,55 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: If the distiller is not attached, or a tapped output was modified in place.
         """
-        if self._taps is None:
+        taps = self._taps
+        if taps is None:
             raise RuntimeError("The distiller is not attached: call attach(student) first.")
         calls: list[Call] = []
         self._calls = calls
+        self._depth = 0
         try:
             yield calls
-            self._taps.check()
+            taps.check(self._read)
         finally:
             self._calls = None
-            self._taps.close()
+            taps.close()
+            taps.forget()
 
     # The teacher answers before the student runs, when no activation of the student is in memory yet.
     def _before_call(self, student: nn.Module) -> Callable[..., None]:
         def answer(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Validation, evaluation under no_grad, a deep copy of the student and a recursive call are not ours.
-            if self._calls is None or self._taps is None or self._taps.recording:
+            # Validation, evaluation under no_grad and a deep copy of the student are not ours.
+            if self._calls is None or self._taps is None or module is not student:
                 return
-            if module is not student or not torch.is_grad_enabled():
+            if self._taps.recording:  # a recursive call is part of the outer one
+                self._depth += 1
                 return
-            knowledge = self._ask_teacher(args, kwargs)
+            if not torch.is_grad_enabled():
+                return
+            args, kwargs = self.teacher_arguments(args, kwargs)
+            knowledge = self.teacher(*args, **kwargs)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
 
         return _eager(answer)
 
-    def _ask_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
+    def teacher_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what the teacher is called with where the student is called with ``args`` and ``kwargs``."""
         if self.teacher_input is None:
-            answer: Record = self.teacher(*args, **kwargs)
-            return answer
+            return args, kwargs
         made = self.teacher_input(*args, **kwargs)
         if isinstance(made, dict):
-            answer = self.teacher(**made)
-        else:
-            answer = self.teacher(*(made if isinstance(made, tuple) else (made,)))
-        return answer
+            return (), made
+        return (made if isinstance(made, tuple) else (made,)), {}
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:
-            if module is student and self._taps is not None and self._taps.recording:
+            if module is not student or self._taps is None or not self._taps.recording:
+                return
+            if self._depth:
+                self._depth -= 1
+            else:
                 self._taps.close(output)
 
         return _eager(finish)
@@ -211,7 +229,7 @@ class Distiller(nn.Module):
         """Makes the parameters of projectors and losses for the shapes of a sample call.
 
         Args:
-            call: A call that was watched; it may have been made under ``no_grad``.
+            call: A call that was watched.
 
         Raises:
             ValueError: If the shapes of a term cannot be bridged.

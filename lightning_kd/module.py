@@ -117,9 +117,22 @@ class DistillationModule(LightningModule):
         """Measures the student, and how often it agrees with the teacher."""
         output = self._evaluate(batch, self.test_metrics, "test")
         if self.agreement is not None and isinstance(self.teacher, Frozen):
-            self.teacher.model.eval()
-            self.task.update_agreement(self.agreement, output, self.task(self.teacher.model, batch))
+            self.task.update_agreement(self.agreement, output, self._teacher_output(self.teacher, batch))
             self.log("test/agreement", self.agreement, batch_size=1)
+
+    def _teacher_output(self, teacher: Frozen, batch: Any) -> Any:
+        """Lets the task call the teacher, on what it is given in training: see ``teacher_input``."""
+        assert self.attachment is not None
+        distiller = self.attachment.distiller
+
+        def as_in_training(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return teacher.to_own_type(*distiller.teacher_arguments(args, kwargs))
+
+        handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
+        try:
+            return self.task(teacher.model.eval(), batch)
+        finally:
+            handle.remove()
 
     def on_test_start(self) -> None:
         """Brings the teacher to the student's device."""

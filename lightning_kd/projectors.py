@@ -151,6 +151,11 @@ class PatchTokens(nn.Module):
         return x[:, self.prefix :]
 
 
+def _size(x: Tensor) -> tuple[int, ...]:
+    """Returns the shape without batch and channels."""
+    return tuple(x.shape[1:-1] if x.ndim == 3 else x.shape[2:])
+
+
 def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn.Module, nn.Module]:
     """Builds what brings a student's tensor to its teacher's shape.
 
@@ -177,10 +182,11 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
     if student.shape[:1] != teacher.shape[:1]:
         raise ValueError(f"{shapes} differ in their batch size: the two models did not see the same samples.")
     layouts = (student.ndim, teacher.ndim)
-    if layouts == (2, 2) and align == "shape":
-        return nn.Linear(student.shape[1], teacher.shape[1]), nn.Identity()
-    if layouts == (3, 3) and student.shape[1] == teacher.shape[1] and align == "shape":
-        return nn.Linear(student.shape[2], teacher.shape[2]), nn.Identity()
+    if layouts[0] == layouts[1] and _size(student) == _size(teacher):
+        if align == "size":
+            return nn.Identity(), nn.Identity()
+        if student.ndim in (2, 3):
+            return nn.Linear(student.shape[-1], teacher.shape[-1]), nn.Identity()
     channels_in = student.shape[1] if student.ndim == 4 else student.shape[-1]
     channels_out = teacher.shape[1] if teacher.ndim == 4 else teacher.shape[-1]
     if align == "size":

@@ -20,12 +20,16 @@ class _Ramp(Schedule):
     def __init__(self, start: float, end: float, until: float = 1.0) -> None:
         if not 0.0 < until <= 1.0:
             raise ValueError(f"until is the fraction of the run at which the end is reached, in (0, 1]; got {until}.")
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise ValueError(f"start and end are finite numbers; got {start} and {end}.")
         self.start = start
         self.end = end
         self.until = until
 
     def __call__(self, progress: float) -> float:
-        return self.start + (self.end - self.start) * self._shape(min(max(progress / self.until, 0.0), 1.0))
+        if progress >= self.until:  # exactly: start + (end - start) is not always end
+            return self.end
+        return self.start + (self.end - self.start) * self._shape(max(progress / self.until, 0.0))
 
     def _shape(self, x: float) -> float:
         raise NotImplementedError
@@ -43,7 +47,7 @@ class Linear(_Ramp):
         until: Fraction of the run at which the end is reached.
 
     Raises:
-        ValueError: If ``until`` is not in (0, 1].
+        ValueError: If ``until`` is not in (0, 1], or an end is not finite.
 
     Example:
         >>> Linear(8.0, 1.0)(0.5)
@@ -63,7 +67,7 @@ class Cosine(_Ramp):
         until: Fraction of the run at which the end is reached.
 
     Raises:
-        ValueError: If ``until`` is not in (0, 1].
+        ValueError: If ``until`` is not in (0, 1], or an end is not finite.
 
     Example:
         >>> round(Cosine(100.0, 0.0)(0.5), 6)

@@ -1,109 +1,31 @@
 """Taps: named outputs of named modules, captured by forward hooks and cleared on read."""
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-OUTPUT = "output"
-"""The path of what a model's own ``forward`` returned."""
+from lightning_kd.wiring import OUTPUT, Path, find_module
 
 Record = dict[str, list[Any]]
 """For each tapped path what its module returned, once per call of that module."""
 
-_SELECTOR = re.compile(r"""\.(?P<name>\w+)|\[(?P<index>-?\d+)\]|\[(?P<quote>["'])(?P<key>.+?)(?P=quote)\]""")
 
-
-class Path:
-    """A path in a model: a module, and what to select inside of the module's output.
-
-    ``"layer3"`` is the output of the submodule ``layer3``, as ``named_modules()`` spells it;
-    ``"encoder[0]"`` the first item of what ``encoder`` returned; ``"output"`` what the model itself
-    returned, ``"output.logits"`` and ``'output["logits"]'`` an attribute or a key of that.
-
-    Args:
-        text: The path.
-
-    Raises:
-        ValueError: If the text is not a path.
-
-    Example:
-        >>> Path("output.logits").select({"logits": 1})
-        1
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        if text == OUTPUT or text.startswith((OUTPUT + ".", OUTPUT + "[")):
-            self.module, rest = OUTPUT, text[len(OUTPUT) :]
-        else:
-            self.module, bracket, rest = text.partition("[")
-            rest = bracket + rest
-        self.selectors: list[str | int] = []
-        position = 0
-        while match := _SELECTOR.match(rest, position):
-            self.selectors.append(int(match["index"]) if match["index"] else match["name"] or match["key"])
-            position = match.end()
-        if not self.module or position != len(rest):
-            raise ValueError(
-                f"{text!r} is not a path. A path is a module name as named_modules() spells it ('layer3', "
-                f"'encoder.4[0]'), or {OUTPUT!r} with what to select inside of it ('output.logits', 'output[0]')."
-            )
-
-    def select(self, value: Any) -> Any:
-        """Returns what the path selects inside of its module's output."""
-        for selector in self.selectors:
-            try:
-                if isinstance(selector, str) and not isinstance(value, Mapping):
-                    value = getattr(value, selector)
-                else:
-                    value = value[selector]
-            except (AttributeError, KeyError, IndexError, TypeError) as error:
-                raise KeyError(f"{self.text!r}: {selector!r} is not in {describe(value)}.") from error
-        return value
-
-
-def describe(value: Any) -> str:
-    """Says in a few words what a captured value is, for error messages."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Finds the tensors whose overwriting can be told, in what a module returned."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} items"
-    fields = [name for name in getattr(value, "__dict__", {}) if not name.startswith("_")]
-    return f"a {type(value).__name__}" + (f" with the fields {', '.join(map(repr, fields))}" if fields else "")
-
-
-def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
-    """Returns the submodule at a dotted path; compiled modules on the way are looked through.
-
-    Args:
-        root: Where the path starts.
-        path: Dotted path, as ``root.named_modules()`` spells it.
-        owner: What the root is called in the error message, such as ``"the student"``.
-
-    Raises:
-        ValueError: If there is no such module; the message lists the closest names.
-    """
-    module = root
-    for part in path.split("."):
-        module = getattr(module, "_orig_mod", module)
-        child = module._modules.get(part)
-        if child is None:
-            names = [name.replace("_orig_mod.", "") for name, _ in root.named_modules()][1:]
-            close = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or [n for n in names if "." not in n]
-            raise ValueError(
-                f"{owner} ({type(root).__name__}) has no module {path!r}. Closest: "
-                f"{', '.join(map(repr, close[:12])) or 'it has no submodules'}. A path is a name of named_modules(), "
-                f"or {OUTPUT!r} for what forward() returns."
-            )
-        module = child
-    return module
+        if not value.is_inference():  # these have no version
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(list(vars(value).values()))
 
 
 class Taps:
@@ -113,19 +35,21 @@ class Taps:
         root: The model.
         paths: Module paths (``Path.module``); ``"output"`` is the model's own output.
         owner: What the model is called in error messages.
+        stop_early: Whether ``run`` may leave out the layers behind the deepest tap.
 
     Raises:
         ValueError: If a path is unknown; the message lists the closest names.
     """
 
-    def __init__(self, root: nn.Module, paths: Iterable[str], owner: str) -> None:
+    def __init__(self, root: nn.Module, paths: Iterable[str], owner: str, stop_early: bool = True) -> None:
         self.root = root
+        self.stop_early = stop_early
         self.owner = owner
         self._modules = {
             path: root if path == OUTPUT else find_module(root, path, owner) for path in dict.fromkeys(paths)
         }
         self._record: Record | None = None
-        self._versions: list[tuple[str, Tensor, int]] = []
+        self._captured: list[tuple[str, Any, dict[int, int]]] = []
         self._called_once = False
         self._stop_after: int | None = None
         self._handles: list[RemovableHandle] = []
@@ -142,22 +66,28 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self._record = None
-        self._versions.clear()
+        self.forget()
 
     def _hook(self, path: str, tapped: nn.Module) -> Any:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
             # A deep copy of the model (weight averaging makes one) carries this hook along: it is not ours.
             if self._record is None or module is not tapped:
                 return
-            self._record[path].append(output)
-            if isinstance(output, Tensor) and not torch.compiler.is_compiling():
-                self._versions.append((path, output, output._version))
+            self._capture(self._record, path, output)
             if self._stop_after is not None:
                 self._stop_after -= 1
                 if self._stop_after == 0:
                     raise _AllCapturedError
 
         return capture
+
+    def _capture(self, record: Record, path: str, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            # A graph knows no versions to check: what a later layer overwrites is kept in a copy.
+            record[path].append(output.clone() if isinstance(output, Tensor) else output)
+            return
+        record[path].append(output)
+        self._captured.append((path, output, {id(tensor): tensor._version for tensor in _tensors(output)}))
 
     @property
     def recording(self) -> bool:
@@ -173,22 +103,31 @@ class Taps:
     def close(self, output: Any = None) -> None:
         """Closes the record, with the model's own output."""
         if self._record is not None and OUTPUT in self._record:
-            self._record[OUTPUT].append(output)
+            self._capture(self._record, OUTPUT, output)
         self._record = None
 
-    def check(self) -> None:
+    def forget(self) -> None:
+        """Forgets what was captured, after a step that failed."""
+        self._captured.clear()
+
+    def check(self, read: Iterable[Path] | None = None) -> None:
         """Refuses captured tensors that a later layer has overwritten, and forgets them.
+
+        Args:
+            read: What is read of the captured outputs; everything unless given. A model's user may well overwrite
+                what is not: ``out.loss /= 2``.
 
         Raises:
             RuntimeError: If a tapped output was modified in place after it was captured.
         """
-        versions, self._versions = self._versions, []
-        for path, tensor, version in versions:
-            if tensor._version != version:
+        captured, self._captured = self._captured, []
+        for path, output, versions in captured:
+            tensors = _tensors(output) if read is None else _selected(output, path, read)
+            if any(versions.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
                 raise RuntimeError(
-                    f"The output of {path!r} in {self.owner} was modified in place by a later layer (an activation "
-                    "with inplace=True, for one), so its values are gone. Tap that later layer instead, or make it "
-                    "inplace=False."
+                    f"The output of {path!r} in {self.owner} was modified in place after it was computed (by an "
+                    "activation with inplace=True, for one), so its values are gone. Tap the layer that modifies it "
+                    "instead, or make it inplace=False."
                 )
 
     def run(self, *args: Any, **kwargs: Any) -> Record:
@@ -198,18 +137,31 @@ class Taps:
         run, that each tapped layer is called exactly once and that the model's own output is not asked for.
         """
         record = self.open()
-        self._stop_after = len(self._modules) if self._called_once and OUTPUT not in record else None
+        may_stop = self.stop_early and self._called_once and OUTPUT not in record
+        self._stop_after = len(self._modules) if may_stop else None
         output = None
         try:
             output = self.root(*args, **kwargs)
             self._called_once = all(len(calls) == 1 for path, calls in record.items() if path != OUTPUT)
         except _AllCapturedError:
             pass
+        except BaseException:
+            self.forget()
+            raise
         finally:
             self.close(output)
             self._stop_after = None
         self.check()
         return record
+
+
+def _selected(output: Any, module: str, read: Iterable[Path]) -> Iterator[Tensor]:
+    for path in read:
+        if path.module == module:
+            try:
+                yield from _tensors(path.select(output))
+            except KeyError:  # reported with the name of its term when that is computed
+                continue
 
 
 class _AllCapturedError(Exception):

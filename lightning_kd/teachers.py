@@ -92,14 +92,15 @@ class Frozen(Teacher):
             ValueError: If a path is unknown, or if the teacher shares parameters with the student: it would
                 not stand still.
         """
-        shared = {id(p) for p in self.model.parameters()} & {id(p) for p in student.parameters()}
+        shared = _places(self.model) & _places(student)
         if shared:
             raise ValueError(
                 f"The frozen teacher ({type(self.model).__name__}) shares {len(shared)} parameters with the student "
                 f"({type(student).__name__}), so it would change as the student learns. Pass copy.deepcopy(model)."
             )
         self.unbind()
-        self._taps = Taps(self.model, paths, "the teacher")
+        # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
+        self._taps = Taps(self.model, paths, "the teacher", stop_early=self.mode == "eval")
         self._taps.attach()
 
     def unbind(self) -> None:
@@ -113,15 +114,20 @@ class Frozen(Teacher):
         if self._taps is None:
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
         self.model.train(self.mode == "train")
+        args, kwargs = self.to_own_type(args, kwargs)
+        with torch.no_grad():
+            return self._taps.run(*args, **kwargs)
+
+    def to_own_type(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments with their floating-point tensors in the type of the model's weights."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
-        def to_own_type(x: Any) -> Any:
+        def convert(x: Any) -> Any:
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x
 
         if dtype is not None:
-            args, kwargs = tree_map(to_own_type, (args, kwargs))
-        with torch.no_grad():
-            return self._taps.run(*args, **kwargs)
+            args, kwargs = tree_map(convert, (args, kwargs))
+        return args, kwargs
 
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
@@ -147,25 +153,51 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
             f"{os.fspath(checkpoint)!r} could not be read as a checkpoint of plain tensors (weights_only=True): {error}"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict.")
     wanted = model.state_dict()
-    # Files from before torch 0.4.1 do not count batches, and torch loads them all the same.
-    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
     first = next(iter(wanted), "")
-    prefixes = {key[: len(key) - len(first)] for key in state if key == first or key.endswith("." + first)}
-    for prefix in sorted(prefixes, key=len):
-        own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        if own.keys() >= needed:
-            try:
-                # Strictly, except that a module around the model may hold more beside it.
-                model.load_state_dict(own if prefix == "" else {k: own[k] for k in wanted if k in own}, strict=True)
-            except RuntimeError as error:
-                raise ValueError(f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: {error}") from error
-            return
-    missing = [key for key in needed if not any(have == key or have.endswith("." + key) for have in state)]
-    raise ValueError(
-        f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: it lacks {', '.join(missing[:5])} "
-        f"(and {max(len(missing) - 5, 0)} more); it has {', '.join(list(state)[:5])}, .... Is it the checkpoint of "
-        "another architecture?"
-    )
+    prefixes = sorted({key.removesuffix(first) for key in state if key == first or key.endswith("." + first)})
+    # Strictly: within a prefix nothing may be missing or too much; beside it the file may hold what it likes.
+    found = {
+        prefix: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for prefix in prefixes
+    }
+    fitting = [prefix for prefix, own in found.items() if not _misfits(wanted, own)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{os.fspath(checkpoint)!r} holds more than one set of weights for {type(model).__name__}, under "
+            f"{', '.join(map(repr, fitting))}. Save the one that is meant: torch.save(model.state_dict(), path)."
+        )
+    if not fitting:
+        closest = min(found.values(), key=lambda own: len(_misfits(wanted, own)), default=dict(state))
+        misfits = _misfits(wanted, closest)
+        raise ValueError(
+            f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: {'; '.join(misfits[:5])}"
+            f"{f'; and {len(misfits) - 5} more' if len(misfits) > 5 else ''}. Its keys are "
+            f"{', '.join(list(state)[:5])}, .... Is it the checkpoint of another architecture?"
+        )
+    model.load_state_dict(found[fitting[0]], strict=True)
+
+
+def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
+    """Says what keeps the tensors of a file from being a model's."""
+    # Files from before torch 0.4.1 do not count batches, and torch loads them all the same.
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    missing = [f"it lacks {key}" for key in needed if key not in have]
+    shapes = [
+        f"{key} is {tuple(have[key].shape)} and not {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in have and have[key].shape != value.shape
+    ]
+    return missing + shapes + [f"it has {key}, which the model has not" for key in have if key not in wanted]
+
+
+def _places(model: nn.Module) -> set[object]:
+    """Returns where a model's parameters are in memory; the parameters themselves while they are nowhere."""
+    return {
+        (p.device, p.data_ptr()) if p.device.type != "meta" and p.numel() and p.data_ptr() else id(p)
+        for p in model.parameters()
+    }

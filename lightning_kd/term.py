@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kd.projectors import bridge
 from lightning_kd.schedules import Schedule
-from lightning_kd.taps import OUTPUT, Path, describe
+from lightning_kd.wiring import OUTPUT, Path, describe
 
 
 class Term(nn.Module):
@@ -49,7 +49,8 @@ class Term(nn.Module):
         if not isinstance(given, nn.Module):
             hint = f" Did you mean {given.__name__}()?" if isinstance(given, type) else ""
             raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {given!r}.{hint}")
-        if not isinstance(weight, Schedule) and not 0.0 <= _number(weight) < math.inf:
+        ends = (weight(0.0), weight(1.0)) if isinstance(weight, Schedule) else (weight,)
+        if not all(0.0 <= _number(end) < math.inf for end in ends):
             raise ValueError(f"weight is a finite number that is not negative, or one of schedules.*; got {weight!r}.")
         self.loss = loss
         self.weight = weight
@@ -57,8 +58,10 @@ class Term(nn.Module):
         self.teacher = Path(teacher)
         self.projector = projector
         self.teacher_side: nn.Module = nn.Identity()
-        parameters = list(inspect.signature(loss.forward).parameters.values())[2:]
-        self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters}
+        plain = getattr(loss, "_orig_mod", loss)  # a compiled module's own signature says nothing
+        parameters = list(inspect.signature(plain.forward).parameters.values())[2:]
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind not in variadic}
         self._built = self.projector is not None and not hasattr(loss, "build")
 
     @property
@@ -109,8 +112,9 @@ class Term(nn.Module):
                 "layer that learns, or use use_reentrant=False."
             )
         if not self._built:
+            before = {id(p) for p in self.parameters()}
             self.build(*pairs[0])
-            if any(True for _ in self.parameters()):
+            if any(id(p) not in before for p in self.parameters()):
                 raise RuntimeError(
                     "the term's parameters were made only now, after the optimizer: call Distiller.build(...) with a "
                     "sample before the optimizer is made."
@@ -125,7 +129,10 @@ class Term(nn.Module):
                     "of the batch, its key or its index."
                 )
         assert self.projector is not None
-        losses = [self.loss(self.projector(s), self.teacher_side(t).detach(), **arguments) for s, t in pairs]
+        losses = [self.loss(self.projector(s), _constant(self.teacher_side(t)), **arguments) for s, t in pairs]
+        for loss in losses:
+            if not isinstance(loss, Tensor) or loss.ndim:
+                raise ValueError(f"{type(self.loss).__name__} returned {describe(loss)} and not a scalar; reduce it.")
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def pairs(self, student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
@@ -137,10 +144,12 @@ class Term(nn.Module):
         students = [self._tensor(self.student, value, "student") for value in student]
         teachers = [self._tensor(self.teacher, value, "teacher") for value in teacher]
         if len(students) != len(teachers) or not students:
+            remedy = "Tap modules that are called equally often."
+            if not students or not teachers:
+                remedy += " A compiled model has to be compiled, but not called, before its taps are attached."
             raise ValueError(
                 f"the student's {self.student.text!r} was called {len(students)} times and the teacher's "
-                f"{self.teacher.text!r} {len(teachers)} times in one forward pass; the calls cannot be paired. Tap "
-                "modules that are called equally often."
+                f"{self.teacher.text!r} {len(teachers)} times in one forward pass; the calls cannot be paired. {remedy}"
             )
         return list(zip(students, teachers, strict=True))
 
@@ -157,6 +166,11 @@ class Term(nn.Module):
     def extra_repr(self) -> str:
         """Says the wiring."""
         return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"
+
+
+def _constant(x: Tensor) -> Tensor:
+    # What a model computed under inference_mode cannot be saved for a backward; a copy of it can.
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def _number(value: object) -> float:

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
+    BinaryAccuracy,
     BinaryCalibrationError,
     MulticlassAccuracy,
     MulticlassCalibrationError,
-    MultilabelAccuracy,
 )
 
 from lightning_kd.task import TaskAdapter
@@ -30,7 +30,7 @@ class Classification(TaskAdapter):
         label_smoothing: Of the cross-entropy, in [0, 1); of multi-class targets only.
 
     Raises:
-        ValueError: If the arguments contradict each other, or logits or labels have another shape or range.
+        ValueError: If the arguments contradict each other, or logits or labels have another shape.
 
     Example:
         >>> task = Classification(num_classes=3)
@@ -63,16 +63,20 @@ class Classification(TaskAdapter):
                     f"{tuple(target.shape)}."
                 )
             return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
-        if target.is_floating_point() and target.ndim == 1:
-            raise ValueError(f"Targets are class indices (integers) or (B, C) probabilities; got {target.dtype} (B,).")
-        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        soft = target.is_floating_point()
+        if target.shape != (logits.shape if soft else logits.shape[:1]):
+            raise ValueError(
+                f"Targets are class indices, integers ({len(logits)},), or probabilities, floats "
+                f"{tuple(logits.shape)}; got {target.dtype} {tuple(target.shape)}."
+            )
+        return F.cross_entropy(logits, target if soft else target.long(), label_smoothing=self.label_smoothing)
 
     def metrics(self) -> MetricCollection:
         """Returns accuracy and calibration error."""
         if self.multilabel:
             return MetricCollection(
                 {
-                    "accuracy": MultilabelAccuracy(self.num_classes, average="micro"),
+                    "accuracy": BinaryAccuracy(),
                     "calibration_error": BinaryCalibrationError(n_bins=15),
                 }
             )
@@ -86,14 +90,14 @@ class Classification(TaskAdapter):
     def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:
         """Updates the metrics with the predicted probabilities."""
         target = self.target(batch)
-        if not self.multilabel and target.ndim > 1:  # soft labels, of mixup for one
-            target = target.argmax(dim=1)
+        if target.is_floating_point():  # soft labels, of mixup for one
+            target = target > 0.5 if self.multilabel else target.argmax(dim=1)
         metrics.update(self.predict(output), target.long())
 
     def agreement(self) -> Metric:
         """Returns the fraction of samples, or of labels, on which student and teacher say the same."""
         if self.multilabel:
-            return MultilabelAccuracy(self.num_classes, average="micro")
+            return BinaryAccuracy()
         return MulticlassAccuracy(self.num_classes, average="micro")
 
     def update_agreement(self, metric: Metric, student: Any, teacher: Any) -> None:

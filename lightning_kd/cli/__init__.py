@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", category=FutureWarning)
             renamed = r"(?s).*(instantiate_classes|skip_none).*was deprecated in v4\.49"
             warnings.filterwarnings("ignore", message=renamed, category=DeprecationWarning)
+            # About one number in the printed summary, the size in memory.
+            warnings.filterwarnings("ignore", message=r"Precision .* is not supported by the model summary")
             _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         return 130

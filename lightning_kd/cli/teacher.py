@@ -19,6 +19,12 @@ from lightning_kd.cli.recipe import plain
 if TYPE_CHECKING:
     from lightning_kd.cli.command import DistillationCLI
 
+DECIDING = ("limit_train_batches", "gradient_clip_val")
+"""What of the trainer, besides the epochs, decides how well a teacher learns."""
+
+QUIET = ("accelerator", "devices", "precision", "enable_progress_bar", "enable_model_summary", "limit_val_batches")
+"""What of the trainer is carried over, and decides only how the training is done, or shown."""
+
 
 @dataclass
 class TeacherFit:
@@ -75,7 +81,9 @@ def own_training(config: dict[str, Any]) -> dict[str, Any]:
     how = config["teacher_fit"]
     model = config["model"]
     network = model["teacher"]["init_args"]["model"]
-    settings = alone(config) | {"seed_everything": how["seed"], "trainer": {"max_epochs": how["max_epochs"]}}
+    trainer = {k: v for k, v in config["trainer"].items() if k in DECIDING and v is not None}
+    trainer["max_epochs"] = how["max_epochs"]
+    settings = alone(config) | {"seed_everything": how["seed"], "trainer": trainer}
     settings["model"] = settings["model"] | {"student": network}
     settings["model"]["optimizer"] = _replace(model.get("optimizer"), lr=how["lr"])
     if model.get("lr_scheduler"):
@@ -100,7 +108,7 @@ def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
     from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - which imports this module
 
     trainer = plain(cli.own_config["trainer"])
-    quiet = {k: trainer[k] for k in ("accelerator", "devices", "enable_progress_bar") if k in trainer}
+    quiet = {k: trainer[k] for k in QUIET if trainer.get(k) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
     try:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -370,8 +371,6 @@ def test_a_compiled_module_that_ran_before_is_refused_rather_than_taught_nothing
 
 
 def test_projects_on_pytorch_lightning() -> None:
-    pl = pytest.importorskip("pytorch_lightning")
-
     class Foreign(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()

@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from lightning_kd.cli import main
+from lightning_kd.cli import command, main
 from lightning_kd.cli.configs import shipped, summary
+from lightning_kd.teachers import Frozen, load_weights
 
 CONFIGS = shipped()
 
@@ -24,7 +26,7 @@ def test_every_config_says_what_it_is_and_names_no_machine(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_runs_from_nothing(
+def test_every_config_runs_from_nothing_and_keeps_the_invariants(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if name.startswith("cifar10"):
@@ -35,10 +37,28 @@ def test_every_config_runs_from_nothing(
         "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
         "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
     ]  # fmt: skip
+    models = []
+    monkeypatch.setattr(command.DistillationCLI, "after_fit", lambda cli: models.append(cli.model))
     assert main(["fit", "--config", name, *short, "--traceback"]) == 0
+    _, model = models  # the teacher's own training came first
+    student, teacher = model.student, model.teacher
+    assert isinstance(teacher, Frozen)
+
     (metrics,) = Path("runs").rglob("metrics.csv")
     header, first, *_ = metrics.read_text().splitlines()
     step = {k: v for k, v in zip(header.split(","), first.split(","), strict=True) if k.startswith("train/")}
     losses = {k: float(v) for k, v in step.items() if v}
     assert len(losses) >= 3
     assert all(v > 0 for v in losses.values()), losses
+
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert set(content["state_dict"]) == {f"student.{key}" for key in student.state_dict()}
+    assert not any("teacher." in key for state in content["callbacks"].values() for key in state)
+
+    (trained,) = Path("checkpoints").glob("*.ckpt")
+    after = {key: value.clone() for key, value in teacher.model.state_dict().items()}
+    load_weights(teacher.model, trained)
+    assert all(torch.equal(value, after[key]) for key, value in teacher.model.state_dict().items())
+    for module in (*student.modules(), *teacher.model.modules()):
+        assert not module._forward_hooks

@@ -1,0 +1,28 @@
+"""A guest in a user's module: parameters that are trained there and that no state dict shows."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_kd.distiller import Distiller
+
+GUEST = "_distillation"
+"""The submodule that holds the terms' parameters in the user's module during a fit."""
+
+
+class Guest(nn.Module):
+    """Holds a distiller in the user's module: its parameters are trained there, and in no state dict."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.register_load_state_dict_post_hook(_forgive_guest)  # type: ignore[no-untyped-call]  # torch's own gap
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Returns nothing of its own."""
+        return {} if destination is None else destination
+
+
+def _forgive_guest(module: nn.Module, incompatible: Any) -> None:
+    """Keeps strict loading of the user's module strict about the user's own keys only."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if GUEST not in key.split(".")]

@@ -1,0 +1,44 @@
+"""Brings parameters into optimizers that somebody else made."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_kd.guest import GUEST
+
+
+def optimizers_of(result: Any) -> Iterator[Optimizer]:
+    """Finds the optimizers in whatever ``configure_optimizers`` returned."""
+    if isinstance(result, Optimizer):
+        yield result
+    elif isinstance(result, Mapping):
+        yield from optimizers_of(result.get("optimizer"))
+    elif isinstance(result, (list, tuple)):
+        for item in result:
+            yield from optimizers_of(item)
+
+
+def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
+    """Adds to the first group of the first optimizer the parameters that no optimizer has.
+
+    A group of their own would not do: schedulers that exist by now have counted the groups.
+    """
+    have = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [p for p in parameters if id(p) not in have]
+    optimizer = optimizers[0]
+    group = optimizer.param_groups[0]
+    sample = group["params"][0]
+    group["params"].extend(missing)
+    if "param_names" in group:
+        group["param_names"].extend(f"{GUEST}.{i}" for i in range(len(missing)))
+    if sample in optimizer.state:  # Adagrad, for one, makes its state at construction, a constant
+        for parameter in missing:
+            optimizer.state[parameter] = {
+                key: torch.full_like(parameter, value.flatten()[0].item())
+                if value.shape == sample.shape
+                else value.clone()
+                for key, value in optimizer.state[sample].items()
+            }

@@ -1,0 +1,138 @@
+"""A rehearsal: the shapes that projectors have to bridge, from the student's first call on two samples."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_kd.distiller import Call, Distiller
+
+
+def rehearse(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    training_step: Callable[..., Any],
+    student: nn.Module,
+    distiller: Distiller,
+) -> list[Call]:
+    """Runs ``training_step`` on two samples until the student has returned; nothing is changed by it.
+
+    Random numbers, buffers and logs are as before, and the rest of the step never runs.
+
+    Args:
+        trainer: The trainer of the fit that is about to begin.
+        pl_module: The user's module, on its device.
+        training_step: The module's own.
+        student: The student inside of it, to which the distiller is attached.
+        distiller: The distiller.
+
+    Returns:
+        The student's first call, or none if the step made none.
+    """
+    calls: list[Call] = []
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_buffers_restored(pl_module))
+        stack.enter_context(_silent(pl_module))
+        # Hooks that a compiled module meets only later would never fire.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(student.register_forward_hook(_end_rehearsal).remove)
+        try:
+            batch = first_samples(trainer, pl_module)
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            calls = stack.enter_context(distiller.watch())
+            with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+            training_step(batch, *([0] if with_index else []))
+        except _RehearsalEndedError:
+            pass
+        except Exception as error:
+            error.add_note(
+                "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
+                "projectors have to bridge. A term whose projector= is given needs none."
+            )
+            raise
+    return calls
+
+
+def first_samples(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """Returns a small training batch on the student's device, in the format of the module's own batches.
+
+    No worker is started and no sampler is asked where the data has indices; other data gives its first batch.
+    """
+    # The one place where Lightning keeps the loader before the loop makes it, whichever way it was given.
+    loader = trainer.fit_loop._data_source.dataloader()
+    batch = trainer.precision_plugin.convert_input(_small_batch(loader))
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _small_batch(loader: Any) -> Any:
+    if isinstance(loader, CombinedLoader):
+        return _small_batch(loader.iterables)
+    if isinstance(loader, Mapping):
+        return {key: _small_batch(value) for key, value in loader.items()}
+    if isinstance(loader, (list, tuple)):
+        return [_small_batch(value) for value in loader]
+    if isinstance(loader, DataLoader) and _has_plain_indices(loader):
+        indices = range(min(2, len(loader.dataset)))  # type: ignore[arg-type]  # such a sampler has asked its length
+        many = getattr(loader.dataset, "__getitems__", None)
+        return loader.collate_fn(many(list(indices)) if many else [loader.dataset[i] for i in indices])
+    return next(iter(loader))
+
+
+def _has_plain_indices(loader: DataLoader[Any]) -> bool:
+    """Whether torch's own samplers count through the data set; others may give keys of any kind."""
+    plain = isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler))
+    return plain and type(loader.batch_sampler) is BatchSampler and not isinstance(loader.dataset, IterableDataset)
+
+
+class _RehearsalEndedError(Exception):
+    """Ends the rehearsal once the student has returned."""
+
+
+def _end_rehearsal(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.is_grad_enabled():
+        raise _RehearsalEndedError
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def _silent(pl_module: LightningModule) -> Iterator[None]:
+    """Lets a module's ``log`` calls do nothing."""
+    names = ("log", "log_dict")
+    for name in names:
+        setattr(pl_module, name, _log_nothing)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(pl_module, name)
+
+
+@contextmanager
+def _buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Puts BatchNorm statistics and other buffers back."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)

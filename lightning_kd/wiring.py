@@ -1,0 +1,106 @@
+"""Wiring: paths that name an output of a module inside of a model."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+OUTPUT = "output"
+"""The path of what a model's own ``forward`` returned."""
+
+_SELECTOR = re.compile(r"""\.(?P<name>\w+)|\[(?P<index>-?\d+)\]|\[(?P<quote>["'])(?P<key>.+?)(?P=quote)\]""")
+
+
+class Path:
+    """A path in a model: a module, and what to select inside of the module's output.
+
+    ``"layer3"`` is the output of the submodule ``layer3``, as ``named_modules()`` spells it;
+    ``"encoder[0]"`` the first item of what ``encoder`` returned; ``"output"`` what the model itself
+    returned, ``"output.logits"`` and ``'output["logits"]'`` an attribute or a key of that.
+
+    Args:
+        text: The path.
+
+    Raises:
+        ValueError: If the text is not a path.
+
+    Example:
+        >>> Path("output.logits").select({"logits": 1})
+        1
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        if text == OUTPUT or text.startswith((OUTPUT + ".", OUTPUT + "[")):
+            self.module, rest = OUTPUT, text[len(OUTPUT) :]
+        else:
+            self.module, bracket, rest = text.partition("[")
+            rest = bracket + rest
+        self.selectors: list[str | int] = []
+        position = 0
+        while match := _SELECTOR.match(rest, position):
+            self.selectors.append(int(match["index"]) if match["index"] else match["name"] or match["key"])
+            position = match.end()
+        if not self.module or position != len(rest):
+            raise ValueError(
+                f"{text!r} is not a path. A path is a module name as named_modules() spells it ('layer3', "
+                f"'encoder.4[0]'), or {OUTPUT!r} with what to select inside of it ('output.logits', 'output[0]')."
+            )
+
+    def select(self, value: Any) -> Any:
+        """Returns what the path selects inside of its module's output."""
+        for selector in self.selectors:
+            try:
+                if isinstance(selector, str) and not isinstance(value, Mapping):
+                    value = getattr(value, selector)
+                else:
+                    value = value[selector]
+            except (AttributeError, KeyError, IndexError, TypeError) as error:
+                raise KeyError(f"{self.text!r}: {selector!r} is not in {describe(value)}.") from error
+        return value
+
+
+def describe(value: Any) -> str:
+    """Says in a few words what a captured value is, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)} items"
+    fields = [name for name in getattr(value, "__dict__", {}) if not name.startswith("_")]
+    return f"a {type(value).__name__}" + (f" with the fields {', '.join(map(repr, fields))}" if fields else "")
+
+
+def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
+    """Returns the submodule at a dotted path; compiled modules on the way are looked through.
+
+    Args:
+        root: Where the path starts.
+        path: Dotted path, as ``root.named_modules()`` spells it.
+        owner: What the root is called in the error message, such as ``"the student"``.
+
+    Raises:
+        ValueError: If there is no such module; the message lists the closest names.
+    """
+    module = root
+    for part in path.split("."):
+        module = getattr(module, "_orig_mod", module)
+        child = module._modules.get(part)
+        if child is None:
+            names = [name for name in map(_uncompiled, dict(root.named_modules())) if name]
+            names = list(dict.fromkeys(names))
+            close = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or [n for n in names if "." not in n]
+            raise ValueError(
+                f"{owner} ({type(root).__name__}) has no module {path!r}. Closest: "
+                f"{', '.join(map(repr, close[:12])) or 'it has no submodules'}. A path is a name of named_modules(), "
+                f"or {OUTPUT!r} for what forward() returns."
+            )
+        module = child
+    return module
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

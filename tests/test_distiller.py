@@ -1,0 +1,295 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_kd import Distiller, Term, losses, schedules
+from lightning_kd.teachers import Frozen
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, width), nn.ReLU())
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x))
+
+
+class Failing(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise self.error
+
+
+def watched(distiller: Distiller, student: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        student(*args, **kwargs)
+    return calls
+
+
+def hint(loss: nn.Module | None = None, **kwargs: Any) -> Term:
+    return Term(loss or losses.FitNet(), **{"student": "stem", "teacher": "stem"} | kwargs)
+
+
+# Construction
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "task", "", "a.b", "a b", "1st", "keys", "items", "training", "_modules", "forward", "train/kd"]
+)
+def test_names_that_cannot_be_logged_or_held_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name!r} cannot be a term's name"):
+        Distiller({name: Term(losses.KD())}, Net(4))
+
+
+@pytest.mark.parametrize("name", ["kd", "hint-3", "stage_1", "KD", "weight", "teacher"])
+def test_names_that_can(name: str) -> None:
+    assert list(dict(Distiller({name: Term(losses.KD())}, Net(4)).named_terms())) == [name]
+
+
+def test_what_is_no_term_or_teacher_is_refused() -> None:
+    with pytest.raises(ValueError, match="terms is empty"):
+        Distiller({}, Net(4))
+    with pytest.raises(TypeError, match="'kd' is a KD; wrap the loss"):
+        Distiller({"kd": losses.KD()}, Net(4))  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="teacher is a module"):
+        Distiller({"kd": Term(losses.KD())}, "resnet18")  # type: ignore[arg-type]
+
+
+def test_the_teacher_is_no_part_of_it() -> None:
+    teacher = Net(8)
+    distiller = Distiller({"hint": hint()}, teacher)
+    watched(distiller, Net(4), torch.randn(5, 6))
+    assert isinstance(distiller.teacher, Frozen)
+    assert distiller.teacher.model is teacher
+    theirs = set(map(id, teacher.parameters()))
+    assert not theirs & set(map(id, distiller.parameters()))
+    assert teacher not in list(distiller.modules())
+    assert not distiller.state_dict()
+    distiller.to(torch.float64)
+    assert teacher.head.weight.dtype == torch.float32
+    teacher.eval()
+    distiller.train()
+    assert not teacher.training
+
+
+def test_a_teacher_that_is_one_is_taken_as_it_is() -> None:
+    teacher = Frozen(Net(4), mode="train")
+    assert Distiller({"kd": Term(losses.KD())}, teacher).teacher is teacher
+
+
+# Wiring
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_an_unknown_path_names_term_side_and_closest_names(side: str) -> None:
+    distiller = Distiller({"kd": Term(losses.KD()), "hint": hint(**{side: "steem"})}, Net(4))
+    student = Net(4)
+    with pytest.raises(ValueError, match=rf"Term 'hint': the {side} \(Net\) has no module 'steem'.*'stem'"):
+        distiller.attach(student)
+    assert not student._forward_hooks
+    assert not student._forward_pre_hooks
+
+
+def test_a_task_offers_names() -> None:
+    def knowledge(model: nn.Module) -> dict[str, str]:
+        return {"logits": "output.logits", "features": "stem", "wide": f"stem.{0 if model.width == 4 else 1}"}
+
+    class Named(Net):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.width = width
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"logits": super().forward(x)}
+
+    terms = {
+        "kd": Term(nn.MSELoss(), student="logits", teacher="logits"),
+        "hint": Term(nn.MSELoss(), student="features", teacher="features"),
+    }
+    student, teacher, x = Named(4), Named(4), torch.randn(5, 6)
+    distiller = Distiller(terms, teacher, knowledge=knowledge)
+    values = distiller(watched(distiller, student, x))
+    torch.testing.assert_close(values["kd"], nn.functional.mse_loss(student(x)["logits"], teacher(x)["logits"]))
+    torch.testing.assert_close(values["hint"], nn.functional.mse_loss(student.stem(x), teacher.stem(x)))
+    distiller.detach()
+    with pytest.raises(ValueError, match=r"no module 'logit'.*The task offers 'logits', 'features'"):
+        Distiller({"kd": Term(nn.MSELoss(), student="logit")}, teacher, knowledge=knowledge).attach(student)
+
+
+def test_errors_name_the_term() -> None:
+    student, x = Net(4), torch.randn(5, 6)
+    for error, kind in [(ValueError("bad"), ValueError), (KeyError("bad"), ValueError)]:
+        distiller = Distiller({"it": Term(Failing(error))}, Net(4))
+        calls = watched(distiller, student, x)
+        with pytest.raises(kind, match="Term 'it': bad"):
+            distiller(calls)
+        distiller.detach()
+    distiller = Distiller({"it": Term(Failing(ZeroDivisionError("bad")))}, Net(4))
+    calls = watched(distiller, student, x)
+    with pytest.raises(ZeroDivisionError) as caught:
+        distiller(calls)
+    assert "distillation term 'it'" in caught.value.__notes__[0]
+
+
+def test_shapes_that_cannot_be_bridged_name_the_term() -> None:
+    class Map(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[..., None, None]
+
+    teacher = Net(4)
+    teacher.stem = nn.Sequential(teacher.stem, Map(), nn.Flatten())
+    distiller = Distiller({"it": hint(teacher="stem.1")}, teacher)
+    calls = watched(distiller, Net(4), torch.randn(5, 6))
+    with pytest.raises(ValueError, match=r"Term 'it': student \(5, 4\) and teacher \(5, 4, 1, 1\) cannot be bridged"):
+        distiller.build(calls[0])
+
+
+def test_a_selector_that_finds_nothing_names_the_term() -> None:
+    distiller = Distiller({"it": Term(losses.KD(), teacher="output.logits")}, Net(4))
+    calls = watched(distiller, Net(4), torch.randn(5, 6))
+    with pytest.raises(ValueError, match=r"Term 'it'.*'logits' is not in a tensor of shape \(5, 4\)"):
+        distiller(calls)
+
+
+# Calls
+
+
+def test_the_teacher_sees_what_the_student_saw() -> None:
+    class Keywords(Net):
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            return super().forward(scale * x)
+
+    student, teacher, x = Keywords(4), Keywords(8), torch.randn(5, 6)
+    distiller = Distiller({"it": Term(nn.MSELoss())}, teacher)
+    values = distiller(watched(distiller, student, x, scale=3.0))
+    torch.testing.assert_close(values["it"], nn.functional.mse_loss(student(x, scale=3.0), teacher(x, scale=3.0)))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda x: x * 2, lambda x: (x * 2,), lambda x: {"x": x * 2}],
+    ids=["tensor", "tuple", "dict"],
+)
+def test_the_teacher_may_see_something_else(made: Any) -> None:
+    student, teacher, x = Net(4), Net(8), torch.randn(5, 6)
+    distiller = Distiller({"it": Term(nn.MSELoss())}, teacher, teacher_input=made)
+    values = distiller(watched(distiller, student, x))
+    torch.testing.assert_close(values["it"], nn.functional.mse_loss(student(x), teacher(x * 2)))
+
+
+def test_without_a_call_there_is_nothing_to_distil() -> None:
+    distiller = Distiller({"it": Term(nn.MSELoss())}, Net(4))
+    with pytest.raises(RuntimeError, match="not attached"), distiller.watch():
+        pass
+    distiller.attach(Net(4))
+    with distiller.watch() as calls:
+        pass
+    with pytest.raises(RuntimeError, match="student was not called"):
+        distiller(calls)
+
+
+def test_an_error_in_the_teacher_is_the_users_to_see() -> None:
+    distiller = Distiller({"it": Term(nn.MSELoss())}, nn.Linear(7, 4))
+    student = Net(4)
+    distiller.attach(student)
+    with pytest.raises(RuntimeError, match="shapes"), distiller.watch():
+        student(torch.randn(5, 6))
+    distiller.detach()
+    student(torch.randn(5, 6))
+
+
+# Losses, weights and parameters
+
+
+def test_every_term_gets_its_labels() -> None:
+    class Labelled(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+            return (student.logsumexp(1) * target).mean()
+
+    distiller = Distiller({"a": Term(Labelled()), "b": Term(losses.KD())}, Net(4))
+    student, x = Net(4), torch.randn(5, 6)
+    calls = watched(distiller, student, x)
+    target = torch.arange(5.0)
+    torch.testing.assert_close(distiller(calls, target=target)["a"], (student(x).logsumexp(1) * target).mean())
+    with pytest.raises(ValueError, match="Term 'a': Labelled needs 'target'"):
+        distiller(calls)
+
+
+def test_weights_follow_their_schedules() -> None:
+    terms = {"a": Term(nn.MSELoss(), weight=2.0), "b": Term(nn.MSELoss(), weight=schedules.Linear(4.0, 0.0))}
+    distiller = Distiller(terms, Net(4))
+    assert distiller.weights() == {"a": 2.0, "b": 4.0}
+    assert distiller.weights(0.75) == {"a": 2.0, "b": 1.0}
+    values = {"a": torch.tensor(10.0), "b": torch.tensor(1.0)}
+    assert [float(distiller.total(values, p)) for p in (0.0, 0.75, 1.0)] == [24.0, 21.0, 20.0]
+
+
+def test_build_makes_what_is_missing_once() -> None:
+    terms = {"kd": Term(losses.KD()), "hint": hint(), "own": hint(nn.MSELoss(), projector=nn.Linear(4, 8))}
+    distiller = Distiller(terms, Net(8))
+    assert distiller.needs_sample
+    student = Net(4)
+    distiller.attach(student)
+    before = [p.clone() for p in student.parameters()]
+    with distiller.watch() as calls:
+        student(torch.randn(2, 6))
+    distiller.build(calls[0])
+    assert not distiller.needs_sample
+    made = dict(distiller.named_parameters())
+    assert set(made) == {f"terms.{name}.projector.{p}" for name in ("hint", "own") for p in ("weight", "bias")}
+    distiller.build(calls[0])
+    assert all(dict(distiller.named_parameters())[name] is p for name, p in made.items())
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert set(distiller(calls)) == {"kd", "hint", "own"}
+
+
+def test_a_projector_made_after_the_optimizer_is_an_error() -> None:
+    distiller = Distiller({"hint": hint()}, Net(8))
+    calls = watched(distiller, Net(4), torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match="made only now") as caught:
+        distiller(calls)
+    assert "'hint'" in caught.value.__notes__[0]
+
+
+def test_ranges() -> None:
+    student, teacher = nn.Identity(), nn.Identity()
+    distiller = Distiller({"it": Term(nn.MSELoss())}, teacher, teacher_input=lambda x: x * 10)
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        for low, high in [(-1.0, 2.0), (-3.0, 0.0)]:
+            student(torch.tensor([[low, high]], requires_grad=True))
+    assert distiller.ranges(calls, "it").tolist() == [-3.0, 2.0, -30.0, 20.0]
+
+
+def test_a_plain_loop_learns() -> None:
+    teacher = Net(16)
+    student = Net(4)
+    terms = {"kd": Term(losses.KD(temperature=2.0)), "hint": hint(weight=schedules.Linear(1.0, 0.5))}
+    distiller = Distiller(terms, teacher)
+    distiller.attach(student)
+    x, labels = torch.randn(64, 6), torch.randint(0, 4, (64,))
+    with distiller.watch() as calls:
+        student(x[:2])
+    distiller.build(calls[0])
+    optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=0.02)
+    history = []
+    for step in range(60):
+        with distiller.watch() as calls:
+            logits = student(x)
+        values = distiller(calls, target=labels)
+        loss = 0.01 * nn.functional.cross_entropy(logits, labels) + distiller.total(values, progress=step / 60)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append({name: float(value.detach()) for name, value in values.items()})
+    distiller.detach()
+    assert history[-1]["kd"] < 0.5 * history[0]["kd"]
+    assert history[-1]["hint"] < 0.8 * history[0]["hint"]

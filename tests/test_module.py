@@ -1,0 +1,222 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from lightning_kd.tasks import Classification
+from sklearn.metrics import accuracy_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_kd import DistillationModule, Term, losses
+from lightning_kd.teachers import Frozen
+
+CLASSES = 3
+
+
+class Net(nn.Module):
+    def __init__(self, width: int, inputs: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(inputs, width), nn.BatchNorm1d(width))
+        self.head = nn.Linear(width, CLASSES)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(self.stem(x))
+
+
+class History(Logger):
+    """What a user's logger is given of the training, step by step."""
+
+    name = version = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.append({key: value for key, value in metrics.items() if key.startswith("train/")})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 6, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :CLASSES].argmax(1)), batch_size=16)
+
+
+def trainer(logger: Logger | bool = False, **kwargs: Any) -> Trainer:
+    quiet = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    options: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "limit_val_batches": 0}
+    return Trainer(logger=logger, **dict.fromkeys(quiet, False) | options | kwargs)
+
+
+def module(teacher: nn.Module | None = None, **kwargs: Any) -> DistillationModule:
+    terms = {"kd": Term(losses.KD(), weight=0.5), "hint": Term(losses.FitNet(), student="stem", teacher="stem")}
+    if teacher is None:
+        return DistillationModule(Classification(CLASSES), Net(4), **kwargs)
+    return DistillationModule(Classification(CLASSES), Net(4), teacher, **{"terms": terms} | kwargs)
+
+
+@pytest.mark.parametrize("given", [{"teacher": nn.Linear(6, 3)}, {"terms": {"kd": Term(losses.KD())}}])
+def test_teacher_and_terms_go_together(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="A teacher and terms go together"):
+        DistillationModule(Classification(CLASSES), Net(4), **given)
+
+
+def test_arguments_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="lr_interval is 'epoch' or 'step', got 'batch'"):
+        module(lr_interval="batch")
+    with pytest.raises(ValueError, match="task_weight"):
+        module(Net(8), task_weight=-1.0)
+
+
+def test_its_state_is_the_students() -> None:
+    distilled, alone = module(Net(8)), module()
+    assert set(distilled.state_dict()) == set(alone.state_dict())
+    assert all(key.startswith("student.") for key in distilled.state_dict())
+    assert {id(p) for p in distilled.parameters()} == {id(p) for p in distilled.student.parameters()}
+    assert alone.teacher is None
+    assert isinstance(distilled.teacher, Frozen)
+
+
+def test_without_a_teacher_it_is_plain_training() -> None:
+    made, plain, history = module(optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), Net(4), History()
+    plain.load_state_dict(made.student.state_dict())
+    trainer(history, max_epochs=2).fit(made, loader(), loader())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    expected = []
+    for _ in range(2):
+        for x, target in loader():
+            loss = nn.functional.cross_entropy(plain(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            expected.append({"train/loss": float(loss.detach())})
+    assert history.steps == expected
+    for key, value in made.student.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key]), key
+
+
+def test_it_learns_and_logs_the_weighted_sum() -> None:
+    history = History()
+    made = module(Net(8), task_weight=0.3, optimizer=lambda p: torch.optim.Adam(p, lr=0.02))
+    trainer(history, max_epochs=6).fit(made, loader(), loader())
+    assert len(history.steps) == 18
+    for step in history.steps:
+        assert set(step) == {"train/loss", "train/task", "train/kd", "train/hint"}
+        total = 0.3 * step["train/task"] + 0.5 * step["train/kd"] + step["train/hint"]
+        assert step["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert history.steps[-1]["train/loss"] < 0.8 * history.steps[0]["train/loss"]
+
+
+@pytest.mark.parametrize(("interval", "rate"), [("epoch", 0.25), ("step", 1.0 * 0.5**6)])
+def test_the_scheduler_steps_by_its_interval(interval: str, rate: float) -> None:
+    made = module(
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        lr_interval=interval,
+    )
+    run = trainer(max_epochs=2)
+    run.fit(made, loader(), loader())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_evaluation_is_of_the_student_alone() -> None:
+    teacher = Net(8)
+    made = module(teacher)
+    trainer(limit_val_batches=1.0).validate(made, loader(), verbose=False)
+    assert teacher.calls == 0
+    predicted = trainer().predict(made, loader())
+    assert teacher.calls == 0
+    x, target = loader().dataset.tensors
+    with torch.no_grad():
+        expected = made.student.eval()(x).softmax(1)
+    torch.testing.assert_close(torch.cat(predicted), expected)
+    run = trainer(limit_val_batches=1.0)
+    run.validate(made, loader(), verbose=False)
+    assert set(run.callback_metrics) == {"val/loss", "val/accuracy", "val/calibration_error"}
+    assert float(run.callback_metrics["val/accuracy"]) == pytest.approx(accuracy_score(target, expected.argmax(1)))
+    loss = nn.functional.nll_loss(expected.log(), target)
+    assert float(run.callback_metrics["val/loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def agreement(made: DistillationModule, **kwargs: Any) -> float:
+    run = trainer(**kwargs)
+    run.test(made, loader(), verbose=False)
+    return float(run.callback_metrics["test/agreement"])
+
+
+def test_a_test_measures_the_agreement_with_the_teacher() -> None:
+    teacher = Net(8)
+    made, x = module(teacher), loader().dataset.tensors[0]
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    teacher.train()
+    value = agreement(made)
+    with torch.no_grad():
+        expected = (made.student.eval()(x).argmax(1) == teacher.eval()(x).argmax(1)).float().mean()
+    assert value == pytest.approx(float(expected))
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not teacher._forward_pre_hooks
+    run = trainer()
+    run.test(module(), loader(), verbose=False)
+    assert "test/agreement" not in run.callback_metrics
+
+
+def test_the_agreement_is_with_the_teacher_as_it_teaches() -> None:
+    """Its input and its type are those of the training."""
+    teacher = Net(8, inputs=12)
+    made, x = module(teacher, teacher_input=lambda x: torch.cat([x, x], dim=1)), loader().dataset.tensors[0]
+    trainer().fit(made, loader(), loader())
+    with torch.no_grad():
+        said = teacher.eval()(torch.cat([x, x], dim=1)).argmax(1)
+        expected = (made.student.eval()(x).argmax(1) == said).float().mean()
+    assert agreement(made) == pytest.approx(float(expected))
+    half = module(Net(8).bfloat16())
+    assert 0.0 <= agreement(half) <= 1.0
+    assert 0.0 <= agreement(module(Net(8)), precision="bf16-true") <= 1.0
+
+
+def test_a_checkpoint_loads_into_the_plain_student_and_as_a_teacher(tmp_path: Path) -> None:
+    made = module(Net(8))
+    run = trainer()
+    run.fit(made, loader(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    teacher = Frozen(Net(4), checkpoint=tmp_path / "last.ckpt")
+    for key, value in made.student.state_dict().items():
+        assert torch.equal(teacher.model.state_dict()[key], value)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("form", ["student", "student in place", "module"])
+def test_compiled_it_is_the_same_training(form: str) -> None:
+    results = []
+    weights, teacher = Net(4).state_dict(), Net(8)
+    for compiled in (False, True):
+        history = History()
+        made = module(teacher, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        made.student.load_state_dict(weights)
+        made.attachment.distiller.terms["hint"].projector = nn.Linear(4, 8)
+        with torch.no_grad():
+            for p in made.attachment.distiller.terms.parameters():
+                p.fill_(0.1)
+        fitted: Any = made
+        if compiled and form == "student":
+            made.student = torch.compile(made.student, backend="eager")
+        elif compiled and form == "student in place":
+            made.student.compile(backend="eager")
+        elif compiled:
+            fitted = torch.compile(made, backend="eager")
+        trainer(history).fit(fitted, loader(), loader())
+        results.append(history.steps)
+        torch._dynamo.reset()
+    assert len(results[0]) == len(results[1]) == 3
+    for a, b in zip(*results, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+        assert a["train/hint"] > 0
+        assert a["train/kd"] > 0

@@ -1,0 +1,161 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+
+from lightning_kd.rehearsal import _small_batch, first_samples
+
+
+class Indexed(Dataset[Any]):
+    def __init__(self, length: int = 10) -> None:
+        self.length = length
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.asked.append(index)
+        return {"x": torch.full((3,), float(index)), "index": index}
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (torch.full((3,), float(i)) for i in range(10))
+
+
+def refuse(*args: Any) -> Any:
+    raise AssertionError("no worker is started and no sampler asked")
+
+
+class Refusing(RandomSampler):
+    __iter__ = refuse
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 4},
+        {"batch_size": 4, "shuffle": True},
+        {"batch_size": 4, "drop_last": True, "num_workers": 2, "worker_init_fn": refuse},
+        {"batch_sampler": BatchSampler(Refusing(range(10)), 4, drop_last=False)},
+        {"batch_size": 4, "sampler": Refusing(range(10))},
+    ],
+    ids=",".join,
+)
+def test_two_samples_of_data_with_indices(options: dict[str, Any]) -> None:
+    data = Indexed()
+    batch = _small_batch(DataLoader(data, **options))
+    assert data.asked == [0, 1]
+    assert torch.equal(batch["x"], torch.tensor([[0.0] * 3, [1.0] * 3]))
+    assert batch["index"].tolist() == [0, 1]
+
+
+def test_the_loaders_own_collate_is_used() -> None:
+    assert _small_batch(DataLoader(Indexed(), batch_size=4, collate_fn=len)) == 2
+
+
+def test_data_that_gives_whole_lists() -> None:
+    class Lists(Indexed):
+        def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+            return [{"x": torch.ones(1), "index": -i} for i in indices]
+
+    assert _small_batch(DataLoader(Lists(), batch_size=4))["index"].tolist() == [0, -1]
+
+
+def test_a_single_sample_is_a_batch_of_one() -> None:
+    assert _small_batch(DataLoader(Indexed(1), batch_size=4))["x"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("loader", "shape"),
+    [
+        (DataLoader(Stream(), batch_size=4), (4, 3)),
+        (DataLoader(Stream(), batch_size=None), (3,)),
+        ([torch.zeros(4, 3), torch.ones(4, 3)], None),
+    ],
+    ids=["stream", "stream of batches", "list"],
+)
+def test_other_data_gives_its_first_batch(loader: Any, shape: tuple[int, ...] | None) -> None:
+    if shape is not None:
+        assert _small_batch(loader).shape == shape
+    else:
+        assert _small_batch(iter(loader)).sum() == 0
+
+
+def test_data_without_automatic_batches_gives_its_first() -> None:
+    batch = _small_batch(DataLoader(Indexed(), batch_size=None))
+    assert batch["x"].shape == (3,)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "sequential"])
+def test_several_loaders(mode: str) -> None:
+    loaders = {"a": DataLoader(Indexed(), batch_size=4), "b": [DataLoader(Stream(), batch_size=3)]}
+    batch = _small_batch(CombinedLoader(loaders, mode))
+    assert batch["a"]["x"].shape == (2, 3)
+    assert batch["b"][0].shape == (3, 3)
+
+
+class Probe(LightningModule):
+    """Asks for samples where the attachment does."""
+
+    def __init__(self, data: DataLoader[Any] | None = None) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.data = data
+        self.samples: Any = None
+
+    def train_dataloader(self) -> Any:
+        return self.data
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [2 * x for x in batch]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [x + 1 for x in batch]
+
+    def configure_model(self) -> None:
+        self.samples = first_samples(self.trainer, self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.batch = batch
+        return self.layer(batch[0]).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(LightningDataModule):
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_")  # the module's hooks are meant
+@pytest.mark.parametrize("door", ["argument", "module", "datamodule"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_samples_are_what_training_step_would_get(door: str, precision: Any) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(12.0).reshape(4, 3)), batch_size=2)
+    module = Probe(loader if door == "module" else None)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    given = {"argument": {"train_dataloaders": loader}, "module": {}, "datamodule": {"datamodule": Data(loader)}}
+    trainer.fit(module, **given[door])
+    assert torch.equal(module.samples[0], module.batch[0])
+    assert module.samples[0].dtype == module.batch[0].dtype
+    assert torch.equal(module.samples[0].float(), 2 * torch.arange(6.0).reshape(2, 3) + 1)

@@ -1,0 +1,268 @@
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_kd import Term, losses, schedules
+
+
+class NeedsTarget(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return (student - teacher).square().mean() + target.sum()
+
+
+class MayHaveTarget(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        return (student - teacher).square().mean() + (0.0 if target is None else target.sum())
+
+
+class Keywords(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor, *rest: Any, target: Tensor, **options: Any) -> Tensor:
+        assert not rest
+        assert not options
+        return (student - teacher).square().mean() + target.sum()
+
+
+class Learned(nn.Module):
+    """With parameters from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (self.scale * student - teacher).square().mean()
+
+
+class Aligned(Learned):
+    align = "shape"
+
+
+def pair(*shape: int) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.randn(shape, requires_grad=True)], [torch.randn(shape)]
+
+
+@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.inf, math.nan, "1", None, [1.0], torch.tensor(1.0)])
+def test_a_weight_is_a_finite_number_that_is_not_negative(weight: Any) -> None:
+    with pytest.raises(ValueError, match="weight is a finite number"):
+        Term(losses.KD(), weight=weight)
+
+
+@pytest.mark.parametrize("weight", [schedules.Linear(1.0, -1.0), schedules.Cosine(-0.5, 1.0)])
+def test_a_schedule_of_weights_is_held_to_the_same(weight: schedules.Schedule) -> None:
+    with pytest.raises(ValueError, match=r"weight is a finite number.*(Linear|Cosine)"):
+        Term(losses.KD(), weight=weight)
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, 3, 2.5])
+def test_a_weight_is_the_same_all_along(weight: float) -> None:
+    term = Term(losses.KD(), weight=weight)
+    assert [term.weight_at(x) for x in (0.0, 0.5, 1.0)] == [weight] * 3
+
+
+def test_a_scheduled_weight() -> None:
+    term = Term(losses.KD(), weight=schedules.Linear(4.0, 0.0))
+    assert [term.weight_at(x) for x in (0.0, 0.5, 1.0, 2.0)] == [4.0, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("loss", [losses.KD, "KD", nn.functional.mse_loss, None])
+def test_a_loss_is_a_module(loss: Any) -> None:
+    with pytest.raises(TypeError, match=r"Did you mean KD\(\)" if loss is losses.KD else "loss is a module"):
+        Term(loss)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_paths_are_read_at_once(side: str) -> None:
+    with pytest.raises(ValueError, match=r"'layer\[' is not a path"):
+        Term(losses.KD(), **{side: "layer["})
+
+
+# What a loss takes of the batch
+
+
+def test_a_required_label() -> None:
+    term = Term(NeedsTarget())
+    assert term.labels == {"target": True}
+    student, teacher = pair(4, 3)
+    with pytest.raises(ValueError, match=r"NeedsTarget needs 'target'.*Pass target="):
+        term(student, teacher, {})
+    with pytest.raises(ValueError, match="needs 'target'"):
+        term(student, teacher, {"target": None})
+    plain = term(student, teacher, {"target": torch.zeros(4)})
+    assert float((term(student, teacher, {"target": torch.ones(4)}) - plain).detach()) == pytest.approx(4.0)
+
+
+def test_an_optional_label() -> None:
+    term = Term(MayHaveTarget())
+    assert term.labels == {"target": False}
+    student, teacher = pair(4, 3)
+    without = term(student, teacher, {})
+    assert float((term(student, teacher, {"target": torch.ones(4)}) - without).detach()) == pytest.approx(4.0)
+
+
+def test_labels_that_a_loss_does_not_take_are_not_given() -> None:
+    term = Term(nn.MSELoss())
+    assert term.labels == {}
+    term(*pair(4, 3), {"target": torch.ones(4), "index": torch.ones(4)})
+
+
+def test_variadic_arguments_ask_for_nothing() -> None:
+    term = Term(Keywords())
+    assert term.labels == {"target": True}
+    term(*pair(4, 3), {"target": torch.ones(4)})
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_loss_gets_what_it_takes() -> None:
+    student, teacher = pair(4, 3)
+    labels = {"target": torch.ones(4)}
+    compiled = torch.compile(MayHaveTarget(), backend="eager")
+    term = Term(compiled)
+    assert term.labels == {"target": False}
+    assert torch.equal(term(student, teacher, labels), Term(MayHaveTarget())(student, teacher, labels))
+    assert Term(torch.compile(losses.FitNet(), backend="eager")).needs_sample
+    torch._dynamo.reset()
+
+
+# Projectors, and parameters that need a sample
+
+
+def test_who_needs_a_sample() -> None:
+    assert not Term(losses.KD()).needs_sample
+    assert not Term(nn.MSELoss()).needs_sample
+    assert not Term(Learned()).needs_sample
+    assert Term(losses.FitNet()).needs_sample
+    assert Term(losses.AT()).needs_sample
+    assert Term(losses.VID()).needs_sample
+    assert not Term(losses.FitNet(), projector=nn.Identity()).needs_sample
+    assert Term(losses.VID(), projector=nn.Identity()).needs_sample
+    built = Term(losses.VID())
+    built.build(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4))
+    assert not built.needs_sample
+
+
+def test_build_makes_a_projector_for_the_shapes() -> None:
+    term = Term(losses.FitNet())
+    assert not list(term.parameters())
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 8, 8)
+    term.build(student, teacher)
+    assert sum(p.numel() for p in term.parameters()) == 3 * 5 + 5
+    term([student], [teacher], {}).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in term.parameters())
+    assert student.grad is not None
+
+
+def test_a_projector_of_your_own_is_used_as_it_is() -> None:
+    projector = nn.Linear(3, 5)
+    term = Term(nn.MSELoss(), projector=projector)
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 5)
+    expected = (projector(student) - teacher).square().mean()
+    assert torch.equal(term([student], [teacher], {}), expected)
+    assert term.projector is projector
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 5\)"):
+        Term(losses.FitNet(), projector=nn.Identity())([student], [teacher], {})
+
+
+def test_a_loss_with_build_sees_the_projected_student() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Builds(nn.Module):
+        align = "shape"
+
+        def build(self, student: Tensor, teacher: Tensor) -> None:
+            seen.append((student.shape, teacher.shape, student.requires_grad))
+            self.scale = nn.Parameter(torch.ones(student.shape[1]))
+
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return (self.scale * (student - teacher).mean((2, 3))).square().mean()
+
+    term = Term(Builds())
+    term.build(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 2, 2))
+    assert seen == [((2, 5, 2, 2), (2, 5, 2, 2), False)]
+    assert {name for name, _ in term.named_parameters()} == {
+        "loss.scale",
+        "projector.project.weight",
+        "projector.project.bias",
+    }
+
+
+@pytest.mark.parametrize("loss", [losses.FitNet, Aligned, losses.VID])
+def test_parameters_made_too_late_are_an_error(loss: type[nn.Module]) -> None:
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
+    with pytest.raises(RuntimeError, match=r"made only now.*build\(\.\.\.\)"):
+        Term(loss())([student], [teacher], {})
+
+
+@pytest.mark.parametrize("loss", [Learned, Aligned, losses.FitNet, nn.MSELoss])
+def test_what_needs_no_new_parameters_need_not_be_built(loss: type[nn.Module]) -> None:
+    term = Term(loss())
+    value = term(*pair(2, 3), {})
+    value.backward()
+    assert all(p.grad is not None for p in term.parameters())
+
+
+def test_a_term_is_saved_and_copied() -> None:
+    term = Term(losses.VID(), weight=schedules.Cosine(1.0, 0.0))
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
+    term.build(student, teacher)
+    twin, other = copy.deepcopy(term), Term(losses.VID())
+    other.build(student, teacher)
+    other.load_state_dict(term.state_dict())
+    expected = term([student], [teacher], {})
+    assert torch.equal(twin([student], [teacher], {}), expected)
+    assert torch.equal(other([student], [teacher], {}), expected)
+
+
+# What is compared
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    Term(nn.MSELoss())([student], [teacher], {}).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_a_student_without_gradient_teaches_nothing() -> None:
+    term, student, teacher = Term(nn.MSELoss()), torch.randn(2, 3), torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"'output' carries no gradient.*frozen layers.*use_reentrant=True"):
+        term([student], [teacher], {})
+    with torch.no_grad():  # to measure, not to learn
+        assert term([student], [teacher], {}) > 0
+
+
+def test_of_several_calls_the_mean() -> None:
+    students, teachers = zip(*((s[0], t[0]) for s, t in (pair(2, 3), pair(5, 3))), strict=True)
+    value = Term(nn.MSELoss())(students, teachers, {})
+    by_hand = [nn.functional.mse_loss(s, t) for s, t in zip(students, teachers, strict=True)]
+    torch.testing.assert_close(value, (by_hand[0] + by_hand[1]) / 2)
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(0, 0), (1, 2), (2, 1), (0, 1)])
+def test_calls_that_cannot_be_paired(students: int, teachers: int) -> None:
+    with pytest.raises(ValueError, match=f"called {students} times and the teacher's 'output' {teachers} times"):
+        Term(nn.MSELoss()).pairs([torch.zeros(2)] * students, [torch.zeros(2)] * teachers)
+
+
+def test_a_path_has_to_select_a_tensor() -> None:
+    with pytest.raises(ValueError, match=r"the teacher's 'output' is a tuple of 2 items.*'output\[0\]'"):
+        Term(nn.MSELoss()).pairs([torch.zeros(2)], [(torch.zeros(2), torch.zeros(2))])
+    with pytest.raises(ValueError, match=r"the student's 'output\.x' is a NoneType"):
+        Term(nn.MSELoss(), student="output.x").pairs([{"x": None}], [torch.zeros(2)])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_loss_returns_a_scalar(reduction: str) -> None:
+    term = Term(nn.MSELoss(reduction=reduction))
+    if reduction == "sum":
+        assert term(*pair(2, 3), {}).ndim == 0
+        return
+    with pytest.raises(ValueError, match=r"MSELoss returned a tensor of shape \(2, 3\) and not a scalar"):
+        term(*pair(2, 3), {})
+
+
+def test_the_wiring_is_printed() -> None:
+    assert "student='a', teacher='b', weight=2.0" in repr(Term(nn.MSELoss(), 2.0, "a", "b"))
