@@ -85,7 +85,8 @@ class Distiller(nn.Module):
             if not isinstance(term, Term):
                 raise TypeError(f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...).")
         if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.")
+            hint = f" Did you mean {teacher.__name__}(...)?" if isinstance(teacher, type) else ""
+            raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.{hint}")
         self.terms = nn.ModuleDict(terms)
         # Past nn.Module's registration, so that the teacher is not a submodule.
         object.__setattr__(self, "teacher", teacher if isinstance(teacher, Teacher) else Frozen(teacher))
@@ -120,9 +121,9 @@ class Distiller(nn.Module):
             ValueError: If a path is unknown; the message names the term and lists the closest names.
         """
         self.detach()
-        teacher = self.teacher.model if isinstance(self.teacher, Frozen) else self.teacher
         self._student_paths = self._resolve("student", student)
-        self._teacher_paths = self._resolve("teacher", teacher)
+        # Other teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
+        self._teacher_paths = self._resolve("teacher", self.teacher.model if isinstance(self.teacher, Frozen) else None)
         self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
         self._read = [
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
@@ -135,14 +136,14 @@ class Distiller(nn.Module):
             student.register_forward_hook(self._after_call(student)),
         ]
 
-    def _resolve(self, side: str, model: nn.Module) -> dict[str, Path]:
+    def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
         """Returns where each term's path starts on one side; the names that the task offers are looked up."""
-        offered = dict(self.knowledge(model)) if self.knowledge else {}
+        offered = dict(self.knowledge(model)) if self.knowledge and model is not None else {}
         paths = {}
         for name, term in self.named_terms():
             module = getattr(term, side).module
             paths[name] = Path(offered.get(module, module))
-            if paths[name].module != OUTPUT:
+            if paths[name].module != OUTPUT and model is not None:
                 try:
                     find_module(model, paths[name].module, f"the {side}")
                 except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +96,10 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
         if weights is not None:
-            load_weights(self, expand_path(weights))
+            path = expand_path(weights)
+            if "LIGHTNING_KD_DATA" in weights and not os.path.isfile(path):
+                raise FileNotFoundError(f"No weights at {path!r}. LIGHTNING_KD_DATA names the folder of the data.")
+            load_weights(self, path)
 
     def forward(self, image: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` to logits ``(N, K)``."""

@@ -89,6 +89,8 @@ def _small_batch(loader: Any) -> Any:
         return [_small_batch(value) for value in loader]
     if isinstance(loader, DataLoader) and _has_plain_indices(loader):
         indices = range(min(2, len(loader.dataset)))  # type: ignore[arg-type]  # such a sampler has asked its length
+        if not indices:
+            raise ValueError("The training data is empty, so that nothing can be learned.")
         many = getattr(loader.dataset, "__getitems__", None)
         return loader.collate_fn(many(list(indices)) if many else [loader.dataset[i] for i in indices])
     return next(iter(loader))

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -72,6 +73,12 @@ class Frozen(Teacher):
         super().__init__()
         if mode not in ("eval", "train"):
             raise ValueError(f"mode is 'eval' or 'train', got {mode!r}.")
+        if isinstance(model, LightningModule) and type(model).forward is LightningModule.forward:
+            parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
+            raise ValueError(
+                f"The teacher {type(model).__name__} has no forward() to call. Pass the network inside of it, one of "
+                f"{', '.join(f'teacher.{name}' for name in parts) or 'its submodules'}."
+            )
         self.model = model
         self.mode = mode
         if checkpoint is not None:

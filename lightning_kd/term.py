@@ -71,7 +71,12 @@ class Term(nn.Module):
 
     def weight_at(self, progress: float) -> float:
         """Returns the weight when the fraction ``progress`` of the run is done."""
-        return float(self.weight(progress) if isinstance(self.weight, Schedule) else self.weight)
+        if not isinstance(self.weight, Schedule):
+            return float(self.weight)
+        weight = float(self.weight(progress))
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"the schedule of the weight gave {weight} at {progress:.1%} of the run: {self.weight!r}.")
+        return weight
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Makes the projector, and the loss's own parameters, for the shapes of a sample.

@@ -52,6 +52,8 @@ class Path:
     def select(self, value: Any) -> Any:
         """Returns what the path selects inside of its module's output."""
         for selector in self.selectors:
+            if isinstance(value, Tensor) and isinstance(selector, int):
+                raise KeyError(f"{self.text!r}: [{selector}] of {describe(value)} would be a part of the batch.")
             try:
                 if isinstance(selector, str) and not isinstance(value, Mapping):
                     value = getattr(value, selector)

@@ -1,3 +1,4 @@
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd import Distiller, Term, losses, schedules
-from lightning_kd.teachers import Frozen
+from lightning_kd.taps import Record
+from lightning_kd.teachers import Frozen, Teacher
 
 
 class Net(nn.Module):
@@ -293,3 +295,26 @@ def test_a_plain_loop_learns() -> None:
     distiller.detach()
     assert history[-1]["kd"] < 0.5 * history[0]["kd"]
     assert history[-1]["hint"] < 0.8 * history[0]["hint"]
+
+
+def test_a_teacher_that_is_no_network_answers_paths_of_its_own() -> None:
+    class Cache(Teacher):
+        def bind(self, student: nn.Module, paths: Collection[str]) -> None:
+            self.paths = list(paths)
+
+        def unbind(self) -> None: ...
+
+        def forward(self, x: Tensor) -> Record:
+            return {path: [torch.ones(len(x), 3)] for path in self.paths}
+
+    student = nn.Linear(4, 3)
+    distiller = Distiller({"kd": Term(losses.KD(), teacher="layer3")}, Cache())
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        student(torch.randn(2, 4))
+    assert distiller(calls)["kd"] > 0
+
+
+def test_a_class_is_not_a_teacher() -> None:
+    with pytest.raises(TypeError, match=r"Did you mean Linear\(\.\.\.\)\?"):
+        Distiller({"kd": Term(losses.KD())}, nn.Linear)

@@ -593,3 +593,8 @@ def test_under_autocast_the_teacher_computes_as_the_student() -> None:
     assert s.dtype == t.dtype == torch.bfloat16
     loss.backward()
     assert student.first.weight.grad.abs().sum() > 0
+
+
+def test_a_part_of_the_batch_is_not_selected_by_mistake() -> None:
+    with pytest.raises(KeyError, match="would be a part of the batch"):
+        Path("layer1[0]").select(torch.zeros(2, 3))

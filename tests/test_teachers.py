@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_kd import Distiller, Term, losses
@@ -374,3 +375,13 @@ def test_buffers_are_loaded_and_weights_keep_their_type_and_place(tmp_path: Path
     assert model.head.weight.dtype == torch.bfloat16
     assert model.head.weight.data_ptr() == pointer
     assert int(model.late.num_batches_tracked) == 1
+
+
+def test_a_lightning_module_without_forward_is_told_what_to_pass() -> None:
+    class Trained(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"has no forward\(\) to call.*teacher\.net"):
+        Frozen(Trained())

@@ -266,3 +266,14 @@ def test_a_loss_returns_a_scalar(reduction: str) -> None:
 
 def test_the_wiring_is_printed() -> None:
     assert "student='a', teacher='b', weight=2.0" in repr(Term(nn.MSELoss(), 2.0, "a", "b"))
+
+
+def test_a_schedule_that_leaves_its_range_midway_is_refused() -> None:
+    class Dips(schedules.Schedule):
+        def __call__(self, progress: float) -> float:
+            return 1.0 - 8.0 * progress * (1.0 - progress)
+
+    term = Term(losses.KD(), weight=Dips())
+    assert term.weight_at(1.0) == 1.0
+    with pytest.raises(ValueError, match=r"gave -1.0 at 50.0% of the run"):
+        term.weight_at(0.5)

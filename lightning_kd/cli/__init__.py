@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", message=renamed, category=DeprecationWarning)
             # About one number in the printed summary, the size in memory.
             warnings.filterwarnings("ignore", message=r"Precision .* is not supported by the model summary")
+            # TensorBoard and CSV lie side by side on purpose.
+            warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
             _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -49,6 +50,8 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
     part = folder / f".{key}.part"
     cli.trainer.save_checkpoint(part, weights_only=True)
     os.replace(part, checkpoint)
+    del cli
+    gc.collect()  # data and trainer hold each other: of many runs in a row, each would stay for a while
     return checkpoint
 
 
