@@ -266,3 +266,8 @@ def test_a_loss_returns_a_scalar(reduction: str) -> None:
 
 def test_the_wiring_is_printed() -> None:
     assert "student='a', teacher='b', weight=2.0" in repr(Term(nn.MSELoss(), 2.0, "a", "b"))
+
+
+def test_a_projector_is_a_module() -> None:
+    with pytest.raises(TypeError, match="projector is a module"):
+        Term(losses.FitNet(), projector=nn.Linear)  # type: ignore[arg-type]  # the mistake
