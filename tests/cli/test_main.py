@@ -177,9 +177,10 @@ def test_a_checkpoint_that_is_damaged_is_told(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_is_told(student: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_told(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert main(["export", str(student), "--format", "state_dict", "--output", str(tmp_path / "file" / "a.pt")]) == 2
+    output = str(tmp_path / "file" / "a.pt")
+    assert main(["export", str(student(trained)), "--format", "state_dict", "--output", output]) == 2
 
 
 def test_a_wrong_type_is_told_with_its_option(capsys: pytest.CaptureFixture[str]) -> None:
