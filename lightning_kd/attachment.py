@@ -57,11 +57,12 @@ class Attachment(Callback):
         self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
         self._total_steps = 0.0
+        self._ready = False
         self._check = FiniteCheck()
         self._undo: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_undo": [], "_values": {}}
+        return {**self.__dict__, "_undo": [], "_values": {}, "_ready": False}
 
     # The hooks, in the order in which Lightning calls them.
 
@@ -87,19 +88,11 @@ class Attachment(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches terms that have no parameters, and brings the teacher to the student's device."""
-        if not self._has_parameters():
-            self._attach(pl_module)
-        self._move_teacher(pl_module.device)
+        self._get_ready(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns how long the run is, if a schedule has to know."""
-        scheduled = [name for name, term in self.distiller.named_terms() if isinstance(term.weight, Schedule)]
-        self._total_steps = float(trainer.estimated_stepping_batches) if scheduled else 1.0
-        if not 0.0 < self._total_steps < float("inf"):
-            raise ValueError(
-                f"The terms {scheduled} have a schedule over the run, and the run has no end. Set max_epochs or "
-                "max_steps of the Trainer."
-            )
+        self._measure_run(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Logs the losses of the step."""
@@ -108,7 +101,8 @@ class Attachment(Callback):
         # A name that the module's training_step logs is the module's.
         ours = {name: value for name, value in values.items() if name not in own or name in self._logged}
         self._logged |= ours.keys()
-        pl_module.log_dict(ours, prog_bar=self.prog_bar)
+        # Nothing is averaged over an epoch, so the size does not matter; some batches do not tell it.
+        pl_module.log_dict(ours, prog_bar=self.prog_bar, batch_size=1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
@@ -129,9 +123,43 @@ class Attachment(Callback):
         if self.distiller.needs_sample:
             self._pending = state_dict
         else:
-            self.distiller.terms.load_state_dict(state_dict)
+            self._restore(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters."""
+        learns = any(p.requires_grad for p in self.distiller.parameters())
+        if trainer.training and learns and not checkpoint.get("callbacks", {}).get(self.state_key):
+            raise ValueError(
+                f"The run that is resumed was trained without {type(self).__name__}, or with terms that learn nothing, "
+                f"and these terms have parameters to learn: {', '.join(self._learning())}. Resume it as it was, or "
+                "start a new fit from its weights: module.load_state_dict(checkpoint['state_dict'])."
+            )
 
     # What they do.
+
+    def _learning(self) -> list[str]:
+        return [name for name, term in self.distiller.named_terms() if any(p.requires_grad for p in term.parameters())]
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Loads what the terms learned, if it is what the terms can learn; in one order, as optimizers count."""
+        now = self.distiller.terms.state_dict()
+        differ = [f"{key} {_shape(state[key])} is gone" for key in state if key not in now]
+        differ += [f"{key} is new" for key in now if key not in state]
+        differ += [
+            f"{key} was {_shape(state[key])} and is {_shape(value)}"
+            for key, value in now.items()
+            if key in state and _shape(state[key]) != _shape(value)
+        ]
+        if not differ and list(state) != list(now):
+            differ = [f"their order was {', '.join(dict.fromkeys(key.partition('.')[0] for key in state))}"]
+        if differ:
+            raise ValueError(
+                f"What the terms learned in the run that is resumed does not fit the terms of this one: "
+                f"{'; '.join(differ[:6])}{f'; and {len(differ) - 6} more' if len(differ) > 6 else ''}. Resume with the "
+                "same terms, in the same order, or start a new fit from the checkpoint's weights: "
+                "module.load_state_dict(checkpoint['state_dict'])."
+            )
+        self.distiller.terms.load_state_dict(state)
 
     def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
@@ -158,6 +186,22 @@ class Attachment(Callback):
                     "its copy of the module would lack the projectors. Put it after."
                 )
 
+    def _get_ready(self, pl_module: LightningModule) -> None:
+        if not self._ready:
+            if not self._has_parameters():
+                self._attach(pl_module)
+            self._move_teacher(pl_module.device)
+            self._ready = True
+
+    def _measure_run(self, trainer: Trainer) -> None:
+        scheduled = [name for name, term in self.distiller.named_terms() if isinstance(term.weight, Schedule)]
+        self._total_steps = float(trainer.estimated_stepping_batches) if scheduled else 1.0
+        if not 0.0 < self._total_steps < float("inf"):
+            raise ValueError(
+                f"The terms {scheduled} have a schedule over the run, and the run has no end. Set max_epochs of the "
+                "Trainer, or max_steps where the data has no length."
+            )
+
     def _has_parameters(self) -> bool:
         return self.distiller.needs_sample or any(True for _ in self.distiller.parameters())
 
@@ -174,6 +218,7 @@ class Attachment(Callback):
         self._undo.append(undo)
 
     def _undo_all(self) -> None:
+        self._ready = False
         while self._undo:
             self._undo.pop()()
 
@@ -191,7 +236,7 @@ class Attachment(Callback):
         if self.distiller.needs_sample:
             self._build(trainer, pl_module, student, training_step)
         if self._pending is not None:
-            self.distiller.terms.load_state_dict(self._pending)
+            self._restore(self._pending)
             self._pending = None
         pl_module.add_module(GUEST, Guest(self.distiller))
         self._undo.append(lambda: delattr(pl_module, GUEST))
@@ -218,10 +263,13 @@ class Attachment(Callback):
         def training_step_and_terms(*args: Any, **kwargs: Any) -> Any:
             if not trainer.training:  # many a validation_step calls training_step
                 return training_step(*args, **kwargs)
+            if not self._ready:  # the tuner trains inside of another callback's on_fit_start, and calls no hooks
+                self._get_ready(pl_module)
+                self._measure_run(trainer)
             with self.distiller.watch() as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
-            if task_loss is None:  # the module skips this batch
+            if not isinstance(task_loss, Tensor):  # the module skips this batch, or Lightning says what is wrong
                 return result
             self._check_called(calls, pl_module)
             batch = args[0] if args else next(iter(kwargs.values()))
@@ -247,7 +295,8 @@ class Attachment(Callback):
         found = {}
         for name, how in self.labels.items():
             required = [term.labels[name] for _, term in self.distiller.named_terms() if name in term.labels]
-            if required and (any(required) or how is not None or isinstance(batch, (tuple, list))):
+            has_default = isinstance(batch, (tuple, list)) and len(batch) > 1
+            if required and (any(required) or how is not None or has_default):
                 found[name] = _label(how, batch, name)
         return found
 
@@ -288,6 +337,10 @@ class Attachment(Callback):
                 teacher.to(home)
 
             self._undo.append(undo)
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _label(how: Label | None, batch: Any, name: str) -> Any:

@@ -73,11 +73,15 @@ class Distiller(nn.Module):
         knowledge: Knowledge | None = None,
     ) -> None:
         super().__init__()
+        given: object = terms  # what a caller without a type checker may pass
+        if not isinstance(given, Mapping):
+            raise TypeError(f"terms are given by name, {{'kd': Term(losses.KD())}}; got {describe(given)}.")
         if not terms:
             raise ValueError('terms is empty: nothing would be distilled. Example: {"kd": Term(losses.KD())}.')
         taken = nn.ModuleDict()
         for name, term in terms.items():
-            if not name.replace("-", "_").isidentifier() or name in ("loss", "task") or hasattr(taken, name):
+            fit = isinstance(name, str) and name.replace("-", "_").isidentifier()
+            if not fit or name in ("loss", "task") or hasattr(taken, name):
                 raise ValueError(
                     f"{name!r} cannot be a term's name: names are identifiers other than 'loss' and 'task', which are "
                     "logged beside them, and the methods of a dict."
@@ -198,8 +202,17 @@ class Distiller(nn.Module):
                 return
             if not torch.is_grad_enabled():
                 return
-            args, kwargs = self.teacher_arguments(args, kwargs)
-            knowledge = self.teacher(*args, **kwargs)
+            try:
+                args, kwargs = self.teacher_arguments(args, kwargs)
+                knowledge = self.teacher(*args, **kwargs)
+            except Exception as error:
+                what = "the student's arguments" if self.teacher_input is None else "what teacher_input returned"
+                said = ", ".join(map(describe, (*args, *kwargs.values())))
+                error.add_note(
+                    f"This happened when the teacher was called with {what}, {said}. teacher_input= makes the "
+                    "teacher's arguments out of the student's."
+                )
+                raise
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
 
         return _eager(answer)

@@ -22,19 +22,20 @@ def optimizers_of(result: Any) -> Iterator[Optimizer]:
 
 
 def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
-    """Adds to the first group of the first optimizer the parameters that no optimizer has.
+    """Adds to the first optimizer, in its first group that is not empty, the parameters that no optimizer has.
 
     A group of their own would not do: schedulers that exist by now have counted the groups.
     """
     have = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [p for p in parameters if id(p) not in have]
     optimizer = optimizers[0]
-    group = optimizer.param_groups[0]
-    sample = group["params"][0]
+    group = next((g for g in optimizer.param_groups if g["params"]), optimizer.param_groups[0])
+    sample = group["params"][0] if group["params"] else None
     group["params"].extend(missing)
     if "param_names" in group:
         group["param_names"].extend(f"{GUEST}.{i}" for i in range(len(missing)))
-    if sample in optimizer.state:  # Adagrad, for one, makes its state at construction, a constant
+    # Adagrad, for one, makes its state at construction, a constant.
+    if sample is not None and sample in optimizer.state:
         for parameter in missing:
             optimizer.state[parameter] = {
                 key: torch.full_like(parameter, value.flatten()[0].item())

@@ -93,6 +93,12 @@ def _small_batch(loader: Any) -> Any:
             raise ValueError("The training data is empty, so that nothing can be learned.")
         many = getattr(loader.dataset, "__getitems__", None)
         return loader.collate_fn(many(list(indices)) if many else [loader.dataset[i] for i in indices])
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            "The training data is an iterator, which can be read only once, and projectors need a batch of it before "
+            "the fit: it would be lost. Pass a DataLoader or another iterable that can be read again, or give the "
+            "terms their projector=."
+        )
     return next(iter(loader))
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from lightning_kd.taps import Record, Taps
@@ -205,6 +206,6 @@ def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[s
 def _places(model: nn.Module) -> set[object]:
     """Returns where a model's parameters are in memory; the parameters themselves while they are nowhere."""
     return {
-        (p.device, p.data_ptr()) if p.device.type != "meta" and p.numel() and p.data_ptr() else id(p)
+        (p.device, p.data_ptr()) if not is_lazy(p) and p.device.type != "meta" and p.numel() and p.data_ptr() else id(p)
         for p in model.parameters()
     }

@@ -49,6 +49,9 @@ class Term(nn.Module):
         if not isinstance(given, nn.Module):
             hint = f" Did you mean {given.__name__}()?" if isinstance(given, type) else ""
             raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {given!r}.{hint}")
+        bridge_given: object = projector
+        if bridge_given is not None and not isinstance(bridge_given, nn.Module):
+            raise TypeError(f"projector is a module that maps the student's tensor, or None; got {bridge_given!r}.")
         ends = (weight(0.0), weight(1.0)) if isinstance(weight, Schedule) else (weight,)
         if not all(0.0 <= _number(end) < math.inf for end in ends):
             raise ValueError(f"weight is a finite number that is not negative, or one of schedules.*; got {weight!r}.")
@@ -134,7 +137,15 @@ class Term(nn.Module):
                     "of the batch, its key or its index."
                 )
         assert self.projector is not None
-        losses = [self.loss(self.projector(s), _constant(self.teacher_side(t)), **arguments) for s, t in pairs]
+        try:
+            losses = [self.loss(self.projector(s), _constant(self.teacher_side(t)), **arguments) for s, t in pairs]
+        except RuntimeError as error:
+            s, t = pairs[0]
+            error.add_note(
+                f"The student's {self.student.text!r} is {tuple(s.shape)}, the teacher's {self.teacher.text!r} "
+                f"{tuple(t.shape)}. What a term learned stays with it: for another student or teacher make a new one."
+            )
+            raise
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise ValueError(f"{type(self.loss).__name__} returned {describe(loss)} and not a scalar; reduce it.")
@@ -151,7 +162,10 @@ class Term(nn.Module):
         if len(students) != len(teachers) or not students:
             remedy = "Tap modules that are called equally often."
             if not students or not teachers:
-                remedy += " A compiled model has to be compiled, but not called, before its taps are attached."
+                remedy += (
+                    " A compiled model has to be compiled, but not called, before its taps are attached; where another "
+                    "of its class was called before, torch.compiler.reset() forgets what was compiled for that."
+                )
             raise ValueError(
                 f"the student's {self.student.text!r} was called {len(students)} times and the teacher's "
                 f"{self.teacher.text!r} {len(teachers)} times in one forward pass; the calls cannot be paired. {remedy}"

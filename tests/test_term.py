@@ -277,3 +277,8 @@ def test_a_schedule_that_leaves_its_range_midway_is_refused() -> None:
     assert term.weight_at(1.0) == 1.0
     with pytest.raises(ValueError, match=r"gave -1.0 at 50.0% of the run"):
         term.weight_at(0.5)
+
+
+def test_a_projector_is_a_module() -> None:
+    with pytest.raises(TypeError, match="projector is a module"):
+        Term(losses.FitNet(), projector=nn.Linear)  # type: ignore[arg-type]  # the mistake

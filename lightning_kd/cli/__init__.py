@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
 
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if traceback or not _explains_itself(error):
             raise
-        print(f"lightning-kd: error: {_root(error)}", file=sys.stderr)
+        print(f"lightning-kd: error: {_told(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -83,12 +84,16 @@ def _explains_itself(error: Exception) -> bool:
 
     from lightning_kd.cli.errors import UsageError  # noqa: PLC0415
 
-    told = (UsageError, MisconfigurationException, FileNotFoundError, ModuleNotFoundError, ValueError, TypeError)
-    return isinstance(error, told) or type(error).__name__ == "ArgumentError"
+    # OSError: a file or folder that cannot be read or written; FloatingPointError: a term that is not finite.
+    told = (UsageError, MisconfigurationException, OSError, ModuleNotFoundError, ValueError, TypeError)
+    return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
 
 
-def _root(error: BaseException) -> BaseException:
-    """What a class that was being built complained of, without the list of all types that were tried."""
+def _told(error: BaseException) -> str:
+    """What a class that was being built complained of, and where, without the list of all types that were tried."""
+    where = ""
     while "Union subtypes" in str(error) and error.__cause__ is not None:
+        key = re.match(r'Parser key "([^"]+)"', str(error))
+        where = where or (f"{key[1]}: " if key else "")
         error = error.__cause__
-    return error
+    return f"{where}{error}"

@@ -40,6 +40,10 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, received {options.format!r}")
     ending, write = FORMATS[options.format]
     saved = Saved(options.checkpoint)
+    try:
+        saved.model(*saved.example(2))
+    except RuntimeError as error:
+        raise UsageError(f"the network does not take the inputs that {options.checkpoint} names: {error}") from error
     output: Path = options.output or Path(options.checkpoint).with_suffix(ending)
     if output.resolve() == Path(options.checkpoint).resolve():
         raise UsageError(f"--output is the checkpoint itself ({output}); name another file")

@@ -92,15 +92,19 @@ class Saved:
             raise UsageError(f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}") from error
         if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
             raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
-        self.recipe: Recipe = content[KEY]["student"]
-        self.inputs: Inputs = [(shape, dtype) for shape, dtype in content[KEY]["inputs"]]
-        prefix = "student."
-        self.state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+        try:
+            self.recipe: Recipe = dict(content[KEY]["student"])
+            self.inputs: Inputs = [(list(map(int, shape)), _dtype_name(name)) for shape, name in content[KEY]["inputs"]]
+            prefix = "student."
+            self.state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+            class_path = self.recipe["class_path"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged: what it says of its network cannot be read ({error!r})") from error
         self.model: nn.Module = build(self.recipe)
         try:
             self.model.load_state_dict(self.state)
         except RuntimeError as error:
-            raise UsageError(f"{path}: the weights do not fit {self.recipe['class_path']}: {error}") from error
+            raise UsageError(f"{path}: the weights do not fit {class_path}: {error}") from error
         self.model.eval()
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
@@ -108,6 +112,12 @@ class Saved:
         if not self.inputs:
             raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
         return random_inputs(self.inputs, batch)
+
+
+def _dtype_name(name: str) -> str:
+    if not isinstance(getattr(torch, name), torch.dtype):
+        raise ValueError(f"{name!r} is no type of tensors")
+    return name
 
 
 def random_inputs(inputs: Inputs, batch: int) -> tuple[Tensor, ...]:

@@ -75,8 +75,9 @@ class Banks(nn.Module):
                 f"place in the training set, got {got}. Let the data set return it, or use CRD() "
                 "without memory."
             )
-        label = None if target is None else _check.class_target(target, student)
+        label = None if target is None else _check.class_target(target, student, bounded=False)
         samples = self.label.shape[0]
+        _check.in_range("index", index, samples, "memory= is the number of training samples.")
         drawn = torch.randint(samples, (negatives,), device=student.device)
         mask = drawn == index[:, None]
         if label is not None:

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -25,7 +26,7 @@ def logits(student: Tensor, teacher: Tensor, dim: int = 1, classes: int = 2, why
     same_shape(
         student,
         teacher,
-        "Select the same classes on both sides (path 'output[0]', ...), or give the term a projector.",
+        "Let both models tell the same classes apart, or give the term a projector that maps them.",
     )
     if not (student.ndim >= 2 and -student.ndim <= dim < student.ndim):
         raise ValueError(
@@ -49,10 +50,11 @@ TWO_CLASSES = (
 )
 
 
-def class_target(target: Tensor | None, logits: Tensor, dim: int = 1) -> Tensor:
+def class_target(target: Tensor | None, logits: Tensor, dim: int = 1, bounded: bool = True) -> Tensor:
     """Return the class indices as ``int64`` of the logits' shape without the class dimension, or raise.
 
-    That the indices lie in ``[0, C)`` is not checked here: on an accelerator it would stall the step.
+    That the indices lie in ``[0, C)``, unless they are not ``bounded``, is checked on the CPU only: on an
+    accelerator it would stall the step.
     """
     if target is None:
         raise ValueError("this loss needs the class indices as `target`, got None.")
@@ -69,7 +71,20 @@ def class_target(target: Tensor | None, logits: Tensor, dim: int = 1) -> Tensor:
             "It holds one class index per sample and position; for multi-hot targets use "
             "KD(activation='sigmoid')."
         )
+    if bounded:
+        in_range(
+            "target", target, logits.shape[dim], "Losses know no ignore_index: leave such samples or positions out."
+        )
     return target.long()
+
+
+def in_range(name: str, index: Tensor, size: int, remedy: str) -> None:
+    """Raise ``ValueError`` if an index on the CPU is not in ``[0, size)``; elsewhere asking would stall the step."""
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be in [0, {size}), got values from {low} to {high}. {remedy}")
 
 
 def samples(student: Tensor, teacher: Tensor, at_least: int, why: str) -> None:

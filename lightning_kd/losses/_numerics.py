@@ -20,7 +20,8 @@ def unit(x: Tensor, dim: int = -1, eps: float | Tensor = 1e-12) -> Tensor:
     ``F.normalize`` has the value but not the gradient: there it is 1/eps, which one dead sample brings in.
     """
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return torch.where(norm > eps, x / norm.clamp_min(eps), 0.0)
+    # asked this way round, what is not a number stays so: a zero would hide it, with a gradient that is none
+    return torch.where(norm <= eps, 0.0, x / norm.clamp_min(eps))
 
 
 def rows(logits: Tensor, dim: int = 1) -> Tensor:

@@ -20,7 +20,7 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Ten
         logits = upcast(student) @ upcast(teacher).T / temperature
     positive = torch.arange(logits.shape[0], device=logits.device)
     if target is not None:
-        label = _check.class_target(target, student)
+        label = _check.class_target(target, student, bounded=False)
         same_class = (label[:, None] == label) & (positive[:, None] != positive)
         logits = logits.masked_fill(same_class, -torch.inf)
     return F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)
@@ -62,7 +62,7 @@ class CRD(nn.Module):
 
     Returns:
         ``forward(student, teacher, target=None, index=None)``, features (B, ...), returns a scalar. ``index``
-        (B), the samples' place in the training set, is needed with memory; the range is not checked.
+        (B), the samples' place in the training set, is needed with memory; their range is checked on the CPU only.
 
     Raises:
         RuntimeError: If ``build(student, teacher)`` was not called; a Term calls it before the optimizers.

@@ -10,15 +10,16 @@ from lightning_kd.losses._numerics import upcast
 
 def standardize(logits: Tensor, dim: int = 1, eps: float = 1e-7) -> Tensor:
     """Return ``(logits - mean) / (std + eps)`` over the class dimension; see :class:`Standardized`."""
-    if not -logits.ndim <= dim < logits.ndim or logits.shape[dim] < 2:
+    if not -logits.ndim <= dim < logits.ndim or logits.shape[dim] < 3:
         raise ValueError(
-            f"z-scores need at least two classes in dimension {dim}, got logits {tuple(logits.shape)}. "
-            "Binary and multi-label logits have nothing to be standardised over: use the loss as it is."
+            f"z-scores need at least three classes in dimension {dim}, got logits {tuple(logits.shape)}: those of two "
+            "are always -0.71 and 0.71, so that nothing could be learned from them. Use the loss as it is."
         )
     logits = upcast(logits)
     std = logits.std(dim, keepdim=True)
     # constant logits (a head initialised with zeros) stay 0, with no gradient of size 1/eps
-    return torch.where(std > 0, (logits - logits.mean(dim, keepdim=True)) / (std + eps), 0.0)
+    # (and what is not a number stays so)
+    return torch.where(std == 0, 0.0, (logits - logits.mean(dim, keepdim=True)) / (std + eps))
 
 
 class Standardized(nn.Module):
@@ -40,7 +41,7 @@ class Standardized(nn.Module):
         ``loss`` takes one.
 
     Raises:
-        ValueError: If ``loss`` needs a target and none is given, or with a single class.
+        ValueError: If ``loss`` needs a target and none is given, or with fewer than three classes.
 
     Source:
         Sun et al., Logit Standardization in Knowledge Distillation, arXiv 2403.01427.

@@ -1,6 +1,8 @@
 """The callback on modules as users and Lightning itself write them; none of their lines is changed."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +10,10 @@ import pytorch_lightning as pl
 import timm
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -477,8 +481,108 @@ def test_an_error_in_training_step_is_the_users_own() -> None:
         ({"terms": {"kd": losses.KD()}}, "wrap the loss"),
         ({"teacher": "resnet50"}, "teacher is a module"),
         ({"task_weight": -1.0}, "task_weight"),
+        ({"terms": [Term(losses.KD())]}, "terms are given by name"),
+        ({"terms": {1: Term(losses.KD())}}, "cannot be a term's name"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         Distillation(**{"teacher": net(4), "terms": {"kd": Term(losses.KD())}} | arguments)
+
+
+@pytest.mark.parametrize("callback", [kd, hint])
+@pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=4), BatchSizeFinder(max_trials=1)])
+def test_what_trains_before_the_training(callback: Callable[[], Distillation], finder: Any, tmp_path: Path) -> None:
+    class Tuned(Base):
+        lr, batch_size = 0.1, 4
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(data(), batch_size=self.batch_size, num_workers=0)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    module = Tuned()
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = Trainer(callbacks=[finder, callback()], max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's own, about its finder
+        run.fit(module)
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("returned", [(torch.ones(()), 1), 1.0, "loss"])
+def test_what_is_no_loss_is_lightnings_to_tell(returned: Any) -> None:
+    class Odd(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            super().training_step(batch, batch_idx)
+            return returned
+
+    with pytest.raises(MisconfigurationException, match="training_step"):
+        fit(Odd(), kd())
+
+
+def test_labels_that_a_loss_can_do_without() -> None:
+    class Unlabelled(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(batch[0]).square().mean()
+
+    term = Term(losses.Standardized(losses.KD()))
+    run = fit(
+        Unlabelled(),
+        Distillation(net(16), {"kd": term}, student="model"),
+        batches=DataLoader(TensorDataset(torch.randn(8, 6)), batch_size=4),
+    )
+    assert logged(run)["train/kd"] > 0
+
+
+def _hints(*names: str, width: int = 16) -> Distillation:
+    return Distillation(net(width), {n: Term(losses.FitNet(), student="0", teacher="0") for n in names}, "model")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (_hints("a", "b"), _hints("a"), "b.projector.weight .* is gone"),
+        (_hints("a"), _hints("a", "b"), "b.projector.weight is new"),
+        (_hints("a"), _hints("a", width=12), r"was \(16, 8\) and is \(12, 8\)"),
+        (_hints("a", "b"), _hints("b", "a"), "their order was a, b"),
+        (kd(), _hints("a"), "parameters to learn: a"),
+        (None, _hints("a"), "parameters to learn: a"),
+    ],
+)
+def test_resuming_with_other_terms_says_what_differs(before: Any, after: Any, message: str, tmp_path: Path) -> None:
+    fit(Base(), *([before] if before else [])).save_checkpoint(tmp_path / "run.ckpt")
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = Trainer(callbacks=[after], max_epochs=2, accelerator="cpu", enable_checkpointing=False, **options)
+    with pytest.raises(ValueError, match=message):
+        run.fit(Base(), loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+
+
+def test_an_iterator_is_not_robbed_of_a_batch() -> None:
+    with pytest.raises(ValueError, match="can be read only once"):
+        fit(Base(), hint(), batches=iter(list(loader())))
+
+
+def test_a_first_parameter_group_that_is_empty() -> None:
+    class Empty(Base):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([{"params": []}, {"params": list(self.parameters())}], lr=0.1)
+
+    fit(Empty(), hint())
+
+
+def test_an_error_in_the_teacher_is_said_to_be_there() -> None:
+    with pytest.raises(RuntimeError) as error:
+        fit(Base(), kd(teacher=nn.Linear(7, 4)))
+    assert "teacher_input=" in error.value.__notes__[0]
+
+
+def test_a_callback_that_learned_for_another_student_says_so() -> None:
+    callback = hint()
+    fit(Base(), callback)
+    other = Base()
+    other.model = net(5)
+    with pytest.raises(RuntimeError) as error:
+        fit(other, callback)
+    assert "make a new one" in error.value.__notes__[0]

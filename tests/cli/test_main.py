@@ -166,3 +166,23 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(f"\n  {c} " in told for c in ("fit", "validate", "test", "predict", "compare", "export", "list"))
+
+
+@pytest.mark.parametrize("content", ["x", {"inputs": []}, {"student": ["a"], "inputs": []}])
+def test_a_checkpoint_that_is_damaged_is_told(
+    content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"lightning_kd": content, "state_dict": {}}, tmp_path / "a.ckpt")
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", "onnx"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "a.pt")
+    assert main(["export", str(student(trained)), "--format", "state_dict", "--output", output]) == 2
+
+
+def test_a_wrong_type_is_told_with_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "digits_kd", "--trainer.max_epochs", "abc"]) == 2
+    assert "trainer.max_epochs" in capsys.readouterr().err

@@ -230,6 +230,27 @@ def test_identical_samples_have_finite_gradients(name: str):
         assert student.grad.abs().max() < 1e3
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_a_number_stays_so(name: str, side: int):
+    case = CASES[name]
+    student, teacher, target = _inputs(case)
+    loss = _built(case, student, teacher)
+    broken = [student.detach(), teacher.detach()]
+    broken[side] = torch.full_like(broken[side], torch.nan)
+    assert not _call(loss, *broken, target).isfinite()
+
+
+@those(lambda case: "target" in inspect.signature(case.make().forward).parameters)
+@pytest.mark.parametrize("value", [-100, 10])
+def test_labels_out_of_range_are_refused(name: str, value: int):
+    if name in ("CRD", "Standardized"):
+        return
+    case = CASES[name]
+    student, teacher, target = _inputs(case)
+    with pytest.raises(ValueError, match=r"must be in \[0, 10\), got values from"):
+        _call(_built(case, student, teacher), student, teacher, torch.full_like(target, value))
+
+
 def test_inputs_are_left_alone(name: str):
     s, t, y = _inputs(CASES[name])
     loss = _built(CASES[name], s, t)

@@ -194,3 +194,12 @@ def test_errors_give_the_remedy():
         losses.CRD(memory=1)
     with pytest.raises(ValueError, match="partition"):
         losses.CRD(memory=10, partition=0.0)
+
+
+@pytest.mark.parametrize("place", [-1, 24])
+def test_a_place_outside_of_the_memory_is_refused(place: int):
+    loss = losses.CRD(dim=4, memory=24, negatives=4)
+    x = torch.randn(3, 6)
+    loss.build(x, x)
+    with pytest.raises(ValueError, match=r"index must be in \[0, 24\)"):
+        loss(x, x, index=torch.full((3,), place))

@@ -54,5 +54,11 @@ def test_passes_the_target_and_the_temperature_on():
 
 def test_one_class_is_refused():
     x = torch.zeros(4, 1)
-    with pytest.raises(ValueError, match="at least two classes"):
+    with pytest.raises(ValueError, match="at least three classes"):
         losses.Standardized(losses.KD(activation="sigmoid"))(x, x)
+
+
+def test_two_classes_are_refused_since_their_scores_are_constant():
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="nothing could be learned"):
+        losses.Standardized(losses.KD())(x, x)
