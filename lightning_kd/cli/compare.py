@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--student-ckpt", nargs="+", default=[], metavar="CKPT", help="measure these students too")
     parser.add_argument("--output", type=Path, help="folder for results; default: comparisons/<configuration>")
     options, overrides = parser.parse_known_args(arguments)
+    for needed in ("matplotlib", "scipy"):  # now, and not after hours of training
+        if importlib.util.find_spec(needed) is None:
+            raise UsageError(f'{needed} is not installed: pip install "lightning-kd[classification]"')
     names = [Path(name).stem for name in options.config]
     output: Path = options.output or Path("comparisons", "+".join(names))
     for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs

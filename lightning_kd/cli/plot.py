@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.report import MAIN, PERCENT, Row, mean_std, metric_names
 
 COLOURS = {"teacher": "#3b4252", "alone": "#9aa5b1", "given": "#b48ead"}
@@ -14,16 +13,10 @@ DISTILLED = ("#2a78b5", "#2f9e6e", "#d0782a", "#a2497b", "#7a6ff0")
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
-    """Draw the main metric of every row: one dot per seed, a bar for the mean, the teacher as a line.
+    """Draw the main metric of every row: one dot per seed, a bar for the mean, the teacher as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - of an extra
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    Raises:
-        UsageError: Without matplotlib.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise UsageError('matplotlib is not installed: pip install "lightning-kd[classification]"') from error
     panels = metric_names(rows)[:3]
     students = [row for row in rows if row.role != "teacher"]
     figure = Figure(figsize=(4.2 * len(panels) + 0.4, 1.7 + 0.55 * len(students)), layout="constrained", dpi=160)

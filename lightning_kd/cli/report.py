@@ -110,11 +110,15 @@ def _sentence(row: Row, alone: Row) -> str:
     if len(gains) == 1:
         return f"{said}, with one seed: whether that is more than chance cannot be told. Try --seeds 0 1 2."
     better = sum(g > 0 for g in gains)
-    said += f" (± {std:.2f} over {len(gains)} seeds, better in {better})"
-    # Two standard errors of the paired difference; with few seeds a rule of thumb and not a test.
-    if abs(mean) <= 2 * std / math.sqrt(len(gains)):
-        return f"{said}: within the spread of the seeds, so no difference is shown."
-    return f"{said}: {'a gain' if mean > 0 else 'a loss'} beyond the spread of the seeds."
+    from scipy import stats  # noqa: PLC0415 - of an extra
+
+    # Student's t of the paired differences: of three seeds, two standard errors would promise too much.
+    half = float(stats.t.ppf(0.975, len(gains) - 1)) * std / math.sqrt(len(gains))
+    interval = f"95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
+    said += f" (± {std:.2f} over {len(gains)} seeds, better in {better}; {interval})"
+    if abs(mean) <= half:
+        return f"{said}: no difference is shown, it may be chance."
+    return f"{said}: {'a gain' if mean > 0 else 'a loss'}."
 
 
 def save(rows: Sequence[Row], text: str, folder: Path) -> None:
