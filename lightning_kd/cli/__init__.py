@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as for `python -m`: a configuration may name classes of the folder one stands in
     try:
         with warnings.catch_warnings():
             # Lightning 2.6 calls torch's pytree (torch >= 2.9) and jsonargparse (>= 4.49) by their older names.

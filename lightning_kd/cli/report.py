@@ -89,8 +89,9 @@ def _spread(values: Sequence[float], scale: float, digits: int) -> str:
 def _caption(rows: Sequence[Row]) -> str:
     seeds = max((list(row.metrics) for row in rows), key=len)
     spread = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    agreement = "Agreement: with the teacher. " if "agreement" in metric_names(rows) else ""
     return (
-        f"Test data; {spread}. Agreement: with the teacher. MFLOPs: forward pass of one input, a multiply-add is two. "
+        f"Test data; {spread}. {agreement}MFLOPs: forward pass of one input, a multiply-add is two. "
         "Latency: median of one input on this machine's CPU; compare within this table only."
     )
 
@@ -109,16 +110,17 @@ def _sentence(row: Row, alone: Row) -> str:
     said = f"{row.name}: {mean:+.2f}{unit} of {metric} against the {alone.name}"
     if len(gains) == 1:
         return f"{said}, with one seed: whether that is more than chance cannot be told. Try --seeds 0 1 2."
-    better = sum(g > 0 for g in gains)
+    higher = metric in PERCENT  # of other tasks' metrics it is not known which way is better
+    better = f"better in {sum(g > 0 for g in gains)}" if higher else f"lower in {sum(g < 0 for g in gains)}"
     from scipy import stats  # noqa: PLC0415 - of an extra
 
     # Student's t of the paired differences: of three seeds, two standard errors would promise too much.
     half = float(stats.t.ppf(0.975, len(gains) - 1)) * std / math.sqrt(len(gains))
     interval = f"95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
-    said += f" (± {std:.2f} over {len(gains)} seeds, better in {better}; {interval})"
+    said += f" (± {std:.2f} over {len(gains)} seeds, {better}; {interval})"
     if abs(mean) <= half:
         return f"{said}: no difference is shown, it may be chance."
-    return f"{said}: {'a gain' if mean > 0 else 'a loss'}."
+    return f"{said}: {('a gain' if mean > 0 else 'a loss') if higher else 'a difference'}."
 
 
 def save(rows: Sequence[Row], text: str, folder: Path) -> None:

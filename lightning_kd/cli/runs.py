@@ -45,7 +45,7 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
         print(f"{say}: trained before")
         return checkpoint
     print(f"{say}: training, {settings['trainer'].get('max_epochs')} epochs", flush=True)
-    trainer = settings["trainer"] | ALL_IN_ONE
+    trainer = settings["trainer"] | ALL_IN_ONE | {"default_root_dir": str(folder)}
     cli = DistillationCLI(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
     part = folder / f".{key}.part"
     cli.trainer.save_checkpoint(part, weights_only=True)
