@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -516,12 +517,13 @@ def test_compiled_and_called_before_is_right_or_an_error(form: str, path: str) -
     student, teacher, x = Net(), Net(), torch.randn(5, 3)
     compiled = COMPILED[form](copy.deepcopy(student), "aot_eager")
     compiled(x).sum().backward()
-    if path == "output":
+    try:
         losses, _ = distil(compiled, teacher, x, it=hint(path))
-        torch.testing.assert_close(losses["it"], distil(student, teacher, x, it=hint(path))[0]["it"])
+    except ValueError as error:  # older releases of torch fire some of these hooks, newer ones none
+        assert path != "output"
+        assert re.search(r"called 0 times.*compiled, but not called, before", str(error))
     else:
-        with pytest.raises(ValueError, match=r"called 0 times.*compiled, but not called, before"):
-            distil(compiled, teacher, x, it=hint(path))
+        torch.testing.assert_close(losses["it"], distil(student, teacher, x, it=hint(path))[0]["it"])
 
 
 @DYNAMO

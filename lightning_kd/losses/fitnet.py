@@ -12,7 +12,8 @@ from lightning_kd.losses._numerics import upcast
 def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared error of two features of one shape; see :class:`FitNet`."""
     _check.same_shape(student, teacher, "Let the term's projector map the student's feature to the teacher's shape.")
-    return F.mse_loss(upcast(student), upcast(teacher.detach()))
+    hint = upcast(student)
+    return F.mse_loss(hint, teacher.detach().to(hint.dtype))
 
 
 class FitNet(nn.Module):
