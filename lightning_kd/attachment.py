@@ -127,18 +127,15 @@ class Attachment(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters."""
-        learns = any(p.requires_grad for p in self.distiller.parameters())
-        if trainer.training and learns and not checkpoint.get("callbacks", {}).get(self.state_key):
+        learning = [n for n, term in self.distiller.named_terms() if any(p.requires_grad for p in term.parameters())]
+        if trainer.training and learning and not checkpoint.get("callbacks", {}).get(self.state_key):
             raise ValueError(
                 f"The run that is resumed was trained without {type(self).__name__}, or with terms that learn nothing, "
-                f"and these terms have parameters to learn: {', '.join(self._learning())}. Resume it as it was, or "
+                f"and these terms have parameters to learn: {', '.join(learning)}. Resume it as it was, or "
                 "start a new fit from its weights: module.load_state_dict(checkpoint['state_dict'])."
             )
 
     # What they do.
-
-    def _learning(self) -> list[str]:
-        return [name for name, term in self.distiller.named_terms() if any(p.requires_grad for p in term.parameters())]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Loads what the terms learned, if it is what the terms can learn; in one order, as optimizers count."""
