@@ -1,5 +1,6 @@
 """Callbacks that distil in LightningModules that are not changed, one per file."""
 
 from lightning_kd.callbacks.distillation import Distillation
+from lightning_kd.callbacks.ema_teacher import EMATeacher
 
-__all__ = ["Distillation"]
+__all__ = ["Distillation", "EMATeacher"]

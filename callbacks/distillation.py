@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_kd.attachment import Attachment, Label
 from lightning_kd.distiller import Distiller
+from lightning_kd.schedules import Schedule
 from lightning_kd.term import Term
 
 
@@ -28,8 +29,9 @@ class Distillation(Attachment):
         student: Dotted path of the student inside the LightningModule; the module itself unless given.
         target: How to get the labels for losses that need them: a function of the batch, a key or an index;
             ``batch[1]`` unless given.
-        task_weight: Factor of the module's own loss.
+        task_weight: Factor of the module's own loss, or a schedule of it.
         teacher_input: Makes the teacher's arguments out of the student's (another resolution or normalisation).
+        student_input: Likewise for the student, where it is to see another (stronger) view.
         index: How to get the samples' indices in the data set, for losses with a memory of it.
         prog_bar: Whether the progress bar shows the terms.
 
@@ -54,16 +56,17 @@ class Distillation(Attachment):
         terms: Mapping[str, Term],
         student: str | None = None,
         target: Label | None = None,
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         teacher_input: Callable[..., Any] | None = None,
         index: Label | None = None,
         prog_bar: bool = False,
+        student_input: Callable[..., Any] | None = None,
     ) -> None:
         labels: dict[str, Label | None] = {"target": target}
         if index is not None:
             labels["index"] = index
         super().__init__(
-            Distiller(terms, teacher, teacher_input=teacher_input),
+            Distiller(terms, teacher, teacher_input=teacher_input, student_input=student_input),
             student=student,
             labels=labels,
             task_weight=task_weight,

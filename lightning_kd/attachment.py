@@ -15,7 +15,8 @@ from lightning_kd.finite import FiniteCheck
 from lightning_kd.guest import GUEST, Guest
 from lightning_kd.optimizers import adopt, optimizers_of
 from lightning_kd.rehearsal import rehearse
-from lightning_kd.schedules import Schedule
+from lightning_kd.resume import refuse_other_run, restore, saved
+from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.wiring import describe, find_module
 
 Label = Callable[[Any], Any] | str | int
@@ -34,7 +35,7 @@ class Attachment(Callback):
         distiller: The terms and the teacher.
         student: Dotted path of the student in the LightningModule; the module itself unless given.
         labels: How to get from a batch what losses need, by the name of their argument.
-        task_weight: Factor of the module's own loss.
+        task_weight: Factor of the module's own loss, or a schedule of it.
         prog_bar: Whether the progress bar shows the terms.
     """
 
@@ -43,26 +44,32 @@ class Attachment(Callback):
         distiller: Distiller,
         student: str | None = None,
         labels: Mapping[str, Label | None] | None = None,
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         prog_bar: bool = False,
     ) -> None:
         super().__init__()
-        if not 0.0 <= task_weight < float("inf"):
-            raise ValueError(f"task_weight is a finite number that is not negative, got {task_weight}.")
+        ends = (task_weight(0.0), task_weight(1.0)) if isinstance(task_weight, Schedule) else (task_weight,)
+        if not all(0.0 <= end < float("inf") for end in ends):
+            raise ValueError(
+                f"task_weight is a finite number that is not negative, or one of schedules.*; got {task_weight}."
+            )
         self.distiller = distiller
         self.student = student
         self.labels = dict(labels or {})
         self.task_weight = task_weight
         self.prog_bar = prog_bar
+        self._all: list[Attachment] = [self]
+        self._own_step: Callable[..., Any] | None = None
         self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
         self._total_steps = 0.0
+        self._steps_done = 0
         self._ready = False
         self._check = FiniteCheck()
         self._undo: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_undo": [], "_values": {}, "_ready": False}
+        return {**self.__dict__, "_undo": [], "_values": {}, "_ready": False, "_all": [], "_own_step": None}
 
     # The hooks, in the order in which Lightning calls them.
 
@@ -72,7 +79,10 @@ class Attachment(Callback):
             return
         self._undo_all()
         self._refuse_what_cannot_work(trainer, pl_module)
+        self._all = attachments_of(trainer)
         training_step = pl_module.training_step
+        # The user's own, whoever else is attached.
+        self._own_step = training_step if self is self._all[0] else self._all[0]._own_step
         self._patch(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
         if self._has_parameters():
             # Made here, since the optimizer and the strategy's wrapper are made next. Not functools.wraps: Lightning
@@ -81,7 +91,7 @@ class Attachment(Callback):
 
             def configure_model_and_terms() -> None:
                 configure_model()
-                self._enter(trainer, pl_module, training_step)
+                self._enter(trainer, pl_module)
 
             self._patch(pl_module, "configure_model", configure_model_and_terms)
             self._patch(pl_module, "configure_optimizers", self._optimizing(pl_module.configure_optimizers))
@@ -91,11 +101,20 @@ class Attachment(Callback):
         self._get_ready(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learns how long the run is, if a schedule has to know."""
+        """Learns how long the run is, if a schedule has to know, and tells the teacher that it begins."""
         self._measure_run(trainer)
+        self._steps_done = trainer.global_step
+        self.distiller.teacher.begin()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells the teacher, which may take turns or copies."""
+        self.distiller.teacher.begin_epoch(self._moment(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Logs the losses of the step."""
+        """Logs the losses of the step, and lets the teacher follow the student once per optimizer step."""
+        if trainer.global_step != self._steps_done:
+            self._steps_done = trainer.global_step
+            self.distiller.teacher.update(self._moment(trainer))
         values, self._values = self._values, {}
         own = {result.meta.name for result in trainer._results.values()} if trainer._results else set()
         # A name that the module's training_step logs is the module's.
@@ -104,59 +123,53 @@ class Attachment(Callback):
         # Nothing is averaged over an epoch, so the size does not matter; some batches do not tell it.
         pl_module.log_dict(ours, prog_bar=self.prog_bar, batch_size=1)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets a teacher that is to be evaluated take the student's place."""
+        if self.distiller.attached:
+            self.distiller.teacher.swap()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the student its place back."""
+        if self.distiller.attached:
+            self.distiller.teacher.swap()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the student the weights that were evaluated."""
+        self.distiller.teacher.end()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the weights that are evaluated into the checkpoint."""
+        prefix = f"{self.student}." if self.student else ""
+        weights = self.distiller.teacher.weights() if self.distiller.attached else {}
+        checkpoint["state_dict"].update({prefix + key: value for key, value in weights.items()})
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
         if stage == "fit":
             self._check.finish()
-            self._undo_all()
+            self._leave(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the module as it was after an interrupted fit, too."""
-        self._undo_all()
+        self._leave(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the terms learned; nothing of the teacher."""
-        return dict(self.distiller.terms.state_dict()) if self._pending is None else self._pending
+        """Returns what the terms learned and what the teacher remembers; nothing of a frozen one."""
+        return saved(self.distiller) if self._pending is None else self._pending
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what the terms learned, as soon as their parameters exist."""
-        if self.distiller.needs_sample:
-            self._pending = state_dict
+        """Restores that, as soon as what it is restored to exists."""
+        if self.distiller.attached and not self.distiller.needs_sample:
+            restore(self.distiller, state_dict)
         else:
-            self._restore(state_dict)
+            self._pending = state_dict
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters."""
-        learning = [n for n, term in self.distiller.named_terms() if any(p.requires_grad for p in term.parameters())]
-        if trainer.training and learning and not checkpoint.get("callbacks", {}).get(self.state_key):
-            raise ValueError(
-                f"The run that is resumed was trained without {type(self).__name__}, or with terms that learn nothing, "
-                f"and these terms have parameters to learn: {', '.join(learning)}. Resume it as it was, or "
-                "start a new fit from its weights: module.load_state_dict(checkpoint['state_dict'])."
-            )
+        """Refuses to resume what cannot be resumed."""
+        if trainer.training:
+            refuse_other_run(self.distiller, checkpoint, self.state_key, type(self).__name__)
 
     # What they do.
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Loads what the terms learned, if it is what the terms can learn; in one order, as optimizers count."""
-        now = self.distiller.terms.state_dict()
-        differ = [f"{key} {_shape(state[key])} is gone" for key in state if key not in now]
-        differ += [f"{key} is new" for key in now if key not in state]
-        differ += [
-            f"{key} was {_shape(state[key])} and is {_shape(value)}"
-            for key, value in now.items()
-            if key in state and _shape(state[key]) != _shape(value)
-        ]
-        if not differ and list(state) != list(now):
-            differ = [f"their order was {', '.join(dict.fromkeys(key.partition('.')[0] for key in state))}"]
-        if differ:
-            raise ValueError(
-                f"What the terms learned in the run that is resumed does not fit the terms of this one: "
-                f"{'; '.join(differ[:6])}{f'; and {len(differ) - 6} more' if len(differ) > 6 else ''}. Resume with the "
-                "same terms, in the same order, or start a new fit from the checkpoint's weights: "
-                "module.load_state_dict(checkpoint['state_dict'])."
-            )
-        self.distiller.terms.load_state_dict(state)
 
     def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
@@ -167,11 +180,15 @@ class Attachment(Callback):
                 "manual_backward (lightning_kd.Distiller)."
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        others = [c for c in callbacks if isinstance(c, Attachment) and c is not self]
-        if others:
+        attached = attachments_of(trainer)
+        names = [name for attachment in attached for name in attachment.distiller.terms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"More than one callback has a term named {', '.join(twice)}; each name is logged once.")
+        if self is not attached[0] and self.task_weight != 1.0:
             raise ValueError(
-                f"{type(self).__name__} and {type(others[0]).__name__} are both attached to "
-                f"{type(pl_module).__name__}; give all terms to one of them (a DistillationModule brings its own)."
+                f"task_weight={self.task_weight} of {type(self).__name__}: the module's own loss has one weight, which "
+                f"is for the first of the Trainer's callbacks that distil, {type(attached[0]).__name__}, to give."
             )
         for callback in callbacks:
             if callback is self:
@@ -191,13 +208,19 @@ class Attachment(Callback):
             self._ready = True
 
     def _measure_run(self, trainer: Trainer) -> None:
-        scheduled = [name for name, term in self.distiller.named_terms() if isinstance(term.weight, Schedule)]
-        self._total_steps = float(trainer.estimated_stepping_batches) if scheduled else 1.0
-        if not 0.0 < self._total_steps < float("inf"):
+        needed = self.distiller.needs_end or isinstance(self.task_weight, Schedule)
+        self._total_steps = float(trainer.estimated_stepping_batches) if needed else float("inf")
+        if needed and not 0.0 < self._total_steps < float("inf"):
             raise ValueError(
-                f"The terms {scheduled} have a schedule over the run, and the run has no end. Set max_epochs of the "
-                "Trainer, or max_steps where the data has no length."
+                "A schedule is over the run, and the run has no end. Set max_epochs of the Trainer, or max_steps where "
+                "the data has no length."
             )
+
+    def _moment(self, trainer: Trainer) -> Moment:
+        """Returns where in the run the next step is; without a schedule, nobody asks how far."""
+        step, epoch = trainer.global_step, trainer.current_epoch
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
+        return Moment(step / self._total_steps, step, epoch, epoch / epochs)
 
     def _has_parameters(self) -> bool:
         return self.distiller.needs_sample or any(True for _ in self.distiller.parameters())
@@ -219,34 +242,44 @@ class Attachment(Callback):
         while self._undo:
             self._undo.pop()()
 
+    def _leave(self, trainer: Trainer) -> None:
+        """Takes off what is attached, the outermost first."""
+        for attachment in reversed(attachments_of(trainer)):
+            attachment._undo_all()
+
     def _attach(self, pl_module: LightningModule) -> nn.Module:
         student = find_module(pl_module, self.student, "the LightningModule") if self.student else pl_module
         self.distiller.attach(student)
         self._undo.append(self.distiller.detach)
         self._logged: set[str] = set()
+        if not self.distiller.needs_sample:
+            self._restore_pending()
         return student
 
-    def _enter(self, trainer: Trainer, pl_module: LightningModule, training_step: Callable[..., Any]) -> None:
-        if hasattr(pl_module, GUEST):  # configure_model may be called more than once
+    def _restore_pending(self) -> None:
+        if self._pending is not None:
+            restore(self.distiller, self._pending)
+            self._pending = None
+
+    def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        guest = f"{GUEST}_{self._all.index(self)}" if self is not self._all[0] else GUEST
+        if hasattr(pl_module, guest):  # configure_model may be called more than once
             return
         student = self._attach(pl_module)
         if self.distiller.needs_sample:
-            self._build(trainer, pl_module, student, training_step)
-        if self._pending is not None:
-            self._restore(self._pending)
-            self._pending = None
-        pl_module.add_module(GUEST, Guest(self.distiller))
-        self._undo.append(lambda: delattr(pl_module, GUEST))
+            self._build(trainer, pl_module, student)
+            self._restore_pending()
+        pl_module.add_module(guest, Guest(self.distiller))
+        self._undo.append(lambda: delattr(pl_module, guest))
 
-    def _build(
-        self, trainer: Trainer, pl_module: LightningModule, student: nn.Module, training_step: Callable[..., Any]
-    ) -> None:
+    def _build(self, trainer: Trainer, pl_module: LightningModule, student: nn.Module) -> None:
         """Makes the terms' parameters from the shapes of two samples."""
         device = trainer.strategy.root_device
         # What the strategy does right after this, and what the rehearsal needs done before.
         trainer.precision_plugin.convert_module(pl_module).to(device)
         self._move_teacher(device)
-        calls = rehearse(trainer, pl_module, training_step, student, self.distiller)
+        assert self._own_step is not None
+        calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller)
         self._check_called(calls, pl_module)
         with isolate_rng():  # data order and dropout are those of the student trained alone
             self.distiller.build(calls[0])
@@ -276,24 +309,29 @@ class Attachment(Callback):
         return training_step_and_terms
 
     def _total(self, trainer: Trainer, task_loss: Tensor, calls: list[Call], batch: Any) -> Tensor:
+        moment = self._moment(trainer)
+        self.distiller.at(moment)
         losses = self.distiller(calls, **self._labels_of(batch))
         self._check(trainer.global_step, losses, lambda name: self.distiller.ranges(calls, name))
-        progress = trainer.global_step / self._total_steps
-        total = self.task_weight * task_loss + self.distiller.total(losses, progress)
-        values = {"loss": total, "task": task_loss, **losses}
-        self._values = {f"train/{name}": value.detach() for name, value in values.items()}
-        for name, term in self.distiller.named_terms():
-            if isinstance(term.weight, Schedule):
-                self._values[f"train/{name}/weight"] = term.weight_at(progress)
+        weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
+        total = weight * task_loss + self.distiller.total(losses)
+        values: dict[str, Tensor | float] = {**losses, **self.distiller.values()}
+        if self is self._all[0]:
+            values["task"] = task_loss
+        if self is self._all[-1]:
+            values["loss"] = total
+        if isinstance(self.task_weight, Schedule):
+            values["task/weight"] = weight
+        self._values = {f"train/{name}": v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
         return total
 
     def _labels_of(self, batch: Any) -> dict[str, Any]:
         """Gets out of the batch what some term can use; what a loss only may use can be missing."""
         found = {}
+        needed = self.distiller.labels
         for name, how in self.labels.items():
-            required = [term.labels[name] for _, term in self.distiller.named_terms() if name in term.labels]
             has_default = isinstance(batch, (tuple, list)) and len(batch) > 1
-            if required and (any(required) or how is not None or has_default):
+            if name in needed and (needed[name] or how is not None or has_default):
                 found[name] = _label(how, batch, name)
         return found
 
@@ -302,7 +340,9 @@ class Attachment(Callback):
             return
         name = f"{self.student!r}" if self.student else f"{type(pl_module).__name__}.forward"
         children = [
-            n for n, child in pl_module.named_children() if n != GUEST and any(True for _ in child.parameters())
+            n
+            for n, child in pl_module.named_children()
+            if not n.startswith(GUEST) and any(True for _ in child.parameters())
         ]
         raise RuntimeError(
             f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
@@ -336,8 +376,10 @@ class Attachment(Callback):
             self._undo.append(undo)
 
 
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def attachments_of(trainer: Trainer) -> list[Attachment]:
+    """Returns what is attached to the module that a trainer trains, in the order of the callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [callback for callback in callbacks if isinstance(callback, Attachment)]
 
 
 def _label(how: Label | None, batch: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.term import Term
@@ -38,13 +39,15 @@ class Distiller(nn.Module):
         loss = task_loss + distiller.total(losses)
 
     The teacher is called with the arguments that the student is called with, so it sees the same augmented
-    images. It is not a submodule: it stays out of ``parameters()``, ``state_dict()`` and DDP.
+    images, unless one of them is given a view of its own. It is not a submodule: it stays out of ``parameters()``,
+    ``state_dict()`` and DDP.
 
     Args:
         terms: The terms by name.
         teacher: A trained model, which becomes a ``teachers.Frozen``, or any ``teachers.Teacher``.
         teacher_input: Makes the teacher's arguments out of the student's: called with those, it returns a
             tensor, a tuple of positional arguments or a dict of keyword arguments. Unless given, they are equal.
+        student_input: Likewise for the student, where it is to see another (stronger) view than it was called with.
         knowledge: Names that a task offers for paths, as a function of the model.
 
     Raises:
@@ -71,6 +74,7 @@ class Distiller(nn.Module):
         teacher: nn.Module,
         teacher_input: Callable[..., Any] | None = None,
         knowledge: Knowledge | None = None,
+        student_input: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         given: object = terms  # what a caller without a type checker may pass
@@ -94,7 +98,10 @@ class Distiller(nn.Module):
         self.terms = nn.ModuleDict(terms)
         # Past nn.Module's registration, so that the teacher is not a submodule.
         object.__setattr__(self, "teacher", teacher if isinstance(teacher, Teacher) else Frozen(teacher))
+        # What learns with the student is one, so that it reaches the optimizer and the checkpoint.
+        self.teacher_learner = self.teacher.learner
         self.teacher_input = teacher_input
+        self.student_input = student_input
         self.knowledge = knowledge
         self._taps: Taps | None = None
         self._calls: list[Call] | None = None
@@ -115,6 +122,25 @@ class Distiller(nn.Module):
         """Whether a term has to see a sample before its parameters can exist."""
         return any(term.needs_sample for _, term in self.named_terms())
 
+    @property
+    def needs_end(self) -> bool:
+        """Whether something changes over the run, so that it must be known how long that is."""
+        return self.teacher.needs_end or any(term.needs_end for _, term in self.named_terms())
+
+    @property
+    def labels(self) -> dict[str, bool]:
+        """What is read of a batch, by name, and whether somebody cannot do without."""
+        found = dict(self.teacher.labels)
+        for _, term in self.named_terms():
+            for name, required in term.labels.items():
+                found[name] = found.get(name, False) or required
+        return found
+
+    @property
+    def attached(self) -> bool:
+        """Whether a student is watched."""
+        return self._taps is not None
+
     def attach(self, student: nn.Module) -> None:
         """Resolves every path and puts the hooks in place; before a compiled student's first call.
 
@@ -126,8 +152,8 @@ class Distiller(nn.Module):
         """
         self.detach()
         self._student_paths = self._resolve("student", student)
-        # Other teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
-        self._teacher_paths = self._resolve("teacher", self.teacher.model if isinstance(self.teacher, Frozen) else None)
+        # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
+        self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
         self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
         self._read = [
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
@@ -192,16 +218,17 @@ class Distiller(nn.Module):
             taps.forget()
 
     # The teacher answers before the student runs, when no activation of the student is in memory yet.
-    def _before_call(self, student: nn.Module) -> Callable[..., None]:
-        def answer(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_call(self, student: nn.Module) -> Callable[..., Any]:
+        def answer(module: nn.Module, args: Any, kwargs: Any) -> Any:
             # Validation, evaluation under no_grad and a deep copy of the student are not ours.
             if self._calls is None or self._taps is None or module is not student:
-                return
+                return None
             if self._taps.recording:  # a recursive call is part of the outer one
                 self._depth += 1
-                return
+                return None
             if not torch.is_grad_enabled():
-                return
+                return None
+            own = _arguments(self.student_input, args, kwargs) if self.student_input else None
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs)
                 knowledge = self.teacher(*args, **kwargs)
@@ -214,6 +241,7 @@ class Distiller(nn.Module):
                 )
                 raise
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
+            return own
 
         return _eager(answer)
 
@@ -221,12 +249,7 @@ class Distiller(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns what the teacher is called with where the student is called with ``args`` and ``kwargs``."""
-        if self.teacher_input is None:
-            return args, kwargs
-        made = self.teacher_input(*args, **kwargs)
-        if isinstance(made, dict):
-            return (), made
-        return (made if isinstance(made, tuple) else (made,)), {}
+        return _arguments(self.teacher_input, args, kwargs) if self.teacher_input else (args, kwargs)
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:
@@ -268,7 +291,8 @@ class Distiller(nn.Module):
             labels: What losses need of the batch, by the name of their argument: ``target=labels``.
 
         Returns:
-            The losses by the terms' names; of several calls, the mean.
+            The losses by the terms' names; of several calls, the mean. Beside them those by which the teacher's
+            own ``learner`` learns.
 
         Raises:
             RuntimeError: If the student was never called.
@@ -281,20 +305,32 @@ class Distiller(nn.Module):
             with _naming(name):
                 values = [term(*self._captured(name, call), labels) for call in calls]
                 losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
-        return losses
+        return {**losses, **self.teacher.losses(labels)}
 
-    def weights(self, progress: float = 0.0) -> dict[str, float]:
-        """Returns every term's weight when the fraction ``progress`` of the run is done."""
-        return {name: term.weight_at(progress) for name, term in self.named_terms()}
+    def at(self, moment: Moment) -> None:
+        """Sets everything that is scheduled to its value at a moment of the run."""
+        for name, term in self.named_terms():
+            with _naming(name):
+                term.at(moment)
 
-    def total(self, losses: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
+    def weights(self) -> dict[str, float]:
+        """Returns every term's weight as of now: at the run's begin, or where ``at`` set it."""
+        return {name: term.current_weight for name, term in self.named_terms()}
+
+    def values(self) -> dict[str, Tensor | float]:
+        """Returns what changes over the run, as of now: ``{"kd/temperature": 4.0}``."""
+        return {f"{name}/{what}": v for name, term in self.named_terms() for what, v in term.values().items()}
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Returns the weighted sum of the losses that a call of the distiller returned."""
-        weights = self.weights(progress)
-        weighted = [weights[name] * loss for name, loss in losses.items()]
+        weights = self.weights()
+        weighted = [weights.get(name, 1.0) * loss for name, loss in losses.items()]
         return torch.stack(weighted).sum()
 
     def ranges(self, calls: Sequence[Call], name: str) -> Tensor:
         """Returns the lowest and highest value of the student's side of a term, then of the teacher's."""
+        if name not in self.terms:  # the teacher's own loss has no sides
+            return torch.full((4,), torch.nan)
         term = dict(self.named_terms())[name]
         pairs = [term.pairs(*self._captured(name, call)) for call in calls]
         sides = zip(*(pair for group in pairs for pair in group), strict=True)
@@ -308,9 +344,18 @@ class Distiller(nn.Module):
         )
 
 
-def _eager(hook: Callable[..., None]) -> Callable[..., None]:
+def _arguments(
+    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    made = make(*args, **kwargs)
+    if isinstance(made, dict):
+        return (), made
+    return (made if isinstance(made, tuple) else (made,)), {}
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps a hook out of the graph of a compiled student: the teacher is not compiled with it."""
-    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's own gap
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's own gap
     return disabled
 
 

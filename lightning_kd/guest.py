@@ -1,5 +1,6 @@
 """A guest in a user's module: parameters that are trained there and that no state dict shows."""
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,11 @@ class Guest(nn.Module):
         self.distiller = distiller
         self.register_load_state_dict_post_hook(_forgive_guest)  # type: ignore[no-untyped-call]  # torch's own gap
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guest":
+        # Weight averaging copies the module that is trained: what learns, and not the teacher.
+        memo[id(self.distiller.teacher)] = self.distiller.teacher
+        return Guest(copy.deepcopy(self.distiller, memo))
+
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Returns nothing of its own."""
         return {} if destination is None else destination
@@ -25,4 +31,6 @@ class Guest(nn.Module):
 
 def _forgive_guest(module: nn.Module, incompatible: Any) -> None:
     """Keeps strict loading of the user's module strict about the user's own keys only."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if GUEST not in key.split(".")]
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not any(part.startswith(GUEST) for part in key.split("."))
+    ]

@@ -11,8 +11,10 @@ from torchmetrics import MetricCollection
 
 from lightning_kd.attachment import Attachment
 from lightning_kd.distiller import Distiller
+from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.teachers.base import in_type_of
 from lightning_kd.term import Term
 
 
@@ -31,8 +33,9 @@ class DistillationModule(LightningModule):
         optimizer: Makes the optimizer of parameters; AdamW at 1e-3 unless given.
         lr_scheduler: Makes the learning-rate scheduler of the optimizer.
         lr_interval: When the scheduler steps, ``"epoch"`` or ``"step"``.
-        task_weight: Factor of the task's own loss.
+        task_weight: Factor of the task's own loss, or a schedule of it.
         teacher_input: Makes the teacher's arguments out of the student's.
+        student_input: Likewise for the student in training, where it is to see another (stronger) view.
 
     Raises:
         ValueError: If there are terms without a teacher, or a teacher without terms.
@@ -60,8 +63,9 @@ class DistillationModule(LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         teacher_input: Callable[..., Any] | None = None,
+        student_input: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         if bool(terms) != (teacher is not None):
@@ -79,7 +83,13 @@ class DistillationModule(LightningModule):
         self.attachment: Attachment | None = None
         if teacher is not None and terms:
             self.attachment = Attachment(
-                Distiller(terms, teacher, teacher_input=teacher_input, knowledge=task.knowledge),
+                Distiller(
+                    terms,
+                    teacher,
+                    teacher_input=teacher_input,
+                    student_input=student_input,
+                    knowledge=task.knowledge,
+                ),
                 student="student",
                 labels={"target": task.target},
                 task_weight=task_weight,
@@ -126,7 +136,7 @@ class DistillationModule(LightningModule):
         distiller = self.attachment.distiller
 
         def as_in_training(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return teacher.to_own_type(*distiller.teacher_arguments(args, kwargs))
+            return in_type_of(teacher.model, *distiller.teacher_arguments(args, kwargs))
 
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:

@@ -6,6 +6,24 @@ for every length of training.
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step is.
+
+    Args:
+        progress: Fraction of the run that is done, from 0 to 1.
+        step: Optimizer steps that were made.
+        epoch: The current epoch.
+        epoch_progress: Fraction of the run that was done when the current epoch began.
+    """
+
+    progress: float = 0.0
+    step: int = 0
+    epoch: int = 0
+    epoch_progress: float = 0.0
 
 
 class Schedule(ABC):
@@ -14,6 +32,10 @@ class Schedule(ABC):
     @abstractmethod
     def __call__(self, progress: float) -> float:
         """Returns the value when the fraction ``progress`` of the run is done."""
+
+    def at(self, moment: Moment) -> float:
+        """Returns the value at a moment of the run."""
+        return self(moment.progress)
 
 
 class _Ramp(Schedule):

@@ -55,7 +55,9 @@ class Taps:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Registers the hooks; before a compiled model's first call, as later ones never fire."""
+        """Registers the hooks; what was compiled of the model without them is forgotten."""
+        if _has_compiled(self.root):
+            torch.compiler.reset()
         for path, module in self._modules.items():
             if path != OUTPUT:
                 self._handles.append(module.register_forward_hook(self._hook(path, module)))
@@ -162,6 +164,11 @@ def _selected(output: Any, module: str, read: Iterable[Path]) -> Iterator[Tensor
                 yield from _tensors(path.select(output))
             except KeyError:  # reported with the name of its term when that is computed
                 continue
+
+
+def _has_compiled(model: nn.Module) -> bool:
+    """Whether something of the model is compiled: what ran before would never call hooks that came after."""
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
 
 class _AllCapturedError(Exception):

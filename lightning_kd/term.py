@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.projectors import bridge
-from lightning_kd.schedules import Schedule
+from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.wiring import OUTPUT, Path, describe
 
 
@@ -57,6 +57,8 @@ class Term(nn.Module):
             raise ValueError(f"weight is a finite number that is not negative, or one of schedules.*; got {weight!r}.")
         self.loss = loss
         self.weight = weight
+        self.schedules: dict[str, Schedule] = {}
+        """Of attributes of the loss, by their names."""
         self.student = Path(student)
         self.teacher = Path(teacher)
         self.projector = projector
@@ -66,20 +68,45 @@ class Term(nn.Module):
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind not in variadic}
         self._built = self.projector is not None and not hasattr(loss, "build")
+        self.at(Moment())
 
     @property
     def needs_sample(self) -> bool:
         """Whether the term has to see a sample of both tensors before its parameters can exist."""
         return not self._built and (getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build"))
 
-    def weight_at(self, progress: float) -> float:
-        """Returns the weight when the fraction ``progress`` of the run is done."""
+    @property
+    def needs_end(self) -> bool:
+        """Whether something of the term changes over the run, so that it must be known how long that is."""
+        return isinstance(self.weight, Schedule) or bool(self.schedules) or hasattr(self.loss, "at")
+
+    def at(self, moment: Moment) -> None:
+        """Sets what is scheduled to its values at a moment of the run: the weight, and attributes of the loss."""
+        self._moment = moment
+        for name, schedule in self.schedules.items():
+            setattr(self.loss, name, schedule.at(moment))
+        follow = getattr(self.loss, "at", None)
+        if follow is not None:
+            follow(moment)
+
+    @property
+    def current_weight(self) -> float:
+        """The weight as of now: at the run's begin, or at the moment that ``at`` was told."""
         if not isinstance(self.weight, Schedule):
             return float(self.weight)
-        weight = float(self.weight(progress))
+        weight = float(self.weight.at(self._moment))
         if not 0.0 <= weight < math.inf:
-            raise ValueError(f"the schedule of the weight gave {weight} at {progress:.1%} of the run: {self.weight!r}.")
+            raise ValueError(
+                f"the schedule of the weight gave {weight} at {self._moment.progress:.1%} of the run: {self.weight!r}."
+            )
         return weight
+
+    def values(self) -> dict[str, Tensor | float]:
+        """Returns what changes over the run, as of now, by the name it is logged under."""
+        values: dict[str, Tensor | float] = dict(getattr(self.loss, "values", {}))
+        if isinstance(self.weight, Schedule):
+            values["weight"] = self.current_weight
+        return {**values, **{name: getattr(self.loss, name) for name in self.schedules}}
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Makes the projector, and the loss's own parameters, for the shapes of a sample.
@@ -163,8 +190,8 @@ class Term(nn.Module):
             remedy = "Tap modules that are called equally often."
             if not students or not teachers:
                 remedy += (
-                    " A compiled model has to be compiled, but not called, before its taps are attached; where another "
-                    "of its class was called before, torch.compiler.reset() forgets what was compiled for that."
+                    " A LightningModule that is compiled as a whole must not be called before the fit: "
+                    "torch.compiler.reset() forgets what was compiled."
                 )
             raise ValueError(
                 f"the student's {self.student.text!r} was called {len(students)} times and the teacher's "

@@ -229,9 +229,12 @@ def test_weights_follow_their_schedules() -> None:
     terms = {"a": Term(nn.MSELoss(), weight=2.0), "b": Term(nn.MSELoss(), weight=schedules.Linear(4.0, 0.0))}
     distiller = Distiller(terms, Net(4))
     assert distiller.weights() == {"a": 2.0, "b": 4.0}
-    assert distiller.weights(0.75) == {"a": 2.0, "b": 1.0}
     values = {"a": torch.tensor(10.0), "b": torch.tensor(1.0)}
-    assert [float(distiller.total(values, p)) for p in (0.0, 0.75, 1.0)] == [24.0, 21.0, 20.0]
+    for progress, total in ((0.0, 24.0), (0.75, 21.0), (1.0, 20.0)):
+        distiller.at(schedules.Moment(progress))
+        assert float(distiller.total(values)) == total
+    terms["a"].weight = 3.0
+    assert distiller.weights() == {"a": 3.0, "b": 0.0}
 
 
 def test_build_makes_what_is_missing_once() -> None:
@@ -286,8 +289,9 @@ def test_a_plain_loop_learns() -> None:
     for step in range(60):
         with distiller.watch() as calls:
             logits = student(x)
+        distiller.at(schedules.Moment(progress=step / 60))
         values = distiller(calls, target=labels)
-        loss = 0.01 * nn.functional.cross_entropy(logits, labels) + distiller.total(values, progress=step / 60)
+        loss = 0.01 * nn.functional.cross_entropy(logits, labels) + distiller.total(values)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,92 @@
+"""Resuming: what a checkpoint holds of a distillation, and whether it fits the one that goes on with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_kd.distiller import Distiller
+
+START_ANEW = "start a new fit from the checkpoint's weights: module.load_state_dict(checkpoint['state_dict'])"
+
+
+def learning(distiller: Distiller) -> list[str]:
+    """Returns the names of what has parameters to learn."""
+    named = [*distiller.named_terms(), ("the teacher", distiller.teacher_learner)]
+    return [name for name, part in named if part is not None and any(p.requires_grad for p in part.parameters())]
+
+
+def saved(distiller: Distiller) -> dict[str, Any]:
+    """Returns what a checkpoint must hold: what the terms learned and where, and what the teacher remembers."""
+    learned, memory = dict(distiller.state_dict()), distiller.teacher.memory()
+    wiring = {
+        name: f"{term.student.text!r} and the teacher's {term.teacher.text!r}"
+        for name, term in distiller.named_terms()
+        if term.state_dict()
+    }
+    state = {"learned": learned, "wiring": wiring, "teacher": memory}
+    return {key: value for key, value in state.items() if value}
+
+
+def restore(distiller: Distiller, state: Mapping[str, Any]) -> None:
+    """Takes back what ``saved`` returned.
+
+    Raises:
+        ValueError: If it is not what these terms and this teacher can take.
+    """
+    was, now = state.get("learned", {}), saved(distiller)
+    learned, wiring, memory = (now.get(key, {}) for key in ("learned", "wiring", "teacher"))
+    differ = _differences(was, learned) or [
+        f"{name} compared the student's {ends} and compares the student's {wiring[name]}"
+        for name, ends in state.get("wiring", {}).items()
+        if name in wiring and wiring[name] != ends
+    ]
+    if not differ and list(was) != list(learned):
+        differ = [f"their order was {', '.join(dict.fromkeys(key.split('.')[1] for key in was))}"]
+    if differ:
+        raise ValueError(
+            f"What the terms learned in the run that is resumed does not fit the terms of this one: "
+            f"{'; '.join(differ[:6])}{f'; and {len(differ) - 6} more' if len(differ) > 6 else ''}. Resume with the "
+            f"same terms, in the same order, or {START_ANEW}."
+        )
+    remembered = state.get("teacher", {})
+    if remembered.keys() != memory.keys():
+        raise ValueError(
+            f"The teacher of the run that is resumed remembered {sorted(remembered) or 'nothing'}, and this one, a "
+            f"{type(distiller.teacher).__name__}, remembers {sorted(memory) or 'nothing'}. Resume with the same "
+            f"teacher, or {START_ANEW}."
+        )
+    distiller.load_state_dict(was)
+    distiller.teacher.recall(remembered)
+
+
+def refuse_other_run(distiller: Distiller, checkpoint: Mapping[str, Any], state_key: str, name: str) -> None:
+    """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters.
+
+    And the other way around: a run whose optimizer knows parameters that are not there any more.
+    """
+    states = checkpoint.get("callbacks", {})
+    here = learning(distiller)
+    if here and not states.get(state_key):
+        raise ValueError(
+            f"The run that is resumed was trained without {name}, or with terms that learn nothing, and these terms "
+            f"have parameters to learn: {', '.join(here)}. Resume it as it was, or {START_ANEW}."
+        )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    differ = [f"{_name(key)} {_shape(was[key])} is gone" for key in was if key not in now]
+    differ += [f"{_name(key)} is new" for key in now if key not in was]
+    return differ + [
+        f"{_name(key)} was {_shape(was[key])} and is {_shape(value)}"
+        for key, value in now.items()
+        if key in was and _shape(was[key]) != _shape(value)
+    ]
+
+
+def _name(key: str) -> str:
+    return key.removeprefix("terms.")
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,180 @@
+"""Teachers that are copies of the student: how they are made, asked, saved and put in its place."""
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.schedules import Moment
+from lightning_kd.taps import Record, Taps
+from lightning_kd.teachers.base import Teacher, in_type_of
+
+
+class CopyTeacher(Teacher):
+    """A copy of the student teaches it; subclasses say how the copy follows the student.
+
+    The copy is made when the teacher is bound. It is kept in float32 where the student's weights are half precision,
+    in which small changes would be lost, and is in eval mode.
+
+    Args:
+        count: Number of copies; epoch ``e`` is taught by copy ``e % count``.
+        evaluate: Whether validation during the fit and checkpoints use the weights of the copy, and the student
+            has them when the fit ends.
+    """
+
+    def __init__(self, count: int = 1, evaluate: bool = False) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList()
+        self.count = count
+        self.evaluated = evaluate
+        self.active = 0
+        self._student: list[nn.Module] = []  # in a list, so that it is not a submodule
+        self._taps: list[Taps] = []
+        self._recalled = False
+        self._swapped = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taps": [], "_student": []}
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy that teaches now.
+
+        Raises:
+            RuntimeError: If there is none: it is made when a fit begins.
+        """
+        if not self.copies:
+            raise RuntimeError(f"{type(self).__name__} has no copy of a student yet: it is made when a fit begins.")
+        return self.copies[self.active]
+
+    @property
+    def student(self) -> nn.Module:
+        """The student that is followed."""
+        if not self._student:
+            raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
+        return self._student[0]
+
+    def root(self, student: nn.Module) -> nn.Module:
+        """Returns the student: the copy's paths are the same."""
+        return student
+
+    def bind(self, student: nn.Module, paths: Collection[str]) -> None:
+        """Makes the copies, and prepares to answer for the given module paths."""
+        self.unbind()
+        self._student = [student]
+        self.copies = nn.ModuleList(_copy(student) for _ in range(self.count))
+        self.active = 0
+        for model in self.copies:
+            taps = Taps(model, paths, "the teacher, a copy of the student,", stop_early=self._may_stop_early())
+            taps.attach()
+            self._taps.append(taps)
+
+    def _may_stop_early(self) -> bool:
+        return True
+
+    def unbind(self) -> None:
+        """Removes the hooks, and gives the student its own weights back if it had lent its place."""
+        if self._swapped:
+            self.swap()
+        for taps in self._taps:
+            taps.detach()
+        self._taps = []
+        self._student = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Record:
+        """Runs the copy that teaches now, without gradient."""
+        if not self._taps:
+            raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
+        self._set_mode()
+        args, kwargs = in_type_of(self.model, args, kwargs)
+        with torch.no_grad():
+            return self._taps[self.active].run(*args, **kwargs)
+
+    def _set_mode(self) -> None:
+        self.model.eval()
+
+    def begin(self) -> None:
+        """Starts from the student as it is now, unless a checkpoint gave the copies back."""
+        if not self._recalled:
+            self.copy_student()
+        self._recalled = False
+
+    def copy_student(self) -> None:
+        """Makes every copy the student of now."""
+        for model in self.copies:
+            copy_tensors(_state(model), _state(self.student))
+
+    def begin_epoch(self, moment: Moment) -> None:
+        """Gives the turn to the next copy."""
+        self.active = moment.epoch % self.count
+
+    def memory(self) -> dict[str, Any]:
+        """Returns the copies' weights, whose turn it is, and the student's own where checkpoints hold the copy's."""
+        if not self.copies:
+            return {}
+        memory: dict[str, Any] = {"copies": self.copies.state_dict(), "active": self.active}
+        if self.evaluated and self._student:
+            memory["student"] = self.student.state_dict()
+        return memory
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Takes that back."""
+        self.copies.load_state_dict(memory["copies"])
+        self.active = memory["active"]
+        if "student" in memory:
+            self.student.load_state_dict(memory["student"])
+        self._recalled = True
+
+    def end(self) -> None:
+        """Leaves the student the copy's weights and buffers, if these were evaluated."""
+        if self.evaluated:
+            copy_tensors(_state(self.student), _state(self.model))
+
+    def swap(self) -> None:
+        """Exchanges the weights and buffers of student and copy, if the copy is evaluated."""
+        if not self.evaluated:
+            return
+        own, students = _state(self.model), _state(self.student)
+        kept = [x.clone() for x in own]
+        copy_tensors(own, students)
+        copy_tensors(students, kept)
+        self._swapped = not self._swapped
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the weights of the copy in the student's types, if they are evaluated."""
+        if not self.evaluated:
+            return {}
+        types = {key: value.dtype for key, value in self.student.state_dict().items()}
+        return {key: value.to(types[key]) for key, value in self.model.state_dict().items()}
+
+
+def _copy(student: nn.Module) -> nn.Module:
+    try:
+        model = copy.deepcopy(student)
+    except Exception as error:
+        error.add_note(
+            f"This happened when {type(student).__name__} was deep-copied to be its own teacher. Keep what cannot be "
+            "copied (open files, non-leaf tensors, locks) out of it, or name the network inside of it: student=..."
+        )
+        raise
+    # Methods that were replaced on the instance, by this fit for one, belong to the original.
+    for name in [n for n, value in vars(model).items() if inspect.isroutine(value) and hasattr(type(model), n)]:
+        delattr(model, name)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
+    return model.requires_grad_(False).eval()
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@torch.no_grad()
+def copy_tensors(into: list[Tensor], values: list[Tensor]) -> None:
+    """Copies values, whatever their types, in as few kernels as can be."""
+    if into:
+        torch._foreach_copy_(into, values)

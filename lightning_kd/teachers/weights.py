@@ -1,0 +1,72 @@
+"""Weights from files: what a trained model left behind, loaded strictly and never run as code."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    """Loads a checkpoint's weights into a model, strictly, whatever common prefix its keys have.
+
+    Args:
+        model: The model to fill.
+        checkpoint: A file with a state dict, or a Lightning checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no state dict, or if keys or shapes do not fit the model.
+    """
+    if not os.path.isfile(checkpoint):
+        raise FileNotFoundError(
+            f"No checkpoint at {os.fspath(checkpoint)!r} (looked from {os.getcwd()!r}). Train the model first, or "
+            "give the path of its weights."
+        )
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{os.fspath(checkpoint)!r} could not be read as a checkpoint of plain tensors (weights_only=True): {error}"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict.")
+    wanted = model.state_dict()
+    first = next(iter(wanted), "")
+    prefixes = sorted({key.removesuffix(first) for key in state if key == first or key.endswith("." + first)})
+    # Strictly: within a prefix nothing may be missing or too much; beside it the file may hold what it likes.
+    found = {
+        prefix: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for prefix in prefixes
+    }
+    fitting = [prefix for prefix, own in found.items() if not _misfits(wanted, own)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{os.fspath(checkpoint)!r} holds more than one set of weights for {type(model).__name__}, under "
+            f"{', '.join(map(repr, fitting))}. Save the one that is meant: torch.save(model.state_dict(), path)."
+        )
+    if not fitting:
+        closest = min(found.values(), key=lambda own: len(_misfits(wanted, own)), default=dict(state))
+        misfits = _misfits(wanted, closest)
+        raise ValueError(
+            f"{os.fspath(checkpoint)!r} does not fit {type(model).__name__}: {'; '.join(misfits[:5])}"
+            f"{f'; and {len(misfits) - 5} more' if len(misfits) > 5 else ''}. Its keys are "
+            f"{', '.join(list(state)[:5])}, .... Is it the checkpoint of another architecture?"
+        )
+    model.load_state_dict(found[fitting[0]], strict=True)
+
+
+def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
+    """Says what keeps the tensors of a file from being a model's."""
+    # Files from before torch 0.4.1 do not count batches, and torch loads them all the same.
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    missing = [f"it lacks {key}" for key in needed if key not in have]
+    shapes = [
+        f"{key} is {tuple(have[key].shape)} and not {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in have and have[key].shape != value.shape
+    ]
+    return missing + shapes + [f"it has {key}, which the model has not" for key in have if key not in wanted]
