@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_kd.losses._numerics import upcast
+
 
 class FiniteCheck:
     """Raises when a term's loss is not finite, with its name, the step and the range of its inputs.
@@ -30,7 +32,7 @@ class FiniteCheck:
         Raises:
             FloatingPointError: If a term of this step, or of an earlier one that was on its way, is not finite.
         """
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack([upcast(loss.detach()) for loss in losses.values()])
         if values.device.type != "cuda":
             if not bool(values.isfinite().all()):
                 self._raise(step, list(losses), torch.stack([values, *_columns(losses, ranges, values)]).T)

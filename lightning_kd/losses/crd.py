@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
-from lightning_kd.losses._bank import Banks
+from lightning_kd.losses._bank import NO_LABELS, Banks
 from lightning_kd.losses._numerics import full_precision, unit, upcast
 
 
@@ -20,7 +20,7 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Ten
         logits = upcast(student) @ upcast(teacher).T / temperature
     positive = torch.arange(logits.shape[0], device=logits.device)
     if target is not None:
-        label = _check.class_target(target, student, bounded=False)
+        label = _check.class_target(target, student, bounded=False, remedy=NO_LABELS)
         same_class = (label[:, None] == label) & (positive[:, None] != positive)
         logits = logits.masked_fill(same_class, -torch.inf)
     return F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)
@@ -99,6 +99,7 @@ class CRD(nn.Module):
             raise ValueError(f"memory needs at least 2 samples and 1 negative, got {memory} and {negatives}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}: at 1 the banks never change.")
+        _check.positive("dim", dim)
         self.dim = dim
         self.temperature = _check.positive("temperature", temperature)
         self.memory = memory
@@ -109,6 +110,7 @@ class CRD(nn.Module):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Create the two heads for features of these shapes; values and batch size do not matter."""
+        _check.samples(student, teacher, 1, "there is nothing to embed.")
         self.student_head = nn.Linear(student[0].numel(), self.dim, device=student.device)
         self.teacher_head = nn.Linear(teacher[0].numel(), self.dim, device=teacher.device)
 

@@ -79,6 +79,7 @@ class VID(nn.Module):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Create the regressor and the variances for these channels; values and batch size do not matter."""
+        _check.samples(student, teacher, 1, "there is nothing to regress.")
         inner, outer = student.shape[self.dim], teacher.shape[self.dim]
         self.regressor = nn.Sequential(
             nn.Linear(inner, outer, bias=False),
