@@ -1,5 +1,6 @@
 """Stops a run whose terms are no longer numbers, without waiting for the device in any step."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -63,7 +64,7 @@ class FiniteCheck:
         said = [
             f"{name!r} is {loss:g} (student in [{low:.4g}, {high:.4g}], teacher in [{lowest:.4g}, {highest:.4g}])"
             for name, (loss, low, high, lowest, highest) in zip(names, table.tolist(), strict=True)
-            if not torch.tensor(loss).isfinite()
+            if not math.isfinite(loss)
         ]
         raise FloatingPointError(
             f"Step {step}: the distillation term {' and '.join(said)}. If the student's range is wide or not a number, "

@@ -96,6 +96,7 @@ class VID(nn.Module):
         """Return the negative log-likelihood of the teacher's feature given the student's."""
         if self.regressor is None or self.rho is None:
             raise RuntimeError("VID has no regressor yet: use it in a Term, or call build(student, teacher).")
+        _check.tensors(student, teacher)
         student, teacher = _meet(upcast(student), upcast(teacher.detach()), self.dim)
         with full_precision(student):
             # the regressor is bfloat16 where the trainer's precision is "bf16-true"; otherwise float32
