@@ -105,9 +105,7 @@ def class_target(target: Tensor | None, logits: Tensor, bounded: bool = True, re
             f"got {tuple(target.shape)}. {remedy}"
         )
     if bounded:
-        in_range(
-            "target", target, logits.shape[1], "Losses know no ignore_index: leave such samples or positions out."
-        )
+        in_range("target", target, logits.shape[1], "Losses know no ignore_index: leave such samples or positions out.")
     return target.long()
 
 
