@@ -1,8 +1,9 @@
 """Projectors: what bridges a student's tensor to the shape of its teacher's.
 
 Three layouts are told apart by their number of dimensions: vectors ``(B, C)``, tokens ``(B, N, C)`` and
-maps ``(B, C, H, W)``; channels-last maps ``(B, H, W, C)`` need a word. Tokens of a vision transformer are a square grid of patches behind a few prefix
-tokens (class, distillation, registers), which have no place in a map.
+maps ``(B, C, H, W)``. Tokens of a vision transformer are a square grid of patches behind a few prefix
+tokens (class, distillation, registers), which have no place in a map. Maps ``(B, H, W, C)`` are for a
+projector that says so.
 """
 
 import math
@@ -21,8 +22,8 @@ def grid_of(tokens: int) -> tuple[int, int]:
     """Returns (prefix tokens, side) of a square patch grid with ``tokens`` tokens in all.
 
     Where two readings fit, it is the one with fewer prefix tokens. That is so for 5, 6, 9 and 17 tokens only, whose
-    other readings are grids of at most 2x2 behind registers, or 3x3 behind eight: none that is met in practice, while 17
-    tokens (a class token and 4x4 patches) are.
+    other readings are grids of at most 2x2 behind registers, or 3x3 behind eight: not met in practice, while a class
+    token and 4x4 patches are.
 
     Raises:
         ValueError: If no usual number of prefix tokens leaves a square.
@@ -209,8 +210,8 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
     if _channels_last(student) or _channels_last(teacher):
         raise ValueError(
             f"{shapes}: maps are (B, C, H, W), and one of these seems to be (B, H, W, C), as the layers of Swin return "
-            "them. Give the term its projector: nn.Sequential(projectors.ChannelsFirst(), projectors.MapToMap(...)) for "
-            "such a student, nn.Sequential(projectors.MapToMap(...), projectors.ChannelsLast()) for such a teacher, "
+            "them. Give the term its projector: nn.Sequential(projectors.ChannelsFirst(), projectors.MapToMap(...)) "
+            "for such a student, nn.Sequential(projectors.MapToMap(...), projectors.ChannelsLast()) for a teacher, "
             "nn.Linear(C, C') for both; nn.Identity() or MapToMap alone if the channels do come first."
         )
     layouts = (student.ndim, teacher.ndim)

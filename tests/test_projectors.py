@@ -162,7 +162,8 @@ def test_equal_shapes_are_compared_element_by_element_in_either_layout() -> None
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_swin_transformer_teaches_and_learns_with_the_projector_that_the_error_names(side: str) -> None:
-    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=5)  # fmt: skip
+    small = {"window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "num_classes": 5}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, **small)
     cnn, images = timm.create_model("resnet10t", num_classes=5), torch.randn(2, 3, 32, 32)
     here, there = ("layers.1", "layer2") if side == "student" else ("layer2", "layers.1")
     model, other = (swin, cnn) if side == "student" else (cnn, swin)

@@ -6,10 +6,9 @@ from torch import Tensor, nn
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import rows, unit, upcast
 
-
 _TWO_CLASSES = (
-    "Of two classes the rows always correlate by 1 or -1, with no gradient, so that without gamma nothing is taught: use "
-    "KD() for two classes, KD(activation='sigmoid') for binary and multi-label logits."
+    "Of two classes the rows always correlate by 1 or -1, with no gradient, so that without gamma nothing is taught: "
+    "use KD() for two classes, KD(activation='sigmoid') for binary and multi-label logits."
 )
 
 
