@@ -23,6 +23,7 @@ MAPS = ("stem", "stem")
 VECTORS = ("pool", "pool")
 WIRING = {
     "AT": (losses.AT, MAPS),
+    "BDKD": (losses.BDKD, LOGITS),
     "CRD": (lambda: losses.CRD(dim=8), VECTORS),
     "DIST": (losses.DIST, LOGITS),
     "DKD": (losses.DKD, LOGITS),

@@ -50,6 +50,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 CASES = {
     "AT": Case(losses.AT, _plain(functional.at), (8, 3, 4, 4), MAP),
+    "BDKD": Case(losses.BDKD, _plain(functional.bdkd)),
     "CRD": Case(
         lambda: losses.CRD(dim=16),
         _crd,
