@@ -57,10 +57,11 @@ class Banks(nn.Module):
         super().__init__()
         self.momentum = momentum
         seed = torch.initial_seed() % 2**63
-        own = torch.Generator().manual_seed(seed)
         self.register_buffer("draws", torch.tensor([seed, 0]))  # the seed, and how many draws were made
-        self.register_buffer("student", F.normalize(torch.randn(samples, dim, generator=own), dim=1))
-        self.register_buffer("teacher", F.normalize(torch.randn(samples, dim, generator=own), dim=1))
+        own = torch.Generator().manual_seed(seed)  # on the CPU, wherever a `with torch.device(...)` makes the module
+        for side in ("student", "teacher"):
+            directions = F.normalize(torch.randn(samples, dim, generator=own, device="cpu"), dim=1)
+            self.register_buffer(side, directions.to(self.draws.device))
         self.register_buffer("label", torch.full((samples,), -1, dtype=torch.int64))
         # log Z with the student and with the teacher as anchor; NaN until the first batch has set it
         start = torch.nan if partition is None else partition

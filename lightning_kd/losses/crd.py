@@ -44,10 +44,11 @@ class CRD(nn.Module):
         loss = mean_i(-log h(x_i,positive) - sum_K log(1 - h(x_i,negative)))
 
     The K negatives are drawn once per batch and shared by its samples, so that memory is B * K + K * dim
-    floats; the authors draw K per sample. Z is the authors' normalisation, set from the first batch to the
-    mean of ``M e^x``; ``partition=1.0`` is the paper's h. **In training mode forward updates the banks**,
-    with momentum; in eval mode it does not. Under DDP the banks follow the process whose buffers are
-    broadcast.
+    floats; the authors draw K per sample. They are drawn by a counter of the loss's own, seeded once by torch's
+    seed, so that the student's data order and dropout stay what they are without the term. Z is the authors'
+    normalisation, set from the first batch to the mean of ``M e^x``; ``partition=1.0`` is the paper's h. **In
+    training mode forward updates the banks**, with momentum; in eval mode it does not. Under DDP the banks
+    follow the process whose buffers are broadcast.
 
     Given a target, samples of the anchor's class are no negatives (with memory: as far as their label was
     seen).

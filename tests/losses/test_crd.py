@@ -199,6 +199,12 @@ def test_no_negative_is_gathered_per_sample():
     assert s.grad is not None
 
 
+def test_banks_are_made_on_the_device_that_is_asked_for():
+    with torch.device("meta"):
+        loss = losses.CRD(dim=4, memory=9)
+    assert all(buffer.is_meta for buffer in loss.buffers())
+
+
 def test_memory_compiles_in_one_graph():
     loss, s, t, index = _memory()
     target = torch.zeros(8, dtype=torch.int64)
