@@ -1,9 +1,12 @@
 """Stops a run whose terms are no longer numbers, without waiting for the device in any step."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+from lightning_kd.losses._numerics import upcast
 
 
 class FiniteCheck:
@@ -30,7 +33,7 @@ class FiniteCheck:
         Raises:
             FloatingPointError: If a term of this step, or of an earlier one that was on its way, is not finite.
         """
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack([upcast(loss.detach()) for loss in losses.values()])
         if values.device.type != "cuda":
             if not bool(values.isfinite().all()):
                 self._raise(step, list(losses), torch.stack([values, *_columns(losses, ranges, values)]).T)
@@ -61,7 +64,7 @@ class FiniteCheck:
         said = [
             f"{name!r} is {loss:g} (student in [{low:.4g}, {high:.4g}], teacher in [{lowest:.4g}, {highest:.4g}])"
             for name, (loss, low, high, lowest, highest) in zip(names, table.tolist(), strict=True)
-            if not torch.tensor(loss).isfinite()
+            if not math.isfinite(loss)
         ]
         raise FloatingPointError(
             f"Step {step}: the distillation term {' and '.join(said)}. If the student's range is wide or not a number, "

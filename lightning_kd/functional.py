@@ -2,6 +2,7 @@
 
 from lightning_kd.losses._bank import crd_nce
 from lightning_kd.losses.at import at
+from lightning_kd.losses.bdkd import bdkd
 from lightning_kd.losses.crd import crd
 from lightning_kd.losses.dist import dist
 from lightning_kd.losses.dkd import dkd
@@ -18,6 +19,7 @@ from lightning_kd.losses.vid import vid
 
 __all__ = [
     "at",
+    "bdkd",
     "crd",
     "crd_nce",
     "dist",

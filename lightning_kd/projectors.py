@@ -2,7 +2,8 @@
 
 Three layouts are told apart by their number of dimensions: vectors ``(B, C)``, tokens ``(B, N, C)`` and
 maps ``(B, C, H, W)``. Tokens of a vision transformer are a square grid of patches behind a few prefix
-tokens (class, distillation, registers), which have no place in a map.
+tokens (class, distillation, registers), which have no place in a map. Maps ``(B, H, W, C)`` are for a
+projector that says so.
 """
 
 import math
@@ -19,6 +20,10 @@ _PREFIX_TOKENS = (0, 1, 2, 4, 5, 8)  # none; class; class + distillation; class 
 
 def grid_of(tokens: int) -> tuple[int, int]:
     """Returns (prefix tokens, side) of a square patch grid with ``tokens`` tokens in all.
+
+    Where two readings fit, it is the one with fewer prefix tokens. That is so for 5, 6, 9 and 17 tokens only, whose
+    other readings are grids of at most 2x2 behind registers, or 3x3 behind eight: not met in practice, while a class
+    token and 4x4 patches are.
 
     Raises:
         ValueError: If no usual number of prefix tokens leaves a square.
@@ -151,6 +156,27 @@ class PatchTokens(nn.Module):
         return x[:, self.prefix :]
 
 
+class ChannelsFirst(nn.Module):
+    """``(B, H, W, C)`` to ``(B, C, H, W)``: before another projector, for a student such as a Swin transformer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a view with the channels in dimension 1."""
+        return x.movedim(-1, 1)
+
+
+class ChannelsLast(nn.Module):
+    """``(B, C, H, W)`` to ``(B, H, W, C)``: behind another projector, for a teacher such as a Swin transformer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a view with the channels in the last dimension."""
+        return x.movedim(1, -1)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Tells whether a map is square if its channels come last, and oblong if they come first."""
+    return x.ndim == 4 and x.shape[1] == x.shape[2] != x.shape[3]
+
+
 def _size(x: Tensor) -> tuple[int, ...]:
     """Returns the shape without batch and channels."""
     return tuple(x.shape[1:-1] if x.ndim == 3 else x.shape[2:])
@@ -176,11 +202,18 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
         >>> projector(torch.zeros(2, 8, 4, 4)).shape
         torch.Size([2, 16, 2, 2])
     """
-    if align == "none" or student.shape == teacher.shape:
+    if align == "none" or (align == "shape" and student.shape == teacher.shape):
         return nn.Identity(), nn.Identity()
     shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
     if student.shape[:1] != teacher.shape[:1]:
         raise ValueError(f"{shapes} differ in their batch size: the two models did not see the same samples.")
+    if _channels_last(student) or _channels_last(teacher):
+        raise ValueError(
+            f"{shapes}: maps are (B, C, H, W), and one of these seems to be (B, H, W, C), as the layers of Swin return "
+            "them. Give the term its projector: nn.Sequential(projectors.ChannelsFirst(), projectors.MapToMap(...)) "
+            "for such a student, nn.Sequential(projectors.MapToMap(...), projectors.ChannelsLast()) for a teacher, "
+            "nn.Linear(C, C') for both; nn.Identity() or MapToMap alone if the channels do come first."
+        )
     layouts = (student.ndim, teacher.ndim)
     if layouts[0] == layouts[1] and _size(student) == _size(teacher):
         if align == "size":

@@ -44,6 +44,14 @@ def test_a_loss_in_half_precision_that_overflowed() -> None:
         FiniteCheck()(0, {"kd": torch.tensor(70000.0).half()}, ranges)
 
 
+def test_a_float64_loss_beyond_float32_is_a_number() -> None:
+    wide = torch.tensor(1e300, dtype=torch.float64)
+    FiniteCheck()(0, {"kd": wide, "hint": torch.tensor(1.0)}, unasked)
+    with pytest.raises(FloatingPointError, match="'hint' is inf") as caught:
+        FiniteCheck()(0, {"kd": wide, "hint": wide * wide}, ranges)
+    assert "'kd'" not in str(caught.value)
+
+
 def test_it_does_not_touch_the_graph() -> None:
     loss = torch.tensor(2.0, requires_grad=True)
     FiniteCheck()(0, {"kd": loss * 1}, unasked)

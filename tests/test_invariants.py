@@ -24,6 +24,7 @@ MAPS = ("stem", "stem")
 VECTORS = ("pool", "pool")
 WIRING = {
     "AT": (losses.AT, MAPS),
+    "BDKD": (losses.BDKD, LOGITS),
     "CRD": (lambda: losses.CRD(dim=8), VECTORS),
     "DIST": (losses.DIST, LOGITS),
     "DKD": (losses.DKD, LOGITS),
@@ -400,7 +401,7 @@ if __name__ == "__main__":
     run.fit(module, Halves())
     if run.is_global_zero:
         logged = {{k: float(v) for k, v in run.callback_metrics.items()}}
-        projectors = callback.state_dict()["learned"]
+        projectors = callback.state_dict().get("learned")
         torch.save({{"state": module.state_dict(), "logged": logged, "projectors": projectors}}, out)
 """
 

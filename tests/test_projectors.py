@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import timm
@@ -123,6 +124,68 @@ def test_grid_of(tokens: int, expected: tuple[int, int]) -> None:
 def test_grid_of_what_is_none(tokens: int) -> None:
     with pytest.raises(ValueError, match=f"{tokens} tokens are not a square grid"):
         grid_of(tokens)
+
+
+def test_few_numbers_of_tokens_can_be_read_in_two_ways() -> None:
+    """What the docstring of grid_of says of them."""
+    prefixes = projectors._PREFIX_TOKENS
+    readings = {
+        n: [(p, math.isqrt(n - p)) for p in prefixes if n > p and math.isqrt(n - p) ** 2 == n - p] for n in range(5000)
+    }
+    several = {n: found for n, found in readings.items() if len(found) > 1}
+    assert sorted(several) == [5, 6, 9, 17]
+    assert several[17] == [(1, 4), (8, 3)]
+    assert all(grid_of(n) == found[0] for n, found in several.items())
+    assert all(side <= 2 for n in (5, 6, 9) for _, side in several[n][1:])
+
+
+@pytest.mark.parametrize(
+    ("s", "t", "align"),
+    [
+        ((2, 7, 7, 96), (2, 512, 7, 7), "shape"),
+        ((2, 64, 8, 8), (2, 4, 4, 768), "shape"),
+        ((2, 7, 7, 96), (2, 7, 7, 192), "shape"),
+        ((2, 7, 7, 96), (2, 49, 192), "shape"),
+        ((2, 7, 7, 96), (2, 7, 7, 96), "size"),
+    ],
+)
+def test_channels_last_maps_are_refused(s: tuple[int, ...], t: tuple[int, ...], align: projectors.Align) -> None:
+    with pytest.raises(ValueError, match=r"seems to be \(B, H, W, C\).*ChannelsFirst\(\).*ChannelsLast\(\)") as error:
+        bridge(torch.zeros(s), torch.zeros(t), align)
+    assert f"student {s} and teacher {t}" in str(error.value)
+
+
+def test_equal_shapes_are_compared_element_by_element_in_either_layout() -> None:
+    x = torch.randn(2, 7, 7, 96)
+    assert bridge(x, x)[0](x) is x
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_swin_transformer_teaches_and_learns_with_the_projector_that_the_error_names(side: str) -> None:
+    small = {"window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "num_classes": 5}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, **small)
+    cnn, images = timm.create_model("resnet10t", num_classes=5), torch.randn(2, 3, 32, 32)
+    here, there = ("layers.1", "layer2") if side == "student" else ("layer2", "layers.1")
+    model, other = (swin, cnn) if side == "student" else (cnn, swin)
+    assert swin.layers[1](torch.zeros(2, 8, 8, 8)).shape == (2, 4, 4, 16)
+    project = {
+        "student": nn.Sequential(projectors.ChannelsFirst(), projectors.MapToMap(16, 128, (4, 4))),
+        "teacher": nn.Sequential(projectors.MapToMap(128, 16, (4, 4)), projectors.ChannelsLast()),
+    }[side]
+    distiller = Distiller({"hint": Term(losses.FitNet(), student=here, teacher=there, projector=project)}, other)
+    distiller.attach(model)
+    with distiller.watch() as calls:
+        model(images)
+    value = distiller(calls)["hint"]
+    value.backward()
+    assert value > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in project.parameters())
+
+
+def test_channels_move_and_nothing_else() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(projectors.ChannelsLast()(x)[1, 2, 3], x[1, :, 2, 3])
+    assert torch.equal(projectors.ChannelsFirst()(projectors.ChannelsLast()(x)), x)
 
 
 def test_patches_keep_their_place() -> None:

@@ -45,7 +45,7 @@ def pair(*shape: int) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.randn(shape, requires_grad=True)], [torch.randn(shape)]
 
 
-@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.inf, math.nan, "1", None, [1.0], torch.tensor(1.0)])
+@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.inf, math.nan, "1", None, True, [1.0], torch.tensor(1.0)])
 def test_a_weight_is_a_finite_number_that_is_not_negative(weight: Any) -> None:
     with pytest.raises(ValueError, match="weight is a finite number"):
         Term(losses.KD(), weight=weight)

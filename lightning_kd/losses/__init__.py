@@ -1,6 +1,7 @@
 """Distillation losses: ``loss(student, teacher[, target]) -> scalar``, one per file."""
 
 from lightning_kd.losses.at import AT
+from lightning_kd.losses.bdkd import BDKD
 from lightning_kd.losses.crd import CRD
 from lightning_kd.losses.dist import DIST
 from lightning_kd.losses.dkd import DKD
@@ -17,6 +18,7 @@ from lightning_kd.losses.vid import VID
 
 __all__ = [
     "AT",
+    "BDKD",
     "CRD",
     "DIST",
     "DKD",

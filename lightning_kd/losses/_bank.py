@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import unit
 
+NO_LABELS = "CRD goes without labels where the batch has no class indices: say so with target=lambda batch: None."
+
 
 def crd_nce(
     positive: Tensor, negatives: Tensor, log_partition: Tensor, noise: float, mask: Tensor | None = None
@@ -40,9 +42,12 @@ class Banks(nn.Module):
     """One embedding per training sample, of student and teacher, and the label where one was seen.
 
     The banks are persistent buffers, so that a resumed run continues with the same negatives. They hold
-    ``2 * samples * dim`` floats, drawn at random on the unit sphere.
+    ``2 * samples * dim`` floats, drawn at random on the unit sphere. What is random comes from the seed of torch's
+    generator and a count of the training steps, and draws nothing from it: data order and dropout of the student are
+    what they are without the term.
     """
 
+    draws: Tensor
     student: Tensor
     teacher: Tensor
     label: Tensor
@@ -51,8 +56,12 @@ class Banks(nn.Module):
     def __init__(self, samples: int, dim: int, momentum: float, partition: float | None) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("student", F.normalize(torch.randn(samples, dim), dim=1))
-        self.register_buffer("teacher", F.normalize(torch.randn(samples, dim), dim=1))
+        seed = torch.initial_seed() % 2**63
+        self.register_buffer("draws", torch.tensor([seed, 0]))  # the seed, and how many draws were made
+        own = torch.Generator().manual_seed(seed)  # on the CPU, wherever a `with torch.device(...)` makes the module
+        for side in ("student", "teacher"):
+            directions = F.normalize(torch.randn(samples, dim, generator=own, device="cpu"), dim=1)
+            self.register_buffer(side, directions.to(self.draws.device))
         self.register_buffer("label", torch.full((samples,), -1, dtype=torch.int64))
         # log Z with the student and with the teacher as anchor; NaN until the first batch has set it
         start = torch.nan if partition is None else partition
@@ -75,10 +84,10 @@ class Banks(nn.Module):
                 f"place in the training set, got {got}. Let the data set return it, or use CRD() "
                 "without memory."
             )
-        label = None if target is None else _check.class_target(target, student, bounded=False)
+        label = None if target is None else _check.class_target(target, student, bounded=False, remedy=NO_LABELS)
         samples = self.label.shape[0]
         _check.in_range("index", index, samples, "memory= is the number of training samples.")
-        drawn = torch.randint(samples, (negatives,), device=student.device)
+        drawn = self.draw(negatives)
         mask = drawn == index[:, None]
         if label is not None:
             mask = mask | (self.label[drawn] == label[:, None])
@@ -96,8 +105,18 @@ class Banks(nn.Module):
             losses.append(crd_nce(positive, others, log_z, negatives / samples, mask))
         if self.training:
             self.update(student, teacher, index, label)
+            self.draws[1] += negatives
             self.log_partition.copy_(torch.stack(log_partition))
         return losses[0] + losses[1]
+
+    def draw(self, count: int) -> Tensor:
+        """Return the next ``count`` places in the banks; in eval mode and until the next training step, the same.
+
+        By a hash of a counter, as it needs no state but numbers: no generator of the device is asked or moved.
+        """
+        seed, made = self.draws
+        step = torch.arange(1, count + 1, device=self.draws.device) + made
+        return splitmix64(seed + step * -0x61C8864680B583EB) % self.label.shape[0]
 
     @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor | None) -> None:
@@ -107,3 +126,13 @@ class Banks(nn.Module):
             bank[index] = unit(mixed).to(bank.dtype)
         if target is not None:
             self.label[index] = target
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """Scramble int64 numbers so that each bit depends on all: the output function of splitmix64 (Steele et al.).
+
+    Products wrap around, and ``>>`` copies the sign, which the masks take off again.
+    """
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & (1 << 33) - 1)

@@ -1,6 +1,7 @@
 """What every loss asks of its inputs: shapes and dtypes only, so that no check waits for the device."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -8,13 +9,42 @@ from torch import Tensor
 
 def positive(name: str, value: float) -> float:
     """Return ``value`` if it is a positive finite number, else raise ``ValueError``."""
-    if not (math.isfinite(value) and value > 0):
+    if not (_finite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
     return value
 
 
+def weights(**values: float) -> None:
+    """Raise ``ValueError`` if the weights of a loss's parts are not finite, or negative, or all of several are 0."""
+    if not all(_finite(value) and value >= 0 for value in values.values()):
+        said = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ValueError(f"the weights of a loss are finite numbers that are not negative, got {said}.")
+    if len(values) > 1 and not any(values.values()):
+        raise ValueError(f"{' and '.join(values)} are both 0: the term would be silently zero.")
+
+
+def _finite(value: object) -> bool:
+    """Tell whether something is a finite number; neither a bool nor a tensor, on which it would wait, is one."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def tensors(student: Tensor, teacher: Tensor) -> None:
+    """Raise ``ValueError`` if one of the two holds no real numbers, or nothing at all."""
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise ValueError(
+            f"expected floating-point tensors, got student {student.dtype} and teacher {teacher.dtype}. Compare what a "
+            "model computes before it decides (logits, not classes), and cast other numbers with .float()."
+        )
+    if not (student.numel() and teacher.numel()):
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must not be empty: a mean over nothing "
+            "is not a number. Leave such batches out."
+        )
+
+
 def same_shape(student: Tensor, teacher: Tensor, remedy: str) -> None:
-    """Raise ``ValueError`` with both shapes and the remedy if they differ."""
+    """Raise ``ValueError`` with both shapes and the remedy if they differ, or if they are no :func:`tensors`."""
+    tensors(student, teacher)
     if student.shape != teacher.shape:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape. {remedy}"
@@ -50,8 +80,14 @@ TWO_CLASSES = (
 )
 
 
-def class_target(target: Tensor | None, logits: Tensor, dim: int = 1, bounded: bool = True) -> Tensor:
-    """Return the class indices as ``int64`` of the logits' shape without the class dimension, or raise.
+ONE_LABEL = (
+    "For multi-hot or soft targets use KD(activation='sigmoid'), which needs no target; for one-hot targets pass "
+    "target.argmax(1)."
+)
+
+
+def class_target(target: Tensor | None, logits: Tensor, bounded: bool = True, remedy: str = ONE_LABEL) -> Tensor:
+    """Return the class indices as ``int64`` of the logits' shape without the class dimension 1, or raise.
 
     That the indices lie in ``[0, C)``, unless they are not ``bounded``, is checked on the CPU only: on an
     accelerator it would stall the step.
@@ -60,21 +96,16 @@ def class_target(target: Tensor | None, logits: Tensor, dim: int = 1, bounded: b
         raise ValueError("this loss needs the class indices as `target`, got None.")
     if target.is_floating_point() or target.is_complex():
         raise ValueError(
-            f"target must hold integer class indices, got {target.dtype} of shape {tuple(target.shape)}. For "
-            "multi-hot or soft targets use KD(activation='sigmoid'), which needs no target; for one-hot "
-            "targets pass target.argmax(1)."
+            f"target must hold integer class indices, got {target.dtype} of shape {tuple(target.shape)}. {remedy}"
         )
-    expected = (*logits.shape[:dim], *logits.shape[dim:][1:])
+    expected = (*logits.shape[:1], *logits.shape[2:])
     if tuple(target.shape) != expected:
         raise ValueError(
-            f"target must have shape {expected} for logits {tuple(logits.shape)}, got {tuple(target.shape)}. "
-            "It holds one class index per sample and position; for multi-hot targets use "
-            "KD(activation='sigmoid')."
+            f"target must have shape {expected}, one class index per sample and position of {tuple(logits.shape)}, "
+            f"got {tuple(target.shape)}. {remedy}"
         )
     if bounded:
-        in_range(
-            "target", target, logits.shape[dim], "Losses know no ignore_index: leave such samples or positions out."
-        )
+        in_range("target", target, logits.shape[1], "Losses know no ignore_index: leave such samples or positions out.")
     return target.long()
 
 
@@ -89,6 +120,7 @@ def in_range(name: str, index: Tensor, size: int, remedy: str) -> None:
 
 def samples(student: Tensor, teacher: Tensor, at_least: int, why: str) -> None:
     """Check that both sides hold the same, large enough number of samples in dimension 0."""
+    tensors(student, teacher)
     if student.ndim < 2 or teacher.ndim < 2 or student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (B, ...) with the "

@@ -5,11 +5,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import unit, upcast
 
 
 def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True) -> Tensor:
     """Return the distance of two normalised attention maps; see :class:`AT`."""
+    _check.tensors(student, teacher)
     if student.ndim < 3 or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be maps (B, C, ...) of "

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
-from lightning_kd.losses._bank import Banks
+from lightning_kd.losses._bank import NO_LABELS, Banks
 from lightning_kd.losses._numerics import full_precision, unit, upcast
 
 
@@ -20,7 +20,7 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Ten
         logits = upcast(student) @ upcast(teacher).T / temperature
     positive = torch.arange(logits.shape[0], device=logits.device)
     if target is not None:
-        label = _check.class_target(target, student, bounded=False)
+        label = _check.class_target(target, student, bounded=False, remedy=NO_LABELS)
         same_class = (label[:, None] == label) & (positive[:, None] != positive)
         logits = logits.masked_fill(same_class, -torch.inf)
     return F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)
@@ -44,10 +44,11 @@ class CRD(nn.Module):
         loss = mean_i(-log h(x_i,positive) - sum_K log(1 - h(x_i,negative)))
 
     The K negatives are drawn once per batch and shared by its samples, so that memory is B * K + K * dim
-    floats; the authors draw K per sample. Z is the authors' normalisation, set from the first batch to the
-    mean of ``M e^x``; ``partition=1.0`` is the paper's h. **In training mode forward updates the banks**,
-    with momentum; in eval mode it does not. Under DDP the banks follow the process whose buffers are
-    broadcast.
+    floats; the authors draw K per sample. They are drawn by a counter of the loss's own, seeded once by torch's
+    seed, so that the student's data order and dropout stay what they are without the term. Z is the authors'
+    normalisation, set from the first batch to the mean of ``M e^x``; ``partition=1.0`` is the paper's h. **In
+    training mode forward updates the banks**, with momentum; in eval mode it does not. Under DDP the banks
+    follow the process whose buffers are broadcast.
 
     Given a target, samples of the anchor's class are no negatives (with memory: as far as their label was
     seen).
@@ -99,6 +100,7 @@ class CRD(nn.Module):
             raise ValueError(f"memory needs at least 2 samples and 1 negative, got {memory} and {negatives}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}: at 1 the banks never change.")
+        _check.positive("dim", dim)
         self.dim = dim
         self.temperature = _check.positive("temperature", temperature)
         self.memory = memory
@@ -109,6 +111,7 @@ class CRD(nn.Module):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Create the two heads for features of these shapes; values and batch size do not matter."""
+        _check.samples(student, teacher, 1, "there is nothing to embed.")
         self.student_head = nn.Linear(student[0].numel(), self.dim, device=student.device)
         self.teacher_head = nn.Linear(teacher[0].numel(), self.dim, device=teacher.device)
 

@@ -6,10 +6,15 @@ from torch import Tensor, nn
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import rows, unit, upcast
 
+_TWO_CLASSES = (
+    "Of two classes the rows always correlate by 1 or -1, with no gradient, so that without gamma nothing is taught: "
+    "use KD() for two classes, KD(activation='sigmoid') for binary and multi-label logits."
+)
+
 
 def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
     """Return ``T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))``; see :class:`DIST`."""
-    _check.logits(student, teacher)
+    _check.logits(student, teacher, classes=2 if gamma != 0 else 3, why=_TWO_CLASSES)
     p_s = (rows(upcast(student)) / temperature).softmax(1)
     p_t = (rows(upcast(teacher.detach())) / temperature).softmax(1)
     if gamma != 0:
@@ -36,7 +41,9 @@ class DIST(nn.Module):
 
         loss = T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))
 
-    A row or column that is constant up to rounding counts as uncorrelated and has no gradient.
+    A row or column that is constant up to rounding counts as uncorrelated and has no gradient. Two classes always
+    correlate by 1 or -1, so that only gamma teaches there; for one logit per sample and for independent labels use
+    ``KD(activation="sigmoid")``: the loss sees no target and cannot tell.
 
     Args:
         beta: Weight of the relation between the classes of a sample.
@@ -48,7 +55,8 @@ class DIST(nn.Module):
         are perfectly correlated.
 
     Raises:
-        ValueError: If the shapes differ, or with fewer than two classes or (unless gamma is 0) samples.
+        ValueError: If the shapes differ, with fewer than two samples (unless gamma is 0), or fewer than two classes
+            (three if gamma is 0).
 
     Source:
         Huang et al., Knowledge Distillation from A Stronger Teacher, arXiv 2205.10536.
@@ -63,6 +71,7 @@ class DIST(nn.Module):
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
+        _check.weights(beta=beta, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
         self.temperature = _check.positive("temperature", temperature)

@@ -51,7 +51,7 @@ class DKD(nn.Module):
     warms the loss up linearly over the first 20 epochs on CIFAR-100: schedule the term's weight.
 
     Args:
-        alpha: Weight of the target-class part.
+        alpha: Weight of the target-class part, not negative; one of the two may be 0.
         beta: Weight of the non-target part; the paper takes 8, 6 or 2 on CIFAR-100, 0.5 on ImageNet.
         temperature: T > 0. May be changed between steps.
 
@@ -76,6 +76,7 @@ class DKD(nn.Module):
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
+        _check.weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
         self.temperature = _check.positive("temperature", temperature)

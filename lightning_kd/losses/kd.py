@@ -58,7 +58,8 @@ class KD(nn.Module):
 
     The divergence is summed over classes and averaged over samples and positions. With
     ``activation="sigmoid"`` every label is its own Bernoulli distribution, ``p = sigmoid(logit / T)``, and
-    the divergences of the labels are summed: binary and multi-label models.
+    the divergences of the labels are summed: binary and multi-label models. Logits of independent labels look like
+    those of exclusive classes, so for these say ``activation="sigmoid"``; nothing can tell it from their shape.
 
     Args:
         temperature: T > 0; the factor T^2 keeps the gradient's scale. May be changed between steps.

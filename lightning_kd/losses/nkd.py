@@ -30,7 +30,7 @@ class NKD(nn.Module):
     so the loss is not zero at equality; the first is smallest where the student is certain of the label.
 
     Args:
-        gamma: Weight of the non-target part.
+        gamma: Weight of the non-target part, not negative.
         temperature: T > 0 of the non-target part. May be changed between steps.
 
     Returns:
@@ -54,6 +54,7 @@ class NKD(nn.Module):
 
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__()
+        _check.weights(gamma=gamma)
         self.gamma = gamma
         self.temperature = _check.positive("temperature", temperature)
 

@@ -71,8 +71,7 @@ class RKD(nn.Module):
 
     def __init__(self, distance: float = 25.0, angle: float = 50.0) -> None:
         super().__init__()
-        if distance == 0 and angle == 0:
-            raise ValueError("distance and angle are both 0: the term would be silently zero.")
+        _check.weights(distance=distance, angle=angle)
         self.distance = distance
         self.angle = angle
 

@@ -5,6 +5,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import upcast
 
 
@@ -76,6 +77,7 @@ class Standardized(nn.Module):
         """Return the wrapped loss of the standardised logits."""
         if target is None and self.needs_target:
             raise ValueError(f"{type(self.loss).__name__} needs the labels as `target`, got None.")
+        _check.tensors(student, teacher)
         student, teacher = standardize(student, self.dim), standardize(teacher.detach(), self.dim)
         loss: Tensor = self.loss(student, teacher, target) if self.takes_target else self.loss(student, teacher)
         return loss

@@ -79,6 +79,7 @@ class VID(nn.Module):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Create the regressor and the variances for these channels; values and batch size do not matter."""
+        _check.samples(student, teacher, 1, "there is nothing to regress.")
         inner, outer = student.shape[self.dim], teacher.shape[self.dim]
         self.regressor = nn.Sequential(
             nn.Linear(inner, outer, bias=False),
@@ -95,6 +96,7 @@ class VID(nn.Module):
         """Return the negative log-likelihood of the teacher's feature given the student's."""
         if self.regressor is None or self.rho is None:
             raise RuntimeError("VID has no regressor yet: use it in a Term, or call build(student, teacher).")
+        _check.tensors(student, teacher)
         student, teacher = _meet(upcast(student), upcast(teacher.detach()), self.dim)
         with full_precision(student):
             # the regressor is bfloat16 where the trainer's precision is "bf16-true"; otherwise float32

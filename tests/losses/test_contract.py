@@ -50,6 +50,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 CASES = {
     "AT": Case(losses.AT, _plain(functional.at), (8, 3, 4, 4), MAP),
+    "BDKD": Case(losses.BDKD, _plain(functional.bdkd)),
     "CRD": Case(
         lambda: losses.CRD(dim=16),
         _crd,
@@ -219,6 +220,35 @@ def test_one_sample_is_defined_or_refused(name: str):
         assert torch.isfinite(_call(loss, s, t, y))
 
 
+def test_an_empty_batch_is_refused(name: str):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    with pytest.raises(ValueError, match=r"student \(0, .* and teacher \(0, .* must not be empty"):
+        _call(loss, s[:0], t[:0], y[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_holds_no_real_numbers_is_refused(name: str, dtype: torch.dtype):
+    s, t, y = _inputs(CASES[name])
+    loss = _built(CASES[name], s, t)
+    for wrong in ((s.to(dtype), t), (s, t.to(dtype))):
+        with pytest.raises(ValueError, match=f"expected floating-point tensors, got .*{dtype}.*logits, not classes"):
+            _call(loss, *wrong, y)
+
+
+def test_vectors_without_a_batch_are_refused(name: str):
+    if name == "FitNet":  # takes any one shape
+        return
+    x, y = torch.randn(8), torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\(8,\)"):
+        _call(_built(CASES[name], x, x), x, x, y)
+
+
+def test_float64_stays_float64(name: str):
+    s, t, y = _inputs(CASES[name], dtype=torch.float64)
+    assert _call(_built(CASES[name], s, t).double(), s, t, y).dtype == torch.float64
+
+
 def test_identical_samples_have_finite_gradients(name: str):
     s, t, y = _inputs(CASES[name])
     loss = _built(CASES[name], s, t)
@@ -304,7 +334,6 @@ def test_compiles_in_one_graph(name: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu
 def test_no_synchronisation_and_finite_under_float16_autocast(name: str):
     s, t, y = (x.cuda() for x in _inputs(CASES[name], scale=200.0))
     loss = _built(CASES[name], s, t)
@@ -339,19 +368,36 @@ def test_temperature_is_a_plain_number_that_is_checked_and_read(name: str):
     loss.temperature = 2 * loss.temperature
     assert _call(loss, s, t, y) != before
     if "temperature" in inspect.signature(type(loss)).parameters:
-        for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        for wrong in (0.0, -1.0, float("inf"), float("nan"), "4", True, None, torch.tensor(4.0)):
             with pytest.raises(ValueError, match="temperature"):
                 type(loss)(temperature=wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(losses.DIST, ("beta", "gamma")), (losses.DKD, ("alpha", "beta")), (losses.RKD, ("distance", "angle"))],
+)
+def test_weights_of_parts_are_checked(make: Callable[..., nn.Module], names: tuple[str, str]):
+    for name in names:
+        for wrong in (-1.0, float("nan"), float("inf"), "1", True):
+            with pytest.raises(ValueError, match=f"finite numbers that are not negative, got .*{name}="):
+                make(**{name: wrong})
+        make(**{name: 0})
+    with pytest.raises(ValueError, match=f"{names[0]} and {names[1]} are both 0"):
+        make(**dict.fromkeys(names, 0.0))
 
 
 @those(lambda case: "target" in inspect.signature(case.make().forward).parameters)
 def test_labels_must_be_class_indices(name: str):
     s, t, y = _inputs(CASES[name])
     loss = _built(CASES[name], s, t)
-    with pytest.raises(ValueError, match=r"integer class indices.*KD\(activation='sigmoid'\)"):
-        loss(s, t, nn.functional.one_hot(y, 20).float())
-    with pytest.raises(ValueError, match=r"must have shape \(8,\)"):
-        loss(s, t, y[:, None])
+    remedy = r"target=lambda batch: None" if name == "CRD" else r"KD\(activation='sigmoid'\)"
+    several = nn.functional.one_hot(y, s.shape[1]) + nn.functional.one_hot(y.flip(0), s.shape[1])
+    with pytest.raises(ValueError, match=f"integer class indices.*{remedy}"):
+        loss(s, t, several.float())
+    for wrong in (several, several > 0, y[:, None]):
+        with pytest.raises(ValueError, match=rf"must have shape \(8,\).*{remedy}"):
+            loss(s, t, wrong)
 
 
 def test_alignment_is_declared(name: str):

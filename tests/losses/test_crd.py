@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torchdistill.losses.mid_level import CRDLoss
 
 from lightning_kd import losses
 from lightning_kd.functional import crd, crd_nce
+from lightning_kd.losses._bank import splitmix64
 
 
 def _memory(samples: int = 50, negatives: int = 20, **kwargs: float) -> tuple[losses.CRD, Tensor, Tensor, Tensor]:
@@ -17,6 +19,12 @@ def _memory(samples: int = 50, negatives: int = 20, **kwargs: float) -> tuple[lo
     loss = losses.CRD(dim=16, memory=samples, negatives=negatives, **kwargs)
     loss.build(s, t)
     return loss, s, t, torch.randperm(samples)[:8]
+
+
+def _known(loss: losses.CRD) -> dict[str, Tensor]:
+    """What of the banks is drawn at random."""
+    assert loss.banks is not None
+    return {key: loss.banks.get_buffer(key) for key in ("draws", "student", "teacher")}
 
 
 def test_orthogonal_and_aligned_in_closed_form():
@@ -116,9 +124,9 @@ def test_the_sample_itself_is_no_negative():
     loss.build(torch.zeros(1, 3), torch.zeros(1, 3))
     for parameter in loss.parameters():
         nn.init.zeros_(parameter)
-    torch.manual_seed(0)
-    others = int((torch.randint(2, (1000,)) == 1).sum())
-    torch.manual_seed(0)
+    assert loss.banks is not None
+    others = int((loss.banks.draw(1000) == 1).sum())
+    assert 400 < others < 600
     value = loss(torch.zeros(1, 3), torch.zeros(1, 3), index=torch.tensor([0]))
     assert value.item() == pytest.approx(2 * (math.log(501) + others * math.log(1 + 1 / 500)), rel=1e-4)
 
@@ -129,12 +137,44 @@ def test_resume_is_exact():
     other = losses.CRD(dim=16, memory=50, negatives=20)
     other.build(s, t)
     other.load_state_dict(loss.state_dict(), strict=True)
-    random = torch.get_rng_state()
-    values = []
-    for each in (loss, other):
-        torch.set_rng_state(random)
-        values.append([each(s, t, index=index), each(s, t, index=index)])
-    assert values[0] == values[1]
+    values = [[each(s, t, index=index).item() for _ in range(3)] for each in (loss, other, copy.deepcopy(loss))]
+    assert values[0] == values[1] == values[2]
+    assert len(set(values[0])) == 3
+
+
+def test_splitmix64_gives_the_published_numbers():
+    """The first outputs for the seed 1234567, as in Rosetta Code's test of the generator."""
+    scrambled = splitmix64(1234567 + torch.arange(1, 4) * -0x61C8864680B583EB)
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [int(x) % 2**64 for x in scrambled] == expected
+
+
+def test_negatives_are_uniform_and_new_in_each_training_step():
+    loss, s, t, index = _memory(negatives=20)
+    assert loss.banks is not None
+    counts = loss.banks.draw(50_000).bincount(minlength=50)
+    assert len(counts) == 50
+    assert ((counts - 1000).square() / 1000).sum() < 86  # chi-square, 49 degrees of freedom, p = 0.001
+    first = loss.banks.draw(20)
+    loss.eval()(s, t, index=index)
+    assert torch.equal(loss.banks.draw(20), first)
+    loss.train()(s, t, index=index)
+    assert set(first.tolist()) != set(loss.banks.draw(20).tolist())
+
+
+def test_the_students_randomness_is_left_alone():
+    """Neither making the banks nor drawing from them moves torch's generator; its seed decides both."""
+    before = torch.manual_seed(3).get_state()
+    one, other = losses.CRD(dim=4, memory=9, negatives=5), losses.CRD(dim=4, memory=9, negatives=5)
+    x = torch.zeros(2, 3)
+    with torch.random.fork_rng():
+        one.build(x, x)
+        torch.manual_seed(4)
+        another = losses.CRD(dim=4, memory=9, negatives=5)
+    assert all(torch.equal(value, _known(other)[key]) for key, value in _known(one).items())
+    assert not any(torch.equal(value, _known(another)[key]) for key, value in _known(one).items())
+    one(x, x, index=torch.tensor([1, 2]))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class _Largest(TorchDispatchMode):
@@ -157,6 +197,12 @@ def test_no_negative_is_gathered_per_sample():
         loss(s.requires_grad_(), t, index=torch.arange(64)).backward()
     assert largest.numel <= 20_000 * 128  # the bank itself
     assert s.grad is not None
+
+
+def test_banks_are_made_on_the_device_that_is_asked_for():
+    with torch.device("meta"):
+        loss = losses.CRD(dim=4, memory=9)
+    assert all(buffer.is_meta for buffer in loss.buffers())
 
 
 def test_memory_compiles_in_one_graph():
@@ -192,6 +238,10 @@ def test_errors_give_the_remedy():
         losses.CRD(momentum=1.0)
     with pytest.raises(ValueError, match="memory"):
         losses.CRD(memory=1)
+    with pytest.raises(ValueError, match="dim"):
+        losses.CRD(dim=0)
+    with pytest.raises(ValueError, match="target=lambda batch: None"):
+        loss(s, t, torch.rand(8), torch.arange(8))
     with pytest.raises(ValueError, match="partition"):
         losses.CRD(memory=10, partition=0.0)
 

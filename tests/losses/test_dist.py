@@ -43,6 +43,17 @@ def test_uniform_student_has_a_bounded_gradient():
     assert s.grad.abs().max() < 1
 
 
+def test_two_classes_need_gamma():
+    """Their rows correlate by 1 or -1 whatever the student says, so beta alone has no gradient."""
+    s, t = (x[:, :2] for x in _pair())
+    with pytest.raises(ValueError, match=r"at least 3 classes .* got 2 .* without gamma nothing is taught: use KD\(\)"):
+        losses.DIST(gamma=0.0)(s, t)
+    s.requires_grad_()
+    losses.DIST(beta=0.0)(s, t).backward()
+    assert s.grad is not None
+    assert s.grad.abs().max() > 1e-2
+
+
 def test_one_sample_needs_gamma_0():
     s, t = _pair()
     with pytest.raises(ValueError, match=r"at least 2 samples are needed, got 1.*drop_last"):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,14 @@ def test_gradient_by_finite_differences():
     torch.manual_seed(0)
     s, t, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64), torch.arange(3)
     assert torch.autograd.gradcheck(lambda x: nkd(x, t, y, temperature=2.0), s.requires_grad_())
+
+
+def test_a_negative_weight_is_refused_and_0_leaves_the_target_part():
+    with pytest.raises(ValueError, match="not negative, got gamma=-1"):
+        losses.NKD(gamma=-1)
+    assert losses.NKD(gamma=0)(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0])).item() == pytest.approx(
+        math.log(3) / 3
+    )
 
 
 def test_two_classes_are_refused_with_the_remedy():
