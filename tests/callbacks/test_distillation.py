@@ -459,7 +459,6 @@ def test_an_unknown_path_lists_the_closest_and_leaves_nothing_behind() -> None:
         assert not module.model._forward_hooks
 
 
-@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
 def test_two_callbacks_are_the_sum_of_their_terms() -> None:
     module = Base()
     first = Distillation(net(16), {"kd": Term(losses.KD(), weight=0.5)}, student="model", task_weight=0.25)
@@ -473,6 +472,7 @@ def test_two_callbacks_are_the_sum_of_their_terms() -> None:
     assert "training_step" not in vars(module)
 
 
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
 def test_two_callbacks_that_contradict_each_other_are_refused() -> None:
     module = DistillationModule(Classification(4), net(8), net(16), {"kd": Term(losses.KD())})
     with pytest.raises(ValueError, match="More than one callback has a term named kd"):
