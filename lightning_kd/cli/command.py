@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -29,6 +29,13 @@ LINKED_TO_NUM_CLASSES = (
     "model.teacher.init_args.num_classes",
     "model.teacher.init_args.model.init_args.num_classes",
 )
+
+SWITCHES = {
+    "enable_checkpointing": Checkpoint,
+    "enable_progress_bar": ProgressBar,
+    "enable_model_summary": ModelSummary,
+}
+"""Callbacks that the Trainer refuses when they are switched off; they go."""
 
 BY_NAME = ("best", "last", "hpc")
 """Checkpoints that the Trainer finds by itself."""
@@ -112,7 +119,9 @@ class DistillationCLI(LightningCLI):
     def rehearse(self) -> None:
         """Train for one batch, with an untrained teacher if there is no other: mistakes are told before a long run."""
         config, self.config = self.config, self._with_stand_in()
-        self.own_config["trainer"].update(fast_dev_run=True, enable_model_summary=False, enable_progress_bar=False)
+        trainer = self.own_config["trainer"]
+        trainer.fast_dev_run = True
+        trainer.enable_model_summary = trainer.enable_progress_bar = False
         loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
         levels = [logger.level for logger in loggers]
         try:
@@ -142,8 +151,9 @@ class DistillationCLI(LightningCLI):
             self.save_config_callback = None
         elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             config["logger"] = self._loggers(Path(config.get("default_root_dir") or "runs"))
-        if config.get("enable_checkpointing") is False:
-            callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
+        for option, kind in SWITCHES.items():
+            if config.get(option) is False:
+                callbacks = [each for each in callbacks if not isinstance(each, kind)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             shown = progress()
             config["enable_progress_bar"] = isinstance(shown, ProgressBar)

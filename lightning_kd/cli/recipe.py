@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def read(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = re.split(r"\. |\n", str(error))[0]  # not the advice to load it as code
         raise UsageError(f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}") from error
 
 
