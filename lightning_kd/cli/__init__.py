@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", message=renamed, category=DeprecationWarning)
             # About one number in the printed summary, the size in memory.
             warnings.filterwarnings("ignore", message=r"Precision .* is not supported by the model summary")
+            # Of a student that is only measured: nothing is going to be saved.
+            needed = r"Be aware that when using `ckpt_path`.*: \[\"ModelCheckpoint[^\"]*\"\]\.$"
+            warnings.filterwarnings("ignore", message=needed)
             # TensorBoard and CSV lie side by side on purpose.
             warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
             _run(arguments[0], arguments[1:])
@@ -118,6 +121,8 @@ def _explains_itself(error: Exception) -> bool:
 def _told(error: BaseException) -> str:
     """What a class that was being built complained of, and where, without the list of all types that were tried."""
     where = ""
+    if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
+        return f"the checkpoint is of another network: {misfits[1]}"
     while "Union subtypes" in str(error) and error.__cause__ is not None:
         key = re.match(r'Parser key "([^"]+)"', str(error))
         where = where or (f"{key[1]}: " if key else "")

@@ -121,7 +121,7 @@ class DistillationCLI(LightningCLI):
         config, self.config = self.config, self._with_stand_in()
         trainer = self.own_config["trainer"]
         trainer.fast_dev_run = True
-        trainer.enable_model_summary = trainer.enable_progress_bar = False
+        trainer.enable_checkpointing = trainer.enable_model_summary = trainer.enable_progress_bar = False
         loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
         levels = [logger.level for logger in loggers]
         try:

@@ -29,7 +29,7 @@ def closest_argument(told: str) -> str:
 
     Example:
         >>> closest_argument("given class_path 'lightning_kd.Term': Option 'wieght' is not accepted")
-        ' Did you mean weight?'
+        '. Did you mean weight?'
     """
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
@@ -38,7 +38,8 @@ def closest_argument(told: str) -> str:
     groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
     module, _, name = groups.get(found["of"], found["of"]).rpartition(".")
     member = getattr(importlib.import_module(module), name)  # jsonargparse has imported it by now
-    return _guess(found["name"], list(inspect.signature(member).parameters))
+    guess = _guess(found["name"], list(inspect.signature(member).parameters))
+    return f".{guess}" if guess else ""
 
 
 def _guess(name: str, known: list[str]) -> str:
