@@ -102,14 +102,16 @@ class DistillationCLI(LightningCLI):
         """Train the teacher first, if it was not trained before."""
         if self.subcommand != "fit":
             return
-        if teacher.is_missing(self):
-            self.rehearse()
-        if not self.own_config["trainer"].get("fast_dev_run"):
-            teacher.ensure(self)
-        elif teacher.is_missing(self):
+        missing = teacher.is_missing(self)
+        if missing and self.own_config["trainer"].get("fast_dev_run"):
             print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")
             self.config = self._with_stand_in()
-        self._set_seed()  # whatever was made or trained before, the student starts alike
+        else:
+            if missing:
+                self.rehearse()
+            teacher.ensure(self)
+        if missing:
+            self._set_seed()  # the student starts alike, whether or not its teacher was trained before it
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer."""
