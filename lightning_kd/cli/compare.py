@@ -25,7 +25,9 @@ comparison goes on where it was. Further options override the configurations, as
 def main(arguments: list[str]) -> None:
     """Compare, print the table, and save it with the plot."""
     parser = argparse.ArgumentParser(prog="lightning-kd compare", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", "-c", nargs="+", required=True, metavar="NAME_OR_FILE", help="configurations")
+    parser.add_argument(
+        "--config", "-c", nargs="+", action="extend", required=True, metavar="NAME_OR_FILE", help="configurations"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the configuration's own seed")
     parser.add_argument("--teacher", metavar="CKPT", help="take this teacher instead of training one")
     parser.add_argument("--student-ckpt", nargs="+", default=[], metavar="CKPT", help="measure these students too")
