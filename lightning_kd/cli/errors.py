@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
+import pydoc
 import re
 from collections.abc import Iterable
 
@@ -33,11 +33,10 @@ def closest_argument(told: str) -> str:
     """
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
-    if found is None:
-        return ""
     groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
-    module, _, name = groups.get(found["of"], found["of"]).rpartition(".")
-    member = getattr(importlib.import_module(module), name)  # jsonargparse has imported it by now
+    member = found and pydoc.locate(groups.get(found["of"], found["of"]))
+    if not found or not callable(member):
+        return ""
     guess = _guess(found["name"], list(inspect.signature(member).parameters))
     return f".{guess}" if guess else ""
 
