@@ -123,8 +123,8 @@ class Cifar10(TensorDataModule):
             return
         if not archive.is_file():
             raise FileNotFoundError(
-                f"no CIFAR-10 archive at {archive}: set LIGHTNING_KD_DATA (or --data.root) to the folder that holds "
-                "cifar10_jpeg/cifar10_jpeg_all.tar.xz"
+                f"no CIFAR-10 archive at {archive}: set LIGHTNING_KD_DATA (or --data.init_args.root) to the folder "
+                "that holds cifar10_jpeg/cifar10_jpeg_all.tar.xz"
             )
         _save_atomically(_decode(archive), self._cache(archive))
 

@@ -97,8 +97,9 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
         if weights is not None:
             path = expand_path(weights)
+            name = weights.partition("LIGHTNING_KD_DATA")[2].lstrip("}/")
             if "LIGHTNING_KD_DATA" in weights and not os.path.isfile(path):
-                raise FileNotFoundError(f"No weights at {path!r}. LIGHTNING_KD_DATA names the folder of the data.")
+                raise FileNotFoundError(f"No weights at {path!r}: set LIGHTNING_KD_DATA to the folder with {name}")
             load_weights(self, path)
 
     def forward(self, image: Tensor) -> Tensor:

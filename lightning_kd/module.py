@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from lightning_kd.attachment import Attachment
@@ -31,7 +33,8 @@ class DistillationModule(LightningModule):
         teacher: A trained model, or any ``lightning_kd.teachers.Teacher``.
         terms: What is distilled, by name.
         optimizer: Makes the optimizer of parameters; AdamW at 1e-3 unless given.
-        lr_scheduler: Makes the learning-rate scheduler of the optimizer.
+        lr_scheduler: Makes the learning-rate scheduler of the optimizer; or a schedule, whose value is the factor of
+            the learning rate: ``schedules.Cosine(1.0, 0.0)`` anneals over the whole run, however long that is.
         lr_interval: When the scheduler steps, ``"epoch"`` or ``"step"``.
         task_weight: Factor of the task's own loss, or a schedule of it.
         teacher_input: Makes the teacher's arguments out of the student's.
@@ -61,7 +64,7 @@ class DistillationModule(LightningModule):
         teacher: nn.Module | None = None,
         terms: Mapping[str, Term] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | Schedule | None = None,
         lr_interval: str = "epoch",
         task_weight: float | Schedule = 1.0,
         teacher_input: Callable[..., Any] | None = None,
@@ -163,10 +166,19 @@ class DistillationModule(LightningModule):
         optimizer = self.optimizer(self.student.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval},
-        }
+        given = self.lr_scheduler
+        scheduler = self._annealing(optimizer, given) if isinstance(given, Schedule) else given(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+
+    def _annealing(self, optimizer: Optimizer, schedule: Schedule) -> LambdaLR:
+        trainer = self.trainer
+        total = trainer.estimated_stepping_batches if self.lr_interval == "step" else trainer.max_epochs
+        if total is None or not 0 < total < float("inf"):
+            raise ValueError(
+                f"lr_scheduler={schedule!r} asks how long the run is, which is not said in units of lr_interval="
+                f"{self.lr_interval!r}. Set max_epochs, or with max_steps lr_interval='step'."
+            )
+        return LambdaLR(optimizer, lambda done: schedule(done / total))
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> Any:
         output = self.task(self.student, batch)

@@ -4,13 +4,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning_kd.tasks import Classification
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import DistillationModule, Term, losses
+from lightning_kd import DistillationModule, Term, losses, schedules
 from lightning_kd.teachers import Frozen
 
 CLASSES = 3
@@ -220,3 +221,43 @@ def test_compiled_it_is_the_same_training(form: str) -> None:
         assert a == pytest.approx(b, rel=1e-5)
         assert a["train/hint"] > 0
         assert a["train/kd"] > 0
+
+
+@pytest.mark.parametrize(("interval", "rates"), [("epoch", [1.0, 1.0, 0.5, 0.5]), ("step", [1.0, 0.75, 0.5, 0.25])])
+def test_a_schedule_of_the_learning_rate_ends_with_the_run(interval: str, rates: list[float]) -> None:
+    seen: list[float] = []
+
+    class Student(DistillationModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return super().training_step(batch, batch_idx)
+
+    fitted = Student(
+        Classification(CLASSES),
+        Net(4),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        lr_scheduler=schedules.Linear(1.0, 0.0),
+        lr_interval=interval,
+    )
+    run = trainer(max_epochs=2, limit_train_batches=2)
+    run.fit(fitted, loader(), loader())
+    assert seen == rates
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_cosine_of_the_learning_rate_is_torchs_cosine_annealing() -> None:
+    def rates(lr_scheduler: Any) -> list[float]:
+        fitted = module(lr_scheduler=lr_scheduler)
+        seen = []
+        watch = LambdaCallback(on_train_epoch_end=lambda run, _: seen.append(run.optimizers[0].param_groups[0]["lr"]))
+        trainer(max_epochs=5, limit_train_batches=1, callbacks=[watch]).fit(fitted, loader(), loader())
+        return seen
+
+    torchs = rates(lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5))
+    assert rates(schedules.Cosine(1.0, 0.0)) == pytest.approx(torchs)
+
+
+def test_a_schedule_of_the_learning_rate_needs_an_end() -> None:
+    fitted = module(lr_scheduler=schedules.Cosine(1.0, 0.0))
+    with pytest.raises(ValueError, match="Set max_epochs, or with max_steps lr_interval='step'"):
+        trainer(max_epochs=-1, max_steps=3).fit(fitted, loader(), loader())

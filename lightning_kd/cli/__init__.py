@@ -7,6 +7,9 @@ import re
 import sys
 import warnings
 
+from lightning_kd import __version__
+from lightning_kd.cli.errors import UsageError, closest_argument, unknown
+
 OWN = {"list": "listing", "export": "export", "compare": "compare"}
 LIGHTNING = ("fit", "validate", "test", "predict")
 
@@ -25,7 +28,25 @@ Task-specific knowledge distillation: everything in YAML, nothing in code.
 
   lightning-kd COMMAND --help says more. First steps: lightning-kd compare --config digits_kd
   --traceback, with any command: show where in the code an error arose
+  --version
 """
+
+HELP_RUN = """\
+usage: lightning-kd {command} --config NAME_OR_FILE [--KEY VALUE ...]
+
+  --config NAME_OR_FILE       a YAML file or a shipped configuration (lightning-kd list configs); a later one overrides
+  --KEY VALUE                 any value of the configuration by its path: --trainer.max_epochs 20
+                              --model.terms.kd.weight 0.5 --data.init_args.batch_size 32
+{own}
+  --print_config              print the whole configuration, defaults included, and run nothing: all keys there are
+  --model.student.help CLASS  the arguments of a class; likewise model.teacher, model.task, data
+  --help_all                  every option with its description (some 2,000 lines)
+"""
+CKPT = "  --ckpt_path FILE            {}"
+OWN_OPTIONS = {
+    "fit": CKPT.format("go on with this run"),
+    "predict": CKPT.format("the student") + "\n  --output FILE               write here; default: predictions.pt",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lightning-kd {__version__}")
+        return 0
     if "" not in sys.path:
         sys.path.insert(0, "")  # as for `python -m`: a configuration may name classes of the folder one stands in
     try:
@@ -54,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", message=renamed, category=DeprecationWarning)
             # About one number in the printed summary, the size in memory.
             warnings.filterwarnings("ignore", message=r"Precision .* is not supported by the model summary")
+            # Of a student that is only measured: nothing is going to be saved.
+            needed = r"Be aware that when using `ckpt_path`.*: \[\"ModelCheckpoint[^\"]*\"\]\.$"
+            warnings.filterwarnings("ignore", message=needed)
             # TensorBoard and CSV lie side by side on purpose.
             warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
             _run(arguments[0], arguments[1:])
@@ -70,13 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command in OWN:
         importlib.import_module(f"lightning_kd.cli.{OWN[command]}").main(arguments)
+    elif command in LIGHTNING and {"-h", "--help"} & {*arguments}:
+        print(HELP_RUN.format(command=command, own=OWN_OPTIONS.get(command, CKPT.format("the student"))), end="")
     elif command in LIGHTNING:
         from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - `list` should not wait for torch
 
-        DistillationCLI([command, *arguments])
+        DistillationCLI([command, *("--help" if each == "--help_all" else each for each in arguments)])
     else:
-        from lightning_kd.cli.errors import unknown  # noqa: PLC0415
-
         raise unknown("command", command, [*LIGHTNING, *OWN])
 
 
@@ -84,18 +111,20 @@ def _explains_itself(error: Exception) -> bool:
     """Whether an error was raised to tell someone what to change, rather than by a defect."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
 
-    from lightning_kd.cli.errors import UsageError  # noqa: PLC0415
-
     # OSError: a file or folder that cannot be read or written; FloatingPointError: a term that is not finite.
     told = (UsageError, MisconfigurationException, OSError, ModuleNotFoundError, ValueError, TypeError)
+    if type(error) is RuntimeError:  # torch's, of a checkpoint of another network
+        return str(error).startswith("Error(s) in loading state_dict")
     return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
 
 
 def _told(error: BaseException) -> str:
     """What a class that was being built complained of, and where, without the list of all types that were tried."""
     where = ""
+    if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
+        return f"the checkpoint is of another network: {misfits[1]}"
     while "Union subtypes" in str(error) and error.__cause__ is not None:
         key = re.match(r'Parser key "([^"]+)"', str(error))
         where = where or (f"{key[1]}: " if key else "")
         error = error.__cause__
-    return f"{where}{error}"
+    return f"{where}{error}{closest_argument(str(error))}"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
-from lightning_kd.cli.progress import TermsProgressBar
-from lightning_kd.cli.recipe import Recipe, accepts, plain
+from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.progress import progress
+from lightning_kd.cli.recipe import Recipe, accepts, plain, read
+from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.module import DistillationModule
 
@@ -24,6 +30,16 @@ LINKED_TO_NUM_CLASSES = (
     "model.teacher.init_args.model.init_args.num_classes",
 )
 
+SWITCHES = {
+    "enable_checkpointing": Checkpoint,
+    "enable_progress_bar": ProgressBar,
+    "enable_model_summary": ModelSummary,
+}
+"""Callbacks that the Trainer refuses when they are switched off; they go."""
+
+BY_NAME = ("best", "last", "hpc")
+"""Checkpoints that the Trainer finds by itself."""
+
 _STRICT: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
 
 
@@ -33,9 +49,11 @@ class DistillationCLI(LightningCLI):
     Args:
         arguments: What would stand on the command line.
         run: Whether the first argument is a subcommand to run; else classes are made and nothing is run.
+        make: Whether to make the classes, too; else what was given is only parsed.
     """
 
-    def __init__(self, arguments: list[str], run: bool = True) -> None:
+    def __init__(self, arguments: list[str], run: bool = True, make: bool = True) -> None:
+        self._make = make
         super().__init__(
             DistillationModule,
             LightningDataModule,
@@ -51,8 +69,21 @@ class DistillationCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; Lightning's own would warn that ``sys.argv`` is not empty."""
+        """Parse; Lightning's own would warn that ``sys.argv`` is not empty, and unpickle any checkpoint."""
         self.config = parser.parse_args(args)
+        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path in (None, *BY_NAME) or re.match("registry|[a-z0-9]+://", path):
+            return
+        content = read(path)
+        if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+            raise UsageError(f"--ckpt_path: {path} is no checkpoint of a run; give one that `lightning-kd fit` wrote")
+
+    def setup_parser(self, *args: Any) -> None:
+        """Add what only one command has."""
+        super().setup_parser(*args)
+        if parsers := getattr(self, "_subcommand_parsers", None):
+            told = "File for the predictions; null: write none."
+            parsers["predict"].add_argument("--output", type=str | None, default="predictions.pt", help=told)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the teacher's training, and write ``num_classes`` once: in the data."""
@@ -69,18 +100,69 @@ class DistillationCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Train the teacher first, if it was not trained before."""
-        if self.subcommand == "fit":
+        if self.subcommand != "fit":
+            return
+        missing = teacher.is_missing(self)
+        if missing and self.own_config["trainer"].get("fast_dev_run"):
+            print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")
+            self.config = self._with_stand_in()
+        else:
+            if missing:
+                self.rehearse()
             teacher.ensure(self)
+        if missing:
+            self._set_seed()  # the student starts alike, whether or not its teacher was trained before it
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer."""
+        if self._make:
+            super().instantiate_classes()
+
+    def rehearse(self) -> None:
+        """Train for one batch, with an untrained teacher if there is no other: mistakes are told before a long run."""
+        config, self.config = self.config, self._with_stand_in()
+        trainer = self.own_config["trainer"]
+        trainer.fast_dev_run = True
+        trainer.enable_checkpointing = trainer.enable_model_summary = trainer.enable_progress_bar = False
+        loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            super().instantiate_classes()
+            with contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
+                self.trainer.fit(self.model, datamodule=self.datamodule)
+        finally:
+            self.config = config
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+    def _with_stand_in(self) -> Any:
+        """The configuration, with no checkpoint for a teacher that was not trained yet."""
+        config = self.config.clone()
+        if teacher.is_missing(self):
+            config.get(str(self.subcommand), config)["model"]["teacher"]["init_args"]["checkpoint"] = None
+        return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with loggers side by side in one folder."""
-        config = self._get(self.config_init, "trainer")
-        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
-            kwargs["logger"] = self._loggers(Path(config.get("default_root_dir") or "runs"))
+        """Make the trainer: a fit keeps its logs side by side in one folder, what only measures keeps nothing."""
+        config = dict(self._get(self.config_init, "trainer")) | kwargs
         callbacks = list(config.get("callbacks") or [])
-        if config.get("enable_progress_bar") is not False:
-            callbacks.append(TermsProgressBar())
-        kwargs["callbacks"] = [*callbacks, SaveRecipe(self.student_recipe())]
+        if self.subcommand in ("validate", "test", "predict"):
+            config |= {"logger": config.get("logger") or False, "enable_checkpointing": False}
+            self.save_config_callback = None
+        elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            config["logger"] = self._loggers(Path(config.get("default_root_dir") or "runs"))
+        for option, kind in SWITCHES.items():
+            if config.get(option) is False:
+                callbacks = [each for each in callbacks if not isinstance(each, kind)]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            shown = progress()
+            config["enable_progress_bar"] = isinstance(shown, ProgressBar)
+            callbacks.append(shown)
+        if output := self.own_config.get("output"):
+            callbacks.append(SavePredictions(Path(output)))
+        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(self.student_recipe())]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 

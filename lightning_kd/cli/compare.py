@@ -8,10 +8,12 @@ import logging
 from pathlib import Path
 
 from lightning_kd.cli import costs, plot, report, teacher
+from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.configs import find
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.report import Row
-from lightning_kd.cli.runs import ParseOnly, Settings, Tested, fit
+from lightning_kd.cli.runs import Settings, Tested, fit
+from lightning_kd.teachers import load_weights
 
 DESCRIPTION = """\
 Train (or load) the teacher, the student alone, and the student distilled by each configuration; measure all of them
@@ -23,7 +25,9 @@ comparison goes on where it was. Further options override the configurations, as
 def main(arguments: list[str]) -> None:
     """Compare, print the table, and save it with the plot."""
     parser = argparse.ArgumentParser(prog="lightning-kd compare", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", "-c", nargs="+", required=True, metavar="NAME_OR_FILE", help="configurations")
+    parser.add_argument(
+        "--config", "-c", nargs="+", action="extend", required=True, metavar="NAME_OR_FILE", help="configurations"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the configuration's own seed")
     parser.add_argument("--teacher", metavar="CKPT", help="take this teacher instead of training one")
     parser.add_argument("--student-ckpt", nargs="+", default=[], metavar="CKPT", help="measure these students too")
@@ -33,15 +37,24 @@ def main(arguments: list[str]) -> None:
         if importlib.util.find_spec(needed) is None:
             raise UsageError(f'{needed} is not installed: pip install "lightning-kd[classification]"')
     names = [Path(name).stem for name in options.config]
+    for option, given in (("--config", names), ("--seeds", options.seeds or [])):
+        if twice := [each for each in dict.fromkeys(given) if given.count(each) > 1]:
+            raise UsageError(f"{option}: expected different ones, received {twice[0]} twice; drop or rename one")
+    if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
+        raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
     output: Path = options.output or Path("comparisons", "+".join(names))
     for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs
         logging.getLogger(logger).setLevel(logging.WARNING)
     files = [find(given) for given in options.config]
-    configs = {n: read(file, options.teacher, overrides) for n, file in zip(names, files, strict=True)}
+    clis = [read(file, options.teacher, overrides) for file in files]
     students = [Path(path) for path in options.student_ckpt]
+    for cli in clis:  # all mistakes are told before the first training
+        cli.rehearse()
     for path in students:
-        if not path.is_file():
-            raise UsageError(f"--student-ckpt: no checkpoint at {path}")
+        load_weights(clis[0].model.student, path)
+    for cli in clis:
+        teacher.ensure(cli)
+    configs = {name: settings_of(cli) for name, cli in zip(names, clis, strict=True)}
     rows = compare(configs, options.seeds, students, output)
     text = report.markdown(rows)
     verdict = report.verdict(rows)
@@ -50,25 +63,30 @@ def main(arguments: list[str]) -> None:
     print(f"\n{text}\n\n{verdict}\n\nsaved: {output}/comparison.md, .csv, .png and runs.csv")
 
 
-def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Settings:
-    """The settings of one configuration, its teacher ready.
+def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> DistillationCLI:
+    """One configuration, parsed.
 
     Raises:
-        UsageError: If the configuration does not distil, or the teacher is not there and cannot be trained.
+        UsageError: If the configuration does not distil, or the teacher that is given is not there.
     """
     if teacher_checkpoint is not None:
         if not Path(teacher_checkpoint).is_file():
             raise UsageError(f"--teacher: no checkpoint at {teacher_checkpoint}")
         given = ["--teacher_fit", "null", "--model.teacher.init_args.checkpoint", teacher_checkpoint]
         overrides = [*overrides, *given]
-    cli = ParseOnly(["--config", file, *overrides], run=False)
-    settings = teacher.plain_config(cli)
+    cli = DistillationCLI(["--config", file, *overrides], run=False, make=False)
+    settings = settings_of(cli)
     spec = (settings["model"].get("teacher") or {}).get("init_args") or {}
     if not settings["model"].get("terms") or not spec.get("model") or not spec.get("checkpoint"):
         raise UsageError(
             f"{file}: compare needs terms, and as teacher a lightning_kd.teachers.Frozen with a model and a checkpoint"
         )
-    teacher.ensure(cli)
+    return cli
+
+
+def settings_of(cli: DistillationCLI) -> Settings:
+    """What decides a run."""
+    settings = teacher.plain_config(cli)
     return {k: v for k, v in settings.items() if k in ("seed_everything", "trainer", "data", "model")}
 
 

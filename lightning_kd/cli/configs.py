@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from lightning_kd.cli.errors import unknown
+from lightning_kd.cli.errors import UsageError, unknown
 
 
 def shipped() -> dict[str, Path]:
@@ -25,9 +25,13 @@ def find(name_or_file: str) -> str:
     """The path of a configuration.
 
     Raises:
-        UsageError: If it is neither a file nor the name of a shipped configuration.
+        UsageError: If it is neither a file of text nor the name of a shipped configuration.
     """
     if Path(name_or_file).is_file():
+        try:
+            Path(name_or_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{name_or_file} is not UTF-8 text ({error}): save it as such") from error
         return name_or_file
     named = name_or_file.removesuffix(".yaml")
     if named in (known := shipped()):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import pydoc
+import re
 from collections.abc import Iterable
 
 
@@ -18,6 +21,26 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
         "no colour 'rde'. Did you mean red? There are: blue, red"
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    guess = f" Did you mean {' or '.join(close)}?" if close else ""
-    return UsageError(f"no {what} {name!r}.{guess} There are: {', '.join(names) or 'none'}")
+    return UsageError(f"no {what} {name!r}.{_guess(name, names)} There are: {', '.join(names) or 'none'}")
+
+
+def closest_argument(told: str) -> str:
+    """What was probably meant, where jsonargparse says that a class does not accept an option.
+
+    Example:
+        >>> closest_argument("given class_path 'lightning_kd.Term': Option 'wieght' is not accepted")
+        '. Did you mean weight?'
+    """
+    found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
+    found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
+    groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
+    member = found and pydoc.locate(groups.get(found["of"], found["of"]))
+    if not found or not callable(member):
+        return ""
+    guess = _guess(found["name"], list(inspect.signature(member).parameters))
+    return f".{guess}" if guess else ""
+
+
+def _guess(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -1,11 +1,17 @@
-"""A progress bar that shows every term."""
+"""Progress that shows every term: a bar in a terminal, a line per epoch in a file."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+def progress() -> Callback:
+    """What suits where standard error goes."""
+    return TermsProgressBar() if sys.stderr.isatty() else EpochLines()
 
 
 class TermsProgressBar(TQDMProgressBar):
@@ -21,7 +27,20 @@ class TermsProgressBar(TQDMProgressBar):
         """Lightning's metrics, and all that are named ``train/...``."""
         shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         shown.pop("v_num", None)
-        losses = {k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
-        return {k: v for k, v in shown.items() if not k.startswith("train/")} | {
-            k: f"{float(v):.3g}" for k, v in losses.items() if not k.endswith(("_step", "_epoch"))
-        }
+        return {k: v for k, v in shown.items() if not k.startswith("train/")} | _losses(trainer)
+
+
+class EpochLines(Callback):
+    """Prints the training losses, term by term, and Lightning's metrics when an epoch ends."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print one line."""
+        measured = {k: f"{v:.3g}" for k, v in trainer.progress_bar_metrics.items() if not k.startswith("train/")}
+        if trainer.is_global_zero:
+            said = ", ".join(f"{k} {v}" for k, v in (_losses(trainer) | measured).items())
+            print(f"epoch {trainer.current_epoch + 1}: {said}", flush=True)
+
+
+def _losses(trainer: Trainer) -> dict[str, str]:
+    losses = {k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+    return {k: f"{float(v):.3g}" for k, v in losses.items() if not k.endswith(("_step", "_epoch"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def _import(class_path: str) -> type[nn.Module]:
     return found
 
 
+def read(path: str | Path) -> Any:
+    """What is in a checkpoint: tensors and plain types, and no code.
+
+    Raises:
+        UsageError: If there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"no checkpoint at {path}: give the path of a .ckpt file that `lightning-kd fit` wrote")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = re.split(r"\. |\n", str(error))[0]  # not the advice to load it as code
+        raise UsageError(f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}") from error
+
+
 class Saved:
     """The student of a checkpoint, ready to use.
 
@@ -83,13 +99,7 @@ class Saved:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if not Path(path).is_file():
-            raise UsageError(f"no checkpoint at {path}: give the path of a .ckpt file that `lightning-kd fit` wrote")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}") from error
+        content = read(path)
         if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
             raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
         try:

@@ -19,13 +19,6 @@ Settings = dict[str, Any]
 ALL_IN_ONE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
-class ParseOnly(DistillationCLI):
-    """The command line, read and not acted upon."""
-
-    def instantiate_classes(self) -> None:
-        """Make nothing: a teacher that does not exist yet cannot be loaded."""
-
-
 def write(settings: Settings, file: Path) -> str:
     """Write settings to a file that ``--config`` reads; its path."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_kd.cli.errors import UsageError
@@ -25,6 +26,9 @@ DECIDING = ("limit_train_batches", "gradient_clip_val")
 QUIET = ("accelerator", "devices", "precision", "enable_progress_bar", "enable_model_summary", "limit_val_batches")
 """What of the trainer is carried over, and decides only how the training is done, or shown."""
 
+DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
+"""What of the trainer decides only what is shown."""
+
 
 @dataclass
 class TeacherFit:
@@ -38,9 +42,16 @@ class TeacherFit:
         seed: Seed, the same for all students of this teacher.
     """
 
-    max_epochs: int
+    max_epochs: PositiveInt
     lr: float
     seed: int = 0
+
+
+def is_missing(cli: DistillationCLI) -> bool:
+    """Whether the configuration says how to train its teacher, and that was not done."""
+    config = cli.own_config
+    checkpoint = config.get("model.teacher.init_args.checkpoint")
+    return bool(config.get("teacher_fit") and checkpoint) and not Path(checkpoint).is_file()
 
 
 def ensure(cli: DistillationCLI) -> None:
@@ -105,8 +116,6 @@ def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
     """Train with those settings; the checkpoint appears at ``path`` when it is whole."""
-    from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - which imports this module
-
     trainer = plain(cli.own_config["trainer"])
     quiet = {k: trainer[k] for k in QUIET if trainer.get(k) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +124,7 @@ def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
         file = folder / "teacher.json"
         root = {"default_root_dir": str(folder), "logger": False, "enable_checkpointing": False}
         file.write_text(json.dumps(settings | {"trainer": quiet | settings["trainer"] | root}))
-        run = DistillationCLI(["fit", "--config", str(file)])
+        run = type(cli)(["fit", "--config", str(file)])
         if run.trainer.is_global_zero:
             (path.parent / f"{path.name}.json").write_text(json.dumps(settings, indent=1))
         run.trainer.save_checkpoint(folder / path.name, weights_only=True)
@@ -130,7 +139,9 @@ def _move(made: Path, path: Path) -> None:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits that settings share only with equal ones."""
+    """Sixteen hexadecimal digits that settings share only with equal ones, or with ones that look different."""
+    if "trainer" in settings:
+        settings = settings | {"trainer": {k: v for k, v in settings["trainer"].items() if k not in DISPLAY}}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -144,7 +155,13 @@ def check(path: Path, settings: dict[str, Any]) -> None:
     if not record.is_file():
         print(f"teacher: no record beside {path} of how it was trained; it is taken as it is")
         return
-    before = json.loads(record.read_text())
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{record}, the record of how the teacher was trained, cannot be read ({error}). Delete it to take the "
+            "teacher as it is, or delete both to train again"
+        ) from error
     if before == settings:
         return
     then, now = _flat(before), _flat(settings)

@@ -1,14 +1,21 @@
+import pickle
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 
-from lightning_kd.cli import main
+from lightning_kd import __version__
+from lightning_kd.cli import main, teacher
+from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.listing import KINDS, members
+from lightning_kd.cli.progress import progress
 
 SMALL = [
-    "--trainer.max_epochs", "2", "--model.lr_scheduler.init_args.T_max", "2", "--teacher_fit.max_epochs", "2",
+    "--trainer.max_epochs", "2", "--teacher_fit.max_epochs", "2",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
 ALONE = ["--model.teacher", "null", "--model.terms", "null", "--teacher_fit", "null"]
@@ -61,15 +68,143 @@ def test_a_teacher_that_is_there_is_loaded(
     assert "train_size: 300 then, 200 now" in capsys.readouterr().err
 
 
-# Lightning says so of every checkpoint that is not tested where it was trained.
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_test_measures_agreement_with_the_teacher(
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_test_measures_agreement_with_the_teacher_and_writes_nothing(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(trained)
-    arguments = ["--trainer.logger", "false", "--ckpt_path", str(student(trained))]
-    assert main(["test", "--config", "digits_kd", *arguments]) == 0
+    before = files(trained)
+    assert main(["test", "--config", "digits_kd", "--ckpt_path", str(student(trained))]) == 0
     assert "test/agreement" in capsys.readouterr().out
+    assert files(trained) == before
+
+
+def test_predict_writes_one_prediction_per_image(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    before, output = files(trained), tmp_path / "new" / "predictions.pt"
+    arguments = ["--ckpt_path", str(student(trained)), "--output", str(output)]
+    assert main(["predict", "--config", "digits_kd", *arguments]) == 0
+    assert f"predictions saved: {output}" in capsys.readouterr().out
+    predictions = torch.load(output, weights_only=True)
+    assert predictions.shape == (1797 - 300 - 200, 10)
+    torch.testing.assert_close(predictions.sum(dim=1), torch.ones(len(predictions)))
+    assert files(trained) == before
+
+
+def test_a_checkpoint_of_another_network_is_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    arguments = ["--ckpt_path", str(student(trained)), "--model.student.init_args.width", "8"]
+    assert main(["test", "--config", "digits_kd", *arguments]) == 2
+    assert "of another network: size mismatch for student.conv1.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--model.terms.kd.weight", "-1"], "weight is a finite number"),
+        (["--model.terms.kd.student", "layer5"], "has no module 'layer5'"),
+        (["--model.terms.kd.student", "layer3", "--model.terms.kd.teacher", "layer3"], "must have the same shape"),
+        (["--data", "lightning.LightningDataModule"], "num_classes is missing"),
+        (["--teacher_fit.max_epochs", "0"], "max_epochs"),
+    ],
+)
+def test_mistakes_are_told_before_the_teacher_is_trained(
+    wrong: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "fit", lambda *_: pytest.fail("a teacher was trained"))
+    assert main(["fit", "--config", "digits_kd", *SMALL, *wrong]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dev_run_trains_no_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "digits_kd", *SMALL, "--trainer.fast_dev_run", "true"]) == 0
+    assert "an untrained one stands in" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_only_shown_decides_no_run() -> None:
+    settings = {"seed_everything": 0, "trainer": {"max_epochs": 2, "log_every_n_steps": 5}}
+    shown = {"max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    assert teacher.fingerprint(settings) == teacher.fingerprint(settings | {"trainer": shown})
+    assert teacher.fingerprint(settings) != teacher.fingerprint(settings | {"trainer": shown | {"max_epochs": 3}})
+
+
+@pytest.mark.parametrize("content", [b"hello", pickle.dumps(Path), {"a": torch.zeros(1)}, None])
+def test_a_ckpt_path_that_is_no_checkpoint_is_told(
+    content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("a.ckpt").write_bytes(content)
+    elif content is not None:
+        torch.save(content, "a.ckpt")
+    assert main(["fit", "--config", "digits_kd", "--ckpt_path", "a.ckpt"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "a.ckpt" in error
+
+
+def test_a_record_of_a_teacher_that_is_broken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt.json").write_text("{")
+    with pytest.raises(UsageError, match=r"a\.ckpt\.json, the record of how the teacher was trained, cannot be read"):
+        teacher.check(tmp_path / "a.ckpt", {})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--seeds", "0", "-1"], "--seeds: expected integers from 0 to 4294967295, received -1"),
+        (["--seeds", "1", "0", "1"], "--seeds: expected different ones, received 1 twice"),
+        (["--config", "digits_kd", "digits_kd"], "--config: expected different ones, received digits_kd twice"),
+    ],
+)
+def test_compare_refuses_what_it_would_merge(wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--config", "digits_kd", *wrong]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_compare_looks_at_everything_before_it_trains(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "fit", lambda *_: pytest.fail("a teacher was trained"))
+    wrong = ["--student-ckpt", str(student(trained)), "--model.student.init_args.width", "8"]
+    assert main(["compare", "--config", "digits_kd", *SMALL, *wrong]) == 2
+    assert "does not fit CifarResNet" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_away_from_a_terminal_an_epoch_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--trainer.enable_progress_bar",
+        "null",
+        "--trainer.logger",
+        "false",
+        "--trainer.enable_checkpointing=false",
+    ]
+    assert main(["fit", "--config", "digits_kd", *SMALL, *ALONE, *options]) == 0
+    told = capsys.readouterr()
+    assert [line.partition(":")[0] for line in told.out.splitlines()] == ["epoch 1", "epoch 2"]
+    assert "loss" in told.out
+    assert "val/accuracy" in told.out
+    assert "it/s" not in told.err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert isinstance(progress(), ProgressBar)
 
 
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "state_dict"])
@@ -130,7 +265,14 @@ def test_compare_trains_once_and_goes_on(
         (["export", "none.ckpt", "--format", "tflite"], "expected one of onnx"),
         (["compare", "--config", "digits_kd", "--teacher", "none.ckpt"], "no checkpoint at none.ckpt"),
         (["fit", "--config", "digits_kd", *ALONE, "--model.student.init_args.depth", "9"], "error: expected a depth"),
-        (["fit", "--config", "digits_kd", "--trainer.max_epoch", "3"], "max_epoch"),
+        (["fit", "--config", "digits_kd", "--trainer.max_epoch", "3"], "Did you mean max_epochs"),
+        (["fit", "--config", "digits_kd", "--model.terms.kd.init_args.wieght", "2"], "Did you mean weight?"),
+        (["fit", "--config", "digits_kd", "--model.terms.kd.loss.init_args.temprature=2"], "Did you mean temperature?"),
+        (["fit", "--config", "cifar10_kd", *ALONE, "--trainer.max_epochs=1"], "set LIGHTNING_KD_DATA (or "),
+        (
+            ["fit", "--config", "cifar10_kd", "--trainer.max_epochs=1"],
+            "set LIGHTNING_KD_DATA to the folder with weights/",
+        ),
         (["test", "--config", "digits_kd"], "error: No checkpoint at 'checkpoints/digits_teacher.ckpt'"),
     ],
 )
@@ -138,6 +280,7 @@ def test_bad_input_is_told_with_exit_code_2(
     arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_KD_DATA", "elsewhere")
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert told in error
@@ -181,6 +324,27 @@ def test_an_output_that_cannot_be_written_is_told(trained: Path, tmp_path: Path)
     (tmp_path / "file").touch()
     output = str(tmp_path / "file" / "a.pt")
     assert main(["export", str(student(trained)), "--format", "state_dict", "--output", output]) == 2
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.yaml").write_bytes("# caf\xe9".encode("latin1"))
+    assert main(["fit", "--config", str(tmp_path / "latin.yaml")]) == 2
+    assert "latin.yaml is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_the_help_of_a_run_is_short_and_says_where_there_is_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "digits_kd", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--print_config" in told
+    assert "--help_all" in told
+    assert len(told.splitlines()) < 25
+
+
+def test_python_m_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-kd", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("lightning_kd", run_name="__main__")
+    assert capsys.readouterr().out == f"lightning-kd {__version__}\n"
 
 
 def test_a_wrong_type_is_told_with_its_option(capsys: pytest.CaptureFixture[str]) -> None:
