@@ -2,5 +2,6 @@
 
 from lightning_kd.callbacks.distillation import Distillation
 from lightning_kd.callbacks.ema_teacher import EMATeacher
+from lightning_kd.callbacks.mutual_distillation import MutualDistillation
 
-__all__ = ["Distillation", "EMATeacher"]
+__all__ = ["Distillation", "EMATeacher", "MutualDistillation"]

@@ -160,7 +160,7 @@ class Attachment(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores that, as soon as what it is restored to exists."""
         if self.distiller.attached and not self.distiller.needs_sample:
-            restore(self.distiller, state_dict)
+            self._restore(state_dict)
         else:
             self._pending = state_dict
 
@@ -258,8 +258,11 @@ class Attachment(Callback):
 
     def _restore_pending(self) -> None:
         if self._pending is not None:
-            restore(self.distiller, self._pending)
-            self._pending = None
+            state, self._pending = self._pending, None
+            self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        restore(self.distiller, state)
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guest = f"{GUEST}_{self._all.index(self)}" if self is not self._all[0] else GUEST
@@ -269,8 +272,12 @@ class Attachment(Callback):
         if self.distiller.needs_sample:
             self._build(trainer, pl_module, student)
             self._restore_pending()
-        pl_module.add_module(guest, Guest(self.distiller))
+        pl_module.add_module(guest, Guest(self._learners()))
         self._undo.append(lambda: delattr(pl_module, guest))
+
+    def _learners(self) -> nn.Module:
+        """Returns what is trained with the module."""
+        return self.distiller
 
     def _build(self, trainer: Trainer, pl_module: LightningModule, student: nn.Module) -> None:
         """Makes the terms' parameters from the shapes of two samples."""
@@ -302,28 +309,38 @@ class Attachment(Callback):
             if not isinstance(task_loss, Tensor):  # the module skips this batch, or Lightning says what is wrong
                 return result
             self._check_called(calls, pl_module)
-            batch = args[0] if args else next(iter(kwargs.values()))
-            total = self._total(trainer, task_loss, calls, batch)
+            total = self._total(trainer, task_loss, calls, args, kwargs)
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return training_step_and_terms
 
-    def _total(self, trainer: Trainer, task_loss: Tensor, calls: list[Call], batch: Any) -> Tensor:
-        moment = self._moment(trainer)
-        self.distiller.at(moment)
-        losses = self.distiller(calls, **self._labels_of(batch))
-        self._check(trainer.global_step, losses, lambda name: self.distiller.ranges(calls, name))
-        weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
-        total = weight * task_loss + self.distiller.total(losses)
-        values: dict[str, Tensor | float] = {**losses, **self.distiller.values()}
-        if self is self._all[0]:
-            values["task"] = task_loss
+    def _total(
+        self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Returns what a training step returns: the module's own loss and the terms."""
+        batch = args[0] if args else next(iter(kwargs.values()))
+        total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, batch)
+        if self is not self._all[0]:
+            del self._values["train/task"]
         if self is self._all[-1]:
-            values["loss"] = total
+            self._values["train/loss"] = total.detach()
+        return total
+
+    def _weigh(
+        self, trainer: Trainer, distiller: Distiller, task_loss: Tensor, calls: list[Call], batch: Any, name: str = ""
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Returns the total of the losses of one network, and what is logged of them."""
+        moment = self._moment(trainer)
+        distiller.at(moment)
+        losses = distiller(calls, **self._labels_of(batch))
+        named = {name + key: loss for key, loss in losses.items()}
+        self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)))
+        weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
+        values: dict[str, Tensor | float] = {"task": task_loss, **losses, **distiller.values()}
         if isinstance(self.task_weight, Schedule):
             values["task/weight"] = weight
-        self._values = {f"train/{name}": v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
-        return total
+        logged = {f"{name}train/{key}": v.detach() if isinstance(v, Tensor) else v for key, v in values.items()}
+        return weight * task_loss + distiller.total(losses), logged
 
     def _labels_of(self, batch: Any) -> dict[str, Any]:
         """Gets out of the batch what some term can use; what a loss only may use can be missing."""

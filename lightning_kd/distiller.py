@@ -96,8 +96,7 @@ class Distiller(nn.Module):
             hint = f" Did you mean {teacher.__name__}(...)?" if isinstance(teacher, type) else ""
             raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.{hint}")
         self.terms = nn.ModuleDict(terms)
-        # Past nn.Module's registration, so that the teacher is not a submodule.
-        object.__setattr__(self, "teacher", teacher if isinstance(teacher, Teacher) else Frozen(teacher))
+        self.set_teacher(teacher if isinstance(teacher, Teacher) else Frozen(teacher))
         # What learns with the student is one, so that it reaches the optimizer and the checkpoint.
         self.teacher_learner = self.teacher.learner
         self.teacher_input = teacher_input
@@ -110,6 +109,21 @@ class Distiller(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taps": None, "_calls": None, "_handles": []}
+
+    def set_teacher(self, teacher: Teacher) -> None:
+        """Gives it a teacher, before it is attached: past nn.Module's registration, so that it is no submodule."""
+        object.__setattr__(self, "teacher", teacher)
+
+    def mirrored(self, teacher: Teacher) -> "Distiller":
+        """Returns one for the other direction: terms of the same kind, whose paths have changed sides."""
+        terms = {name: term.mirrored() for name, term in self.named_terms()}
+        return Distiller(terms, teacher, knowledge=self.knowledge)
+
+    def as_teacher(self, record: Record, of: "Distiller") -> Record:
+        """Returns what was captured in another distiller's student, under the paths by which this one asks for it."""
+        return {
+            self._teacher_paths[name].module: record[of._student_paths[name].module] for name, _ in self.named_terms()
+        }
 
     def named_terms(self) -> Iterator[tuple[str, Term]]:
         """Iterates over the terms by name."""

@@ -12,17 +12,19 @@ GUEST = "_distillation"
 
 
 class Guest(nn.Module):
-    """Holds a distiller in the user's module: its parameters are trained there, and in no state dict."""
+    """Holds what learns in the user's module: its parameters are trained there, and in no state dict."""
 
-    def __init__(self, distiller: Distiller) -> None:
+    def __init__(self, learner: nn.Module) -> None:
         super().__init__()
-        self.distiller = distiller
+        self.learner = learner
         self.register_load_state_dict_post_hook(_forgive_guest)  # type: ignore[no-untyped-call]  # torch's own gap
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guest":
         # Weight averaging copies the module that is trained: what learns, and not the teacher.
-        memo[id(self.distiller.teacher)] = self.distiller.teacher
-        return Guest(copy.deepcopy(self.distiller, memo))
+        for part in self.learner.modules():
+            if isinstance(part, Distiller):
+                memo[id(part.teacher)] = part.teacher
+        return Guest(copy.deepcopy(self.learner, memo))
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Returns nothing of its own."""

@@ -13,9 +13,10 @@ from torchmetrics import MetricCollection
 
 from lightning_kd.attachment import Attachment
 from lightning_kd.distiller import Distiller
+from lightning_kd.mutual import MutualAttachment
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
-from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.teachers import Frozen, Peers, Teacher
 from lightning_kd.teachers.base import in_type_of
 from lightning_kd.term import Term
 
@@ -85,7 +86,8 @@ class DistillationModule(LightningModule):
         self.lr_interval = lr_interval
         self.attachment: Attachment | None = None
         if teacher is not None and terms:
-            self.attachment = Attachment(
+            attach = MutualAttachment if isinstance(teacher, Peers) else Attachment
+            self.attachment = attach(
                 Distiller(
                     terms,
                     teacher,

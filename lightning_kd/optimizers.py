@@ -21,6 +21,17 @@ def optimizers_of(result: Any) -> Iterator[Optimizer]:
             yield from optimizers_of(item)
 
 
+def adopt_groups(optimizers: list[Optimizer], others: list[Optimizer]) -> None:
+    """Adds the parameters of other optimizers to groups that correspond, or all to the first where none do."""
+    ours = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    theirs = [group["params"] for optimizer in others for group in optimizer.param_groups]
+    if len(ours) != len(theirs):
+        adopt(optimizers, [p for params in theirs for p in params])
+        return
+    for (optimizer, group), params in zip(ours, theirs, strict=True):
+        _extend(optimizer, group, params)
+
+
 def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
     """Adds to the first optimizer, in its first group that is not empty, the parameters that no optimizer has.
 
@@ -30,13 +41,17 @@ def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
     missing = [p for p in parameters if id(p) not in have]
     optimizer = optimizers[0]
     group = next((g for g in optimizer.param_groups if g["params"]), optimizer.param_groups[0])
+    _extend(optimizer, group, missing)
+
+
+def _extend(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
     sample = group["params"][0] if group["params"] else None
-    group["params"].extend(missing)
     if "param_names" in group:
-        group["param_names"].extend(f"{GUEST}.{i}" for i in range(len(missing)))
+        group["param_names"].extend(f"{GUEST}.{len(group['params']) + i}" for i in range(len(parameters)))
+    group["params"].extend(parameters)
     # Adagrad, for one, makes its state at construction, a constant.
     if sample is not None and sample in optimizer.state:
-        for parameter in missing:
+        for parameter in parameters:
             optimizer.state[parameter] = {
                 key: torch.full_like(parameter, value.flatten()[0].item())
                 if value.shape == sample.shape

@@ -1,5 +1,6 @@
 """A term: where a loss is applied, and how much it weighs."""
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -69,6 +70,13 @@ class Term(nn.Module):
         self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind not in variadic}
         self._built = self.projector is not None and not hasattr(loss, "build")
         self.at(Moment())
+
+    def mirrored(self) -> "Term":
+        """Returns a term of the same kind with the sides' paths exchanged; it learns for itself."""
+        fixed = self.projector if isinstance(self.projector, nn.Identity) else None
+        term = Term(copy.deepcopy(self.loss), self.weight, self.teacher.text, self.student.text, copy.deepcopy(fixed))
+        term.schedules = self.schedules  # one schedule for both
+        return term
 
     @property
     def needs_sample(self) -> bool:

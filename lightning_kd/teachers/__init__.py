@@ -4,6 +4,7 @@ from lightning_kd.teachers.base import Teacher
 from lightning_kd.teachers.ema import EMA
 from lightning_kd.teachers.frozen import Frozen
 from lightning_kd.teachers.past import PastSelf
+from lightning_kd.teachers.peers import Peers
 from lightning_kd.teachers.weights import load_weights
 
-__all__ = ["EMA", "Frozen", "PastSelf", "Teacher", "load_weights"]
+__all__ = ["EMA", "Frozen", "PastSelf", "Peers", "Teacher", "load_weights"]

@@ -1,13 +1,12 @@
 """Teachers that are copies of the student: how they are made, asked, saved and put in its place."""
 
-import copy
-import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.copying import own_copy
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of
@@ -152,17 +151,7 @@ class CopyTeacher(Teacher):
 
 
 def _copy(student: nn.Module) -> nn.Module:
-    try:
-        model = copy.deepcopy(student)
-    except Exception as error:
-        error.add_note(
-            f"This happened when {type(student).__name__} was deep-copied to be its own teacher. Keep what cannot be "
-            "copied (open files, non-leaf tensors, locks) out of it, or name the network inside of it: student=..."
-        )
-        raise
-    # Methods that were replaced on the instance, by this fit for one, belong to the original.
-    for name in [n for n, value in vars(model).items() if inspect.isroutine(value) and hasattr(type(model), n)]:
-        delattr(model, name)
+    model = own_copy(student)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor.data = tensor.data.float()

@@ -1,0 +1,30 @@
+"""Copies of a user's modules."""
+
+import copy
+import inspect
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
+    """Deep-copies a module; methods that a fit replaced on the original instance are the class's own in the copy.
+
+    Args:
+        module: The module.
+        memo: What takes the place of parts, by their ids, as ``copy.deepcopy`` takes it.
+    """
+    try:
+        made = copy.deepcopy(module, memo)
+    except Exception as error:
+        error.add_note(
+            f"This happened when {type(module).__name__} was deep-copied, to be its own teacher or to hold a peer. "
+            "Keep what cannot be copied (open files, non-leaf tensors, locks) out of it, or name the network inside "
+            "of it: student=..."
+        )
+        raise
+    for name in [n for n, value in vars(made).items() if inspect.isroutine(value) and hasattr(type(made), n)]:
+        delattr(made, name)
+    return made
