@@ -159,16 +159,12 @@ class MutualAttachment(Attachment):
             )
 
     def _attach(self, pl_module: LightningModule) -> nn.Module:
+        self._meet(pl_module.trainer, pl_module)
         student = super()._attach(pl_module)
         for peer in self._others:
             peer.distiller.attach(peer.network)
             self._undo.append(peer.distiller.detach)
         return student
-
-    def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._members:
-            self._meet(trainer, pl_module)
-        super()._enter(trainer, pl_module)
 
     def _learners(self) -> nn.Module:
         parts = [part for peer in self._others for part in (peer.module, peer.distiller)]
@@ -215,7 +211,7 @@ class MutualAttachment(Attachment):
             for peer in self._others:
                 vars(peer.module).pop("log", None)
                 peer.module.trainer = None
-            self._members = []
+                peer.module.cpu()  # as Lightning does with the student's
 
         self._undo.append(part)
 

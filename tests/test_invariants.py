@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning_kd.callbacks import EMATeacher, MutualDistillation
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import Distillation, DistillationModule, Term, losses, schedules
+from lightning_kd import Distillation, DistillationModule, Term, losses, schedules, teachers
 
 LOGITS = ("output", "output")
 MAPS = ("stem", "stem")
@@ -91,7 +93,7 @@ class History(Logger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if "train/loss" in metrics:
-            self.steps.append({name: value for name, value in metrics.items() if name.startswith("train/")})
+            self.steps.append({name: value for name, value in metrics.items() if "train/" in name})
 
 
 def loader(batch_size: int = 8) -> DataLoader:
@@ -115,7 +117,30 @@ def trainer(*callbacks: Callback | History, epochs: int = 2, **kwargs: Any) -> T
     return Trainer(max_epochs=epochs, callbacks=hooks, **options | kwargs)
 
 
-def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwargs: Any) -> Distillation:
+def ema(buffers: Any = "average", **options: Any) -> Callable[..., Callback]:
+    return lambda terms, **kwargs: EMATeacher(terms, 0.9, "model", buffers=buffers, **options, **kwargs)
+
+
+# Callbacks of terms, for every teacher that changes while the student learns.
+TEACHERS: dict[str, Callable[..., Any]] = {
+    "EMA": ema(),
+    "EMA own": ema("own", warm_up=True),
+    "EMA copy": ema("copy", count=2, start_step=2),
+    "EMA evaluated": ema(evaluate=True),
+    "EMA scheduled": lambda terms, **kwargs: EMATeacher(terms, schedules.Cosine(0.5, 1.0), "model", **kwargs),
+    "PastSelf": lambda terms, **kwargs: Distillation(teachers.PastSelf(), terms, "model", **kwargs),
+    "Peers": lambda terms, **kwargs: MutualDistillation([Net(6), Net(5)], terms, "model", **kwargs),
+    "Peers ensemble": lambda terms, **kwargs: MutualDistillation([Net(6)], terms, "model", "ensemble", **kwargs),
+}
+
+
+def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwargs: Any) -> Any:
+    if name in TEACHERS:
+        logits = Term(losses.KD(), weight=0.5)
+        if name.startswith("Peers"):
+            return TEACHERS[name]({"it": logits}, **kwargs)
+        hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
+        return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
     loss, (student_path, teacher_path) = WIRING[name]
     terms = {"it": Term(loss(), weight=0.5, student=student_path, teacher=teacher_path)}
     return Distillation(teacher or Net(6), terms, **{"student": "model"} | kwargs)
@@ -138,12 +163,19 @@ def assert_same_memory(a: Callback, b: Callback) -> None:
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
-@pytest.fixture(params=losses.__all__)
+@pytest.fixture(params=[*losses.__all__, *TEACHERS])
 def name(request: pytest.FixtureRequest) -> str:
-    assert request.param in WIRING, f"losses.{request.param} needs an entry in WIRING of {__file__}"
+    known = request.param in (*WIRING, *TEACHERS)
+    assert known, f"losses.{request.param} needs an entry in WIRING of {__file__}"
     return request.param
 
 
+def test_every_teacher_is_tested() -> None:
+    tested = {name.split()[0] for name in TEACHERS} | {"Frozen", "Ensemble"}
+    assert tested >= {name for name in teachers.__all__ if name[0].isupper() and name != "Teacher"}
+
+
+@pytest.mark.parametrize("name", losses.__all__)
 def test_the_teacher_stands_still_and_is_asked_once_per_training_batch(name: str) -> None:
     teacher = Net(6)
     before, calls, modes = state_of(teacher), [], []
@@ -170,7 +202,8 @@ def test_every_term_is_logged_and_moves_the_student(name: str) -> None:
     trainer(distillation(name, task_weight=0.0), history, epochs=1).fit(module, loader())
     assert all(step["train/it"] > 0 for step in history.steps)
     for step in history.steps:
-        assert step["train/loss"] == pytest.approx(0.5 * step["train/it"], rel=1e-5)
+        terms = [0.5 * value for key, value in step.items() if key.endswith("train/it")]
+        assert step["train/loss"] == pytest.approx(sum(terms) + step.get("train/hint", 0.0), rel=1e-5)
     seed_everything(0)
     assert not torch.equal(module.model.stem[0].weight, Plain().model.stem[0].weight)
 
@@ -186,13 +219,14 @@ def test_the_checkpoint_holds_the_student_alone(name: str, tmp_path: Path) -> No
     assert_same(state_of(fresh), state_of(module))
     sizes = sum(v.numel() for v in checkpoint["state_dict"].values())
     assert sizes == sum(v.numel() for v in Plain().state_dict().values())
-    saved = checkpoint["callbacks"].get("Distillation", {})
-    assert all(key.startswith("terms.it.") for key in saved.get("learned", {}))
-    assert "teacher" not in saved
+    (saved,) = [*checkpoint["callbacks"].values()] or [{}]
+    assert all(key.startswith(("terms.it.", "terms.hint.projector.")) for key in saved.get("learned", {}))
+    assert ("teacher" in saved) == name.startswith(("EMA", "PastSelf"))
+    assert list(saved.get("peers", {})) == {"Peers": ["peer1", "peer2"], "Peers ensemble": ["peer1"]}.get(name, [])
 
 
 def test_resume_is_exact(name: str, tmp_path: Path) -> None:
-    def run(history: History, resume: Path | None = None) -> tuple[LightningModule, Distillation]:
+    def run(history: History, resume: Path | None = None) -> tuple[LightningModule, Callback]:
         seed_everything(3)
         module, callback = Plain(), distillation(name)
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -233,6 +267,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     copy.deepcopy(module)
     pickle.loads(pickle.dumps(callback))
     copy.deepcopy(callback)
+    trainer(callback, epochs=1).fit(module, loader())
 
 
 @pytest.mark.parametrize("optimizer", ["model", "all", "groups", "scheduler", "lists", "one-cycle", "adagrad", "named"])
@@ -322,15 +357,15 @@ def test_a_term_that_is_not_finite_stops_the_run_with_its_name_step_and_ranges()
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("name", ["KD", "FitNet"])
+@pytest.mark.parametrize("name", ["KD", "FitNet", "EMA", "Peers"])
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_beside_weight_averaging(order: str, name: str, tmp_path: Path) -> None:
     average, callback = EMAWeightAveraging(decay=0.9), distillation(name)
     callbacks = [callback, average] if order == "before" else [average, callback]
     run = trainer(*callbacks)
     module = Validated()
-    if order == "after" and name == "FitNet":
-        with pytest.raises(ValueError, match="comes before Distillation"):
+    if order == "after" and name != "KD":
+        with pytest.raises(ValueError, match=f"comes before {type(callback).__name__}"):
             run.fit(module, loader(), loader())
         return
     keep = ModelCheckpoint(tmp_path, save_last=True)
