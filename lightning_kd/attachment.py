@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_kd.copying import unshare
 from lightning_kd.distiller import Call, Distiller
 from lightning_kd.finite import FiniteCheck
 from lightning_kd.guest import GUEST, Guest
@@ -272,7 +273,9 @@ class Attachment(Callback):
         if self.distiller.needs_sample:
             self._build(trainer, pl_module, student)
             self._restore_pending()
-        pl_module.add_module(guest, Guest(self._learners()))
+        learners = self._learners()
+        unshare(learners)
+        pl_module.add_module(guest, Guest(learners))
         self._undo.append(lambda: delattr(pl_module, guest))
 
     def _learners(self) -> nn.Module:

@@ -28,3 +28,13 @@ def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
     for name in [n for n, value in vars(made).items() if inspect.isroutine(value) and hasattr(type(made), n)]:
         delattr(made, name)
     return made
+
+
+def unshare(module: nn.Module) -> None:
+    """Gives a module memory of its own.
+
+    Tensors that were sent to another process (ddp_spawn) are shared with it, and every process would train them.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_shared():
+            tensor.data = tensor.data.clone()

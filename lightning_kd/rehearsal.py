@@ -125,6 +125,7 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 def _silent(pl_module: LightningModule) -> Iterator[None]:
     """Lets a module's ``log`` calls do nothing."""
     names = ("log", "log_dict")
+    own = {name: vars(pl_module)[name] for name in names if name in vars(pl_module)}
     for name in names:
         setattr(pl_module, name, _log_nothing)
     try:
@@ -132,6 +133,7 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
     finally:
         for name in names:
             delattr(pl_module, name)
+        vars(pl_module).update(own)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The invariants of the design, for every loss, through the callback on a module that knows nothing of it."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -410,61 +411,108 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 from test_invariants import Net, Plain, loader, trainer
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
-from lightning_kd import Distillation, Term, losses
+from lightning_kd import Distillation, Term, losses, schedules
+from lightning_kd.attachment import attachments_of
+from lightning_kd.callbacks import EMATeacher, MutualDistillation
 
 class Halves(LightningDataModule):
     # Lightning's own sampler shuffles training data anew for each number of processes.
     def train_dataloader(self):
         data, trainer = loader().dataset, self.trainer
-        sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
-        return DataLoader(data, batch_size=16 // trainer.world_size, sampler=sampler)
+        halves = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=8 // trainer.world_size, sampler=halves)
+
+class SameOnAllRanks(Callback):
+    def on_train_end(self, trainer, pl_module):
+        for callback in attachments_of(trainer):
+            own = torch.cat([x.flatten().double() for x in tree_leaves(callback.state_dict()) if torch.is_tensor(x)])
+            if trainer.world_size > 1:
+                ranks = trainer.strategy.all_gather(own)
+                assert torch.equal(ranks[0], ranks[1]), type(callback)
 
 if __name__ == "__main__":
-    strategy, devices, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    kind, strategy, devices, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    norm = kind == "norm"  # statistics of half a batch are others, but equal on all ranks
     seed_everything(0)
-    module = Plain(norm=False)
-    terms = {{
-        "kd": Term(losses.KD()),
-        "dkd": Term(losses.DKD(), weight=0.1),
-        "hint": Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0),
-    }}
-    callback = Distillation(Net(6, norm=False), terms, student="model")
-    run = trainer(callback, strategy=strategy, devices=devices, use_distributed_sampler=False)
+    module, kd = Plain(norm=norm), Term(losses.KD(), weight=schedules.Linear(1.0, 0.5))
+    # of the two projectors one is the user's, one is built
+    hint = Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0)
+    own = Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.ConvTranspose2d(4, 6, 2, 2))
+    if kind == "mutual":
+        callbacks = [MutualDistillation([Net(6, norm=False)], {{"kd": kd, "hint": hint}}, student="model")]
+    else:
+        terms = {{"kd": kd, "dkd": Term(losses.DKD(), weight=0.1), "hint": hint, "own": own}}
+        past = {{"past": Term(losses.KD(), weight=2.0)}}
+        average = EMATeacher(past, 0.9, student="model", buffers="own" if norm else "average", evaluate=norm)
+        callbacks = [Distillation(Net(6, norm=norm), terms, student="model"), average]
+    run = trainer(*callbacks, SameOnAllRanks(), strategy=strategy, devices=devices, use_distributed_sampler=False)
     seed_everything(0)  # as DDP does by itself before the projectors are made
     run.fit(module, Halves())
     if run.is_global_zero:
         logged = {{k: float(v) for k, v in run.callback_metrics.items()}}
-        projectors = callback.state_dict().get("learned")
-        torch.save({{"state": module.state_dict(), "logged": logged, "projectors": projectors}}, out)
+        memory = [x for callback in callbacks for x in tree_leaves(callback.state_dict()) if torch.is_tensor(x)]
+        torch.save({{"state": module.state_dict(), "logged": logged, "memory": memory}}, out)
 """
+FROZEN_AND_EMA = {
+    "my_loss",
+    *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "dkd", "hint", "own", "past")),
+}
+LOGGED = {
+    "frozen and EMA": FROZEN_AND_EMA,
+    "norm": FROZEN_AND_EMA,
+    "mutual": {
+        *("my_loss", "peer1/my_loss", "train/loss"),
+        *(f"{peer}train/{name}" for peer in ("", "peer1/") for name in ("task", "kd", "kd/weight", "hint")),
+    },
+}
 
 
-def train_in_processes(strategy: str, devices: int, folder: Path) -> dict[str, Any]:
+def train_in_processes(kind: str, strategy: str, devices: int, folder: Path) -> dict[str, Any]:
     script, out = folder / "train.py", folder / "out.pt"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
-    command = [sys.executable, str(script), strategy, str(devices), str(out)]
+    command = [sys.executable, str(script), kind, strategy, str(devices), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "unused" not in done.stderr
     result: dict[str, Any] = torch.load(out, weights_only=True)
+    assert set(result["logged"]) == LOGGED[kind]
     return result
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train_in_processes("auto", 1, tmp_path_factory.mktemp("one"))
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    @functools.cache
+    def train(kind: str) -> dict[str, Any]:
+        return train_in_processes(kind, "auto", 1, tmp_path_factory.mktemp("one"))
+
+    return train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
-def test_two_processes_are_the_same_training(strategy: str, one_process: dict[str, Any], tmp_path: Path) -> None:
-    two = train_in_processes(strategy, 2, tmp_path)
-    assert set(two["logged"]) == {"my_loss", "train/loss", "train/task", "train/kd", "train/dkd", "train/hint"}
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("frozen and EMA", "ddp"),
+        ("frozen and EMA", "ddp_spawn"),
+        ("frozen and EMA", "ddp_find_unused_parameters_false"),
+        ("mutual", "ddp"),
+        ("mutual", "ddp_spawn"),
+    ],
+)
+def test_two_processes_are_the_same_training(
+    kind: str, strategy: str, one_process: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    one, two = one_process(kind), train_in_processes(kind, strategy, 2, tmp_path)
     assert all(value > 0 for value in two["logged"].values())
-    # Lightning brings back from spawned processes the module, but not the callbacks.
-    for part in ("state",) if strategy == "ddp_spawn" else ("state", "projectors"):
-        assert two[part].keys() == one_process[part].keys() != set()
-        for key in two[part]:
-            torch.testing.assert_close(two[part][key], one_process[part][key])
+    torch.testing.assert_close(two["state"], one["state"])
+    if strategy != "ddp_spawn":  # Lightning brings back from spawned processes the module, but not the callbacks
+        assert one["memory"]
+        torch.testing.assert_close(two["memory"], one["memory"])
+
+
+@pytest.mark.slow
+def test_the_average_is_the_same_on_all_ranks_with_statistics_of_their_own(tmp_path: Path) -> None:
+    train_in_processes("norm", "ddp", 2, tmp_path)

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_kd.copying import unshare
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of
 from lightning_kd.teachers.weights import load_weights
@@ -82,6 +83,8 @@ class Frozen(Teacher):
                 f"The frozen teacher ({type(self.model).__name__}) shares {len(shared)} parameters with the student "
                 f"({type(student).__name__}), so it would change as the student learns. Pass copy.deepcopy(model)."
             )
+        if self.mode == "train":
+            unshare(self.model)
         self.unbind()
         # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
         self._taps = Taps(self.model, paths, "the teacher", stop_early=self.mode == "eval")
