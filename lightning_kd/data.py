@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_kd.paths import cache_root, data_root, expand_path
-from lightning_kd.tensor_data import TensorDataModule, TensorImages
+from lightning_kd.tensor_data import RandomShift, TensorDataModule, TensorImages, hide_labels
+
+__all__ = ["Cifar10", "Digits", "RandomShift"]
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -32,6 +34,7 @@ class Digits(TensorDataModule):
         val_size: Images to validate on; all others are for the test.
         split_seed: Seed of the split.
         num_workers: Processes that load; 0 is fastest for tensors in memory.
+        labelled: Fraction of the training images, of each class, that have a label; the others are labelled -100.
 
     Raises:
         ModuleNotFoundError: Without scikit-learn.
@@ -48,8 +51,10 @@ class Digits(TensorDataModule):
         val_size: int = 200,
         split_seed: int = 0,
         num_workers: int = 0,
+        labelled: float = 1.0,
     ) -> None:
         super().__init__(batch_size, num_workers, mean=(0.5,), std=(0.5,))
+        self.labelled = labelled
         self.train_size = train_size
         self.val_size = val_size
         self.split_seed = split_seed
@@ -65,7 +70,8 @@ class Digits(TensorDataModule):
         )
         val, test = split(rest, train_size=self.val_size, stratify=labels[rest], random_state=self.split_seed)
         for name, chosen in (("train", train), ("val", val), ("test", test)):
-            self.splits[name] = TensorImages(images[chosen], labels[chosen])
+            known = hide_labels(labels[chosen], self.labelled, self.split_seed) if name == "train" else labels[chosen]
+            self.splits[name] = TensorImages(images[chosen], known)
 
 
 class Cifar10(TensorDataModule):
@@ -83,7 +89,8 @@ class Cifar10(TensorDataModule):
         augment: Shift training images by up to 4 pixels and mirror half of them.
         batch_size: Images in a batch.
         num_workers: Processes that load; 0 is fastest for tensors in memory.
-        seed: Seed of the choice of the subset.
+        seed: Seed of the choice of the subset, and of those that are labelled.
+        labelled: Fraction of the training images, of each class, that have a label; the others are labelled -100.
 
     Raises:
         FileNotFoundError: Without the archive.
@@ -104,6 +111,7 @@ class Cifar10(TensorDataModule):
         batch_size: int = 128,
         num_workers: int = 0,
         seed: int = 0,
+        labelled: float = 1.0,
     ) -> None:
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         super().__init__(batch_size, num_workers, mean, std, padding=4 if augment else 0, mirror=True)
@@ -114,6 +122,7 @@ class Cifar10(TensorDataModule):
         self.root = Path(expand_path(root)) if root else data_root()
         self.cache_dir = Path(expand_path(cache_dir)) if cache_dir else cache_root()
         self.train_subset = train_subset
+        self.labelled = labelled
         self.seed = seed
 
     def prepare_data(self) -> None:
@@ -139,7 +148,7 @@ class Cifar10(TensorDataModule):
         if self.train_subset is not None:
             order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))]
             train = _balanced(labels, order, slice(0, self.train_subset // 10))
-        self.splits["train"] = TensorImages(images[train], labels[train])
+        self.splits["train"] = TensorImages(images[train], hide_labels(labels[train], self.labelled, self.seed))
         self.splits["val"] = TensorImages(images[val], labels[val])
         self.splits["test"] = TensorImages(cached["test_images"], cached["test_labels"])
 

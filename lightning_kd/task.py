@@ -7,6 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+UNLABELLED = -100
+"""The class of a sample that has none: torch's cross-entropy leaves it out."""
+
 
 class TaskAdapter(nn.Module, ABC):
     """Adapts ``DistillationModule`` to a task.

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_kd.task import UNLABELLED
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -62,6 +64,42 @@ def random_shift(images: Tensor, padding: int, mirror: bool) -> Tensor:
     pixel = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
     pixel = pixel.view(n, 1, height * width).expand(n, channels, height * width)
     return padded.flatten(2).gather(2, pixel).view_as(images)
+
+
+def hide_labels(labels: Tensor, labelled: float, seed: int) -> Tensor:
+    """The labels of a fraction of every class; all others are ``UNLABELLED``.
+
+    Args:
+        labels: ``(N,)``, int64.
+        labelled: Fraction in (0, 1] that stays; at least one of every class does.
+        seed: Seed of the choice.
+    """
+    if not 0.0 < labelled <= 1.0:
+        raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    hidden = torch.full_like(labels, UNLABELLED)
+    for k in torch.unique(labels):
+        of_class = order[labels[order] == k]
+        kept = of_class[: max(1, round(labelled * len(of_class)))]
+        hidden[kept] = k
+    return hidden
+
+
+class RandomShift:
+    """Shifts every image of a batch anew: a view of its own for a student or its teacher.
+
+    Args:
+        padding: Largest shift, in pixels.
+        mirror: Whether to mirror half of the images, too.
+    """
+
+    def __init__(self, padding: int, mirror: bool = False) -> None:
+        self.padding = padding
+        self.mirror = mirror
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The images ``(N, C, H, W)``, shifted."""
+        return random_shift(images, self.padding, self.mirror)
 
 
 class TensorDataModule(LightningDataModule):

@@ -13,7 +13,7 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_kd.task import TaskAdapter
+from lightning_kd.task import UNLABELLED, TaskAdapter
 
 
 class Classification(TaskAdapter):
@@ -60,7 +60,7 @@ class Classification(TaskAdapter):
         self.label_smoothing = label_smoothing
 
     def loss(self, output: Any, batch: Any) -> Tensor:
-        """Returns the cross-entropy, of the softmax or of each label's sigmoid."""
+        """Returns the cross-entropy, of the softmax or of each label's sigmoid; the class -100 is left out of it."""
         logits, target = self._checked(output), self.target(batch)
         if self.multilabel:
             if target.shape != logits.shape:
@@ -75,7 +75,12 @@ class Classification(TaskAdapter):
                 f"Targets are class indices, integers ({len(logits)},), or probabilities, floats "
                 f"{tuple(logits.shape)}; got {target.dtype} {tuple(target.shape)}."
             )
-        return F.cross_entropy(logits, target if soft else target.long(), label_smoothing=self.label_smoothing)
+        if soft:
+            return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        # The mean over what is labelled; of nothing it is 0 and not torch's nan.
+        total = F.cross_entropy(logits, target.long(), label_smoothing=self.label_smoothing, reduction="sum")
+        mean: Tensor = total / (target != UNLABELLED).sum().clamp(min=1)
+        return mean
 
     def metrics(self) -> MetricCollection:
         """Returns accuracy and calibration error."""

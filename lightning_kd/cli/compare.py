@@ -6,13 +6,14 @@ import argparse
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 from lightning_kd.cli import costs, plot, report, teacher
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.configs import find
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.report import Row
-from lightning_kd.cli.runs import Settings, Tested, fit
+from lightning_kd.cli.runs import Settings, Tested, fit, peer_file
 from lightning_kd.teachers import load_weights
 
 DESCRIPTION = """\
@@ -76,12 +77,20 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
         overrides = [*overrides, *given]
     cli = DistillationCLI(["--config", file, *overrides], run=False, make=False)
     settings = settings_of(cli)
-    spec = (settings["model"].get("teacher") or {}).get("init_args") or {}
-    if not settings["model"].get("terms") or not spec.get("model") or not spec.get("checkpoint"):
+    spec = settings["model"].get("teacher") or {}
+    frozen = spec.get("class_path") == "lightning_kd.teachers.Frozen"
+    if not settings["model"].get("terms") or (frozen and trained_teacher(settings) is None):
         raise UsageError(
-            f"{file}: compare needs terms, and as teacher a lightning_kd.teachers.Frozen with a model and a checkpoint"
+            f"{file}: compare needs terms, and a teacher: a lightning_kd.teachers.Frozen with a model and a "
+            "checkpoint, or one that learns with the student"
         )
     return cli
+
+
+def trained_teacher(settings: Settings) -> tuple[Any, str] | None:
+    """Return the network of a trained teacher and its checkpoint; teachers that learn with the student have none."""
+    given = settings["model"]["teacher"].get("init_args") or {}
+    return (given["model"], given["checkpoint"]) if given.get("model") and given.get("checkpoint") else None
 
 
 def settings_of(cli: DistillationCLI) -> Settings:
@@ -103,26 +112,43 @@ def compare(configs: dict[str, Settings], seeds: list[int] | None, students: lis
         return Row(name, role, {seed: t.metrics for seed, t in each_seed.items()}, baseline)
 
     for name, settings in configs.items():
-        network, checkpoint = (settings["model"]["teacher"]["init_args"][k] for k in ("model", "checkpoint"))
-        key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
-        if key not in teachers:
-            taught = settings | {"model": settings["model"] | {"student": network}}
-            title = f"teacher{_number(teachers)}"
-            teachers[key] = row(title, "teacher", {0: Tested(taught, Path(checkpoint), runs)})
+        trained = trained_teacher(settings)
+        if trained is not None:
+            network, checkpoint = trained
+            key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
+            if key not in teachers:
+                taught = settings | {"model": settings["model"] | {"student": network}}
+                title = f"teacher{_number(teachers)}"
+                teachers[key] = row(title, "teacher", {0: Tested(taught, Path(checkpoint), runs)})
         seeded = seeds or [settings["seed_everything"]]
         single = teacher.alone(settings)
-        key = teacher.fingerprint(single | {"seed_everything": seeded})
-        if key not in alone:
-            title = f"student alone{_number(alone)}"
-            alone[key] = row(title, "alone", _train(title, single, settings, seeded, runs))
-        each_seed = _train(name, settings, settings, seeded, runs)
-        others.append(row(name, "distilled", each_seed, baseline=alone[key].name))
+        # What agrees with a teacher is measured with it; teachers that learn with the student are not there any more.
+        measuring = settings if trained else single
+        networks = [single["model"]["student"], *peers(settings)]
+        each_seed = {seed: fit(settings | {"seed_everything": seed}, runs, f"{name}, seed {seed}") for seed in seeded}
+        for i, network in enumerate(networks):
+            own = single | {"model": single["model"] | {"student": network}}
+            key = teacher.fingerprint(own | {"seed_everything": seeded})
+            if key not in alone:
+                title = f"student alone{_number(alone)}"
+                alone[key] = row(title, "alone", _train(title, own, measuring if i == 0 else own, seeded, runs))
+            found = {
+                seed: Tested((own if i else measuring) | {"seed_everything": seed}, peer_file(file, i), runs)
+                for seed, file in each_seed.items()
+            }
+            others.append(row(f"{name}, peer {i}" if i else name, "distilled", found, baseline=alone[key].name))
     first = next(iter(configs.values()))
     for path in students:
         others.append(row(str(path), "given", {0: Tested(first, path, runs)}))
     rows = [*teachers.values(), *alone.values(), *others]
     _add_costs(rows, tested)
     return rows
+
+
+def peers(settings: Settings) -> list[Any]:
+    """Return the networks that learn beside the student."""
+    found: list[Any] = (settings["model"]["teacher"].get("init_args") or {}).get("peers") or []
+    return found
 
 
 def _train(name: str, training: Settings, measuring: Settings, seeds: list[int], runs: Path) -> dict[int, Tested]:

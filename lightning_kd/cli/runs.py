@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.cli.command import DistillationCLI
@@ -41,11 +42,18 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
     trainer = settings["trainer"] | ALL_IN_ONE | {"default_root_dir": str(folder)}
     cli = DistillationCLI(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
     part = folder / f".{key}.part"
+    for i, peer in enumerate(getattr(cli.model.attachment, "peers", ()), 1):
+        torch.save(peer.state_dict(), peer_file(checkpoint, i))
     cli.trainer.save_checkpoint(part, weights_only=True)
     os.replace(part, checkpoint)
     del cli
     gc.collect()  # data and trainer hold each other: of many runs in a row, each would stay for a while
     return checkpoint
+
+
+def peer_file(checkpoint: Path, number: int) -> Path:
+    """Return where the weights of a peer are, beside those of the student, which is number 0."""
+    return checkpoint.with_suffix(f".peer{number}.pt") if number else checkpoint
 
 
 class Tested:

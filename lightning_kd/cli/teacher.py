@@ -26,6 +26,11 @@ DECIDING = ("limit_train_batches", "gradient_clip_val")
 QUIET = ("accelerator", "devices", "precision", "enable_progress_bar", "enable_model_summary", "limit_val_batches")
 """What of the trainer is carried over, and decides only how the training is done, or shown."""
 
+DISTILLING = ("teacher", "terms", "task_weight", "teacher_input", "student_input")
+"""What of the model a student that is trained alone does not have."""
+
+OUR_CALLBACKS = "lightning_kd.callbacks."
+
 DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 """What of the trainer decides only what is shown."""
 
@@ -104,8 +109,12 @@ def own_training(config: dict[str, Any]) -> dict[str, Any]:
 
 def alone(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without distillation: the same data, student, optimizer and trainer."""
-    model = {k: v for k, v in config["model"].items() if k not in ("teacher", "terms", "task_weight")}
-    return {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config} | {"model": model}
+    model = {k: v for k, v in config["model"].items() if k not in DISTILLING}
+    kept = {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config}
+    callbacks = [c for c in kept["trainer"].get("callbacks") or [] if not c["class_path"].startswith(OUR_CALLBACKS)]
+    if "callbacks" in kept["trainer"]:
+        kept["trainer"] = kept["trainer"] | {"callbacks": callbacks or None}
+    return kept | {"model": model}
 
 
 def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
