@@ -1,6 +1,6 @@
 """What a teacher is."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ class Teacher(nn.Module):
         """Returns the captured outputs by path."""
         raise NotImplementedError
 
-    def losses(self, labels: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns losses by which its ``learner`` learns from the answers since the last time; they weigh 1."""
+    def losses(self, answers: Sequence[Record], labels: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns losses by which its ``learner`` learns, of what it answered to the calls of a step; they weigh 1."""
         return {}
 
     def begin(self) -> None:
@@ -98,3 +98,13 @@ def in_type_of(
     if dtype is not None:
         args, kwargs = tree_map(convert, (args, kwargs))
     return args, kwargs
+
+
+def made_by(
+    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments that a function makes out of others: a tensor, a tuple of positional ones or a dict."""
+    made = make(*args, **kwargs)
+    if isinstance(made, dict):
+        return (), made
+    return (made if isinstance(made, tuple) else (made,)), {}
