@@ -19,7 +19,7 @@ class Teacher(nn.Module):
     default have to be written; the others are for teachers that change while the student learns.
     """
 
-    learner: nn.Module | None = None
+    learner: nn.Module | None
     """What learns along with the student, by the same optimizer (a router, say); None for most teachers."""
 
     evaluated = False
@@ -30,6 +30,10 @@ class Teacher(nn.Module):
 
     labels: Mapping[str, bool] = {}
     """What ``losses`` reads of a batch, by name, and whether it cannot do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learner = None  # not on the class, where it would hide the submodule of this name
 
     def root(self, student: nn.Module) -> nn.Module | None:
         """Returns the model in which terms name their paths, or None if it can tell only in ``bind``."""

@@ -159,18 +159,20 @@ class Ensemble(Teacher):
         assert self.learner is None or isinstance(self.learner, Router)
         return self.learner
 
-    def root(self, student: nn.Module) -> nn.Module | None:
-        """Returns the first model: the others have the paths that terms name, too."""
-        return self._frozen()[0].root(student)
-
-    def _frozen(self) -> list[Frozen]:
+    @property
+    def frozen(self) -> list[Frozen]:
+        """The teachers."""
         return [member for member in self.members if isinstance(member, Frozen)]
+
+    def root(self, student: nn.Module) -> nn.Module:
+        """Returns the first model: the others have the paths that terms name, too."""
+        return self.frozen[0].model
 
     def bind(self, student: nn.Module, paths: Collection[str]) -> None:
         """Prepares every teacher to answer for the given module paths; see ``Frozen.bind``."""
         judged = self.judged_by is not None or self.router is not None
         try:
-            for member in self._frozen():
+            for member in self.frozen:
                 member.bind(student, {*paths, OUTPUT} if judged else paths)
         except ValueError:
             self.unbind()
@@ -178,12 +180,12 @@ class Ensemble(Teacher):
 
     def unbind(self) -> None:
         """Removes the hooks from every model."""
-        for member in self._frozen():
+        for member in self.frozen:
             member.unbind()
 
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Runs every teacher without gradient, and averages what they return."""
-        answers: list[Record] = [member(*args, **kwargs) for member in self.members]
+        answers: list[Record] = [member(*args, **kwargs) for member in self.frozen]
         record: Record = {}
         log_weights = self.log_weights
         if OUTPUT in answers[0]:
@@ -227,7 +229,7 @@ class Ensemble(Teacher):
         """Returns the logarithms of the weights, (K, B) or (K, 1)."""
         if self.router is None and self.judged_by is None:
             return self.log_weights
-        log_p = [z.log_softmax(1).flatten(2) if z.ndim > 2 else z.log_softmax(1)[:, :, None] for z in logits]
+        log_p = [z.log_softmax(1)[..., None].flatten(2) for z in logits]  # (B, C_k, positions)
         if self.judged_by == "confidence":
             scores = torch.stack([p.exp().amax(1).mean(-1).log() for p in log_p])
         elif self.judged_by == "entropy":
