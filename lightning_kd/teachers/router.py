@@ -34,8 +34,9 @@ class Router(nn.Module):
         balance, a KL too, has a gradient for the gates; here they read the teachers, weigh all, and learn from labels.
 
     Example:
-        >>> Router(members=3, num_classes=10)(torch.rand(4, 3, 10)).softmax(1)[0]
-        tensor([0.3333, 0.3333, 0.3333], grad_fn=<SelectBackward0>)
+        >>> import torch
+        >>> Router(members=4, num_classes=10)(torch.rand(2, 4, 10)).softmax(1).tolist()[0]
+        [0.25, 0.25, 0.25, 0.25]
     """
 
     def __init__(self, members: int, num_classes: int, hidden: int = 64, balance: float = 0.0) -> None:
