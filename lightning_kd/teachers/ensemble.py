@@ -64,10 +64,10 @@ class Ensemble(Teacher):
         TypeError: If a teacher is no trained model.
 
     Source:
-        Hinton et al., arXiv 1503.02531, section 1, name both means. Weights by what a teacher says of a sample are
-        as in the code of CA-MKD (arXiv 2201.00007), whose formulas, ``(1 - softmax_k(cross-entropy)) / (K - 1)`` with
-        the labels and ``(1 - H_k / sum_j H_j)`` without, are not these: these tell certain and uncertain teachers
-        apart however many there are.
+        To average the predictions of many models and distil them into one: Hinton et al., arXiv 1503.02531, abstract.
+        Lower entropy, larger weight: Kwon et al., Adaptive Knowledge Distillation based on Entropy, ICASSP 2020. The
+        formulas are ours; those in the code of CA-MKD (arXiv 2201.00007), ``(1 - softmax_k(cross-entropy)) / (K - 1)``
+        with the labels and ``1 - H_k / sum_j H_j`` without, tell teachers apart the less the more there are.
 
     Example:
         >>> teacher = Ensemble([nn.Linear(4, 3), nn.Linear(4, 3)], weights="entropy")

@@ -30,8 +30,8 @@ class Router(nn.Module):
 
     Source:
         After MST-Distill, Li et al., arXiv 2507.07015, and its authors' code (``GateNet``, ``load_balancing_loss``).
-        There the gates read the student's logits, the k best teachers of a sample are taken alike, and only the
-        balance, a KL too, has a gradient for the gates; here they read the teachers, weigh all, and learn from labels.
+        There the gates read the student's logits, the k best teachers of a sample count alike, and of the losses
+        only the balance has a gradient for the gates; here they read the teachers, weigh all, and learn from labels.
 
     Example:
         >>> import torch
