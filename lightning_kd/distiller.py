@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.teachers.base import made_by
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
@@ -242,7 +243,7 @@ class Distiller(nn.Module):
                 return None
             if not torch.is_grad_enabled():
                 return None
-            own = _arguments(self.student_input, args, kwargs) if self.student_input else None
+            own = made_by(self.student_input, args, kwargs) if self.student_input else None
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs)
                 knowledge = self.teacher(*args, **kwargs)
@@ -263,7 +264,7 @@ class Distiller(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns what the teacher is called with where the student is called with ``args`` and ``kwargs``."""
-        return _arguments(self.teacher_input, args, kwargs) if self.teacher_input else (args, kwargs)
+        return made_by(self.teacher_input, args, kwargs) if self.teacher_input else (args, kwargs)
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:
@@ -319,7 +320,7 @@ class Distiller(nn.Module):
             with _naming(name):
                 values = [term(*self._captured(name, call), labels) for call in calls]
                 losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
-        return {**losses, **self.teacher.losses(labels)}
+        return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
 
     def at(self, moment: Moment) -> None:
         """Sets everything that is scheduled to its value at a moment of the run."""
@@ -356,15 +357,6 @@ class Distiller(nn.Module):
                 for key, f in (("min", _least), ("max", _most))
             ]
         )
-
-
-def _arguments(
-    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    made = make(*args, **kwargs)
-    if isinstance(made, dict):
-        return (), made
-    return (made if isinstance(made, tuple) else (made,)), {}
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,9 +16,9 @@ from lightning_kd.distiller import Distiller
 from lightning_kd.mutual import MutualAttachment
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
-from lightning_kd.teachers import Frozen, Peers, Teacher
-from lightning_kd.teachers.base import in_type_of
+from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
 from lightning_kd.term import Term
+from lightning_kd.wiring import OUTPUT
 
 
 class DistillationModule(LightningModule):
@@ -131,17 +131,21 @@ class DistillationModule(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures the student, and how often it agrees with the teacher."""
         output = self._evaluate(batch, self.test_metrics, "test")
-        if self.agreement is not None and isinstance(self.teacher, Frozen):
+        # Of what an ensemble's models return, only the logits are left: a task that selects them finds nothing.
+        whole = not isinstance(self.teacher, Ensemble) or not self.teacher.path.selectors
+        if self.agreement is not None and whole and isinstance(self.teacher, (Ensemble, Frozen)):
             self.task.update_agreement(self.agreement, output, self._teacher_output(self.teacher, batch))
             self.log("test/agreement", self.agreement, batch_size=1)
 
-    def _teacher_output(self, teacher: Frozen, batch: Any) -> Any:
+    def _teacher_output(self, teacher: Ensemble | Frozen, batch: Any) -> Any:
         """Lets the task call the teacher, on what it is given in training: see ``teacher_input``."""
         assert self.attachment is not None
         distiller = self.attachment.distiller
+        if isinstance(teacher, Ensemble):
+            return self.task(_AsModel(teacher, distiller), batch)
 
         def as_in_training(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return in_type_of(teacher.model, *distiller.teacher_arguments(args, kwargs))
+            return teacher.arguments(*distiller.teacher_arguments(args, kwargs))
 
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:
@@ -188,3 +192,20 @@ class DistillationModule(LightningModule):
         self.task.update(metrics, output, batch)
         self.log_dict({f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val")
         return output
+
+
+class _AsModel(nn.Module):
+    """An ensemble that is called like the student."""
+
+    def __init__(self, teacher: Ensemble, distiller: Distiller) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.distiller = distiller
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.distiller.teacher_arguments(args, kwargs)
+        self.teacher.bind(nn.Identity(), [OUTPUT])
+        try:
+            return self.teacher(*args, **kwargs)[OUTPUT][0]
+        finally:
+            self.teacher.unbind()

@@ -1,6 +1,6 @@
 """What a teacher is."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Teacher(nn.Module):
     default have to be written; the others are for teachers that change while the student learns.
     """
 
-    learner: nn.Module | None = None
+    learner: nn.Module | None
     """What learns along with the student, by the same optimizer (a router, say); None for most teachers."""
 
     evaluated = False
@@ -30,6 +30,10 @@ class Teacher(nn.Module):
 
     labels: Mapping[str, bool] = {}
     """What ``losses`` reads of a batch, by name, and whether it cannot do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learner = None  # not on the class, where it would hide the submodule of this name
 
     def root(self, student: nn.Module) -> nn.Module | None:
         """Returns the model in which terms name their paths, or None if it can tell only in ``bind``."""
@@ -55,8 +59,8 @@ class Teacher(nn.Module):
         """Returns the captured outputs by path."""
         raise NotImplementedError
 
-    def losses(self, labels: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns losses by which its ``learner`` learns from the answers since the last time; they weigh 1."""
+    def losses(self, answers: Sequence[Record], labels: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns losses by which its ``learner`` learns, of what it answered to the calls of a step; they weigh 1."""
         return {}
 
     def begin(self) -> None:
@@ -98,3 +102,13 @@ def in_type_of(
     if dtype is not None:
         args, kwargs = tree_map(convert, (args, kwargs))
     return args, kwargs
+
+
+def made_by(
+    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments that a function makes out of others: a tensor, a tuple of positional ones or a dict."""
+    made = make(*args, **kwargs)
+    if isinstance(made, dict):
+        return (), made
+    return (made if isinstance(made, tuple) else (made,)), {}

@@ -1,7 +1,7 @@
 """Frozen: a trained model that stands still."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Literal, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_kd.copying import unshare
 from lightning_kd.taps import Record, Taps
-from lightning_kd.teachers.base import Teacher, in_type_of
+from lightning_kd.teachers.base import Teacher, in_type_of, made_by
 from lightning_kd.teachers.weights import load_weights
 
 
@@ -25,6 +25,8 @@ class Frozen(Teacher):
             loaded with ``weights_only=True``.
         mode: ``"train"`` lets the model use and update its BatchNorm statistics of the batch and its dropout,
             an explicit choice of some recipes; ``"eval"`` is the rule.
+        input: Makes the model's arguments out of those that the teacher is called with, ``Renormalize(...)`` say: it
+            returns a tensor, a tuple of positional arguments or a dict of keyword arguments. Paths stay the model's.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -43,6 +45,7 @@ class Frozen(Teacher):
         model: nn.Module,
         checkpoint: str | os.PathLike[str] | None = None,
         mode: Literal["eval", "train"] = "eval",
+        input: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("eval", "train"):
@@ -55,6 +58,7 @@ class Frozen(Teacher):
             )
         self.model = model
         self.mode = mode
+        self.input = input
         if checkpoint is not None:
             load_weights(model, checkpoint)
         self._taps: Taps | None = None
@@ -101,9 +105,13 @@ class Frozen(Teacher):
         if self._taps is None:
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
         self.model.train(self.mode == "train")
-        args, kwargs = in_type_of(self.model, args, kwargs)
         with torch.no_grad():
+            args, kwargs = self.arguments(args, kwargs)
             return self._taps.run(*args, **kwargs)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what the model is called with where the teacher is called with ``args`` and ``kwargs``."""
+        return in_type_of(self.model, *(made_by(self.input, args, kwargs) if self.input else (args, kwargs)))
 
 
 def _places(model: nn.Module) -> set[object]:

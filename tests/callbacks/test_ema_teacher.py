@@ -46,7 +46,10 @@ def fit(module: LightningModule, *callbacks: Callback, ckpt_path: Path | None = 
         "num_sanity_val_steps": 0,
     }
     if ckpt_path:  # Lightning wants what made the checkpoint
-        options["enable_checkpointing"], callbacks = True, (*callbacks, ModelCheckpoint(ckpt_path.parent, filename="resumed"))
+        options["enable_checkpointing"], callbacks = (
+            True,
+            (*callbacks, ModelCheckpoint(ckpt_path.parent, filename="resumed")),
+        )
     run = Trainer(callbacks=list(callbacks), **options | kwargs)
     run.fit(module, loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
     return run
