@@ -48,7 +48,7 @@ def test_values(schedule: schedules.Schedule, values: list[float]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("until", [0.0, -0.5, 1.5, math.nan])
 def test_until_is_a_fraction(kind: type, until: float) -> None:
-    with pytest.raises(ValueError, match=r"in \(0, 1\]; got"):
+    with pytest.raises(ValueError, match=r"in \(0, 1\], not a number of steps; got"):
         kind(1.0, 0.0, until)
 
 

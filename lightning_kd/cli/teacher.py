@@ -93,6 +93,10 @@ def own_training(config: dict[str, Any]) -> dict[str, Any]:
 
 def alone(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without distillation: the same data, student, optimizer and trainer."""
+    trainer = config.get("trainer") or {}
+    if trainer.get("callbacks"):  # schedules of terms that are not there; with none left, as if none was ever given
+        others = [c for c in trainer["callbacks"] if not c["class_path"].startswith("lightning_kd.callbacks.")]
+        config = config | {"trainer": trainer | {"callbacks": others or None}}
     model = {k: v for k, v in config["model"].items() if k not in ("teacher", "terms", "task_weight")}
     return {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config} | {"model": model}
 
