@@ -96,7 +96,8 @@ def alone(config: dict[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     if trainer.get("callbacks"):  # schedules of terms that are not there; with none left, as if none was ever given
         others = [c for c in trainer["callbacks"] if not c["class_path"].startswith("lightning_kd.callbacks.")]
-        config = config | {"trainer": trainer | {"callbacks": others or None}}
+        trainer = {k: v for k, v in trainer.items() if k != "callbacks"} | ({"callbacks": others} if others else {})
+        config = config | {"trainer": trainer}
     model = {k: v for k, v in config["model"].items() if k not in ("teacher", "terms", "task_weight")}
     return {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config} | {"model": model}
 
