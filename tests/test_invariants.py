@@ -396,6 +396,7 @@ if __name__ == "__main__":
     terms = {{
         "kd": Term(losses.KD()),
         "dkd": Term(losses.DKD(), weight=0.1),
+        "ctkd": Term(losses.CTKD(losses.KD()), weight=0.1),
         "hint": Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0),
     }}
     callback = Distillation(Net(6, norm=False), terms, student="model")
@@ -429,7 +430,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_two_processes_are_the_same_training(strategy: str, one_process: dict[str, Any], tmp_path: Path) -> None:
     two = train_in_processes(strategy, 2, tmp_path)
-    assert set(two["logged"]) == {"my_loss", "train/loss", "train/task", "train/kd", "train/dkd", "train/hint"}
+    terms = {"kd", "dkd", "hint", "ctkd", "ctkd/temperature", "ctkd/reversal"}
+    assert set(two["logged"]) == {"my_loss"} | {f"train/{name}" for name in {"loss", "task"} | terms}
     assert all(value > 0 for value in two["logged"].values())
     # Lightning brings back from spawned processes the module, but not the callbacks.
     for part in ("state",) if strategy == "ddp_spawn" else ("state", "projectors"):

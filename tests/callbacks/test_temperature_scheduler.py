@@ -84,7 +84,8 @@ def fit(
         enable_model_summary=False,
         **options | kwargs,
     )
-    trainer.fit(module, loader(), ckpt_path=resume, weights_only=True if resume else None)
+    val = loader() if isinstance(module, DistillationModule) else None
+    trainer.fit(module, loader(), val, ckpt_path=resume, weights_only=True if resume else None)
     return history, module
 
 
