@@ -1,4 +1,4 @@
-"""Callbacks for LightningModules that are not changed, one per file: those that distil, and schedules of their terms."""
+"""Callbacks for LightningModules that are not changed, one per file: some distil, some schedule their terms."""
 
 from lightning_kd.callbacks.distillation import Distillation
 from lightning_kd.callbacks.ema_teacher import EMATeacher

@@ -45,7 +45,7 @@ class Scheduler(Callback, ABC):
         self._lent: tuple[Term, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lends the schedule, before anything is asked how long the run is; in which order of callbacks is no matter."""
+        """Lends the schedule, before anybody asks whether the run needs an end; the callbacks' order is no matter."""
         if stage == "fit":
             self._take_back()
             term = self._find(trainer)

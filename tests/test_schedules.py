@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from jsonargparse import ArgumentParser
 from torch import optim
 
@@ -141,7 +140,7 @@ def test_by_epoch_changes_where_an_epoch_begins() -> None:
     schedule = schedules.ByEpoch(schedules.Linear(8.0, 0.0))
     moments = [Moment(step / 8, step, step // 2, (step // 2) / 4) for step in range(8)]
     assert [schedule.at(moment) for moment in moments] == [8.0, 8.0, 6.0, 6.0, 4.0, 4.0, 2.0, 2.0]
-    with pytest.raises(ValueError, match="how many epochs it has. Set max_epochs"):
+    with pytest.raises(ValueError, match=r"how many epochs it has. Set max_epochs"):
         schedule.at(Moment(epoch_progress=math.nan))
 
 

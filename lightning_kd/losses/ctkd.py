@@ -51,9 +51,7 @@ class CTKD(Wrapped):
         {'temperature': 15.62, 'reversal': 0.0}
     """
 
-    def __init__(
-        self, loss: nn.Module, low: float = 1.0, high: float = 21.0, reversal: Schedule | None = None
-    ) -> None:
+    def __init__(self, loss: nn.Module, low: float = 1.0, high: float = 21.0, reversal: Schedule | None = None) -> None:
         super().__init__(loss, tempers=True)
         self.low, self.high = _check.bounds(low, high)
         self.reversal = reversal or Cosine(0.0, 1.0)

@@ -31,10 +31,9 @@ class SampleTemperature(Wrapped):
         c_i = 1 - H(p) / log C              "entropy"
 
     A certain teacher says more about the other classes when it is softened; one that is not is better not softened any
-    more. That the temperature goes by sample and certainty is the idea of dynamic temperature distillation (Wen et al.);
-    this formula is the plainest with bounds, and neither paper's own: theirs depends on the rest of the batch. Swing
-    distillation (Li et al.) has a temperature for each token, by how private it is. The factor T_i^2 stands inside the
-    mean over samples.
+    more. A temperature that goes by sample and certainty is the idea of dynamic temperature distillation (Wen et al.);
+    swing distillation (Li et al.) has one for each token, by how private it is. This formula is the plainest with
+    bounds, and **neither paper's own**. The factor T_i^2 stands inside the mean over samples.
 
     A schedule of the temperature is one of T. Logged is ``train/<term>/mean_temperature``.
 

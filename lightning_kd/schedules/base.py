@@ -53,7 +53,9 @@ class Custom(Schedule):
     def __init__(self, function: Callable[[float], float]) -> None:
         given: object = function  # what a caller without a type checker may pass
         if not callable(given):
-            raise TypeError(f"a schedule is one of schedules.* or a function of the fraction of the run; got {given!r}.")
+            raise TypeError(
+                f"a schedule is one of schedules.* or a function of the fraction of the run; got {given!r}."
+            )
         self.function = function
 
     def __call__(self, progress: float) -> float:

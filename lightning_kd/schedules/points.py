@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 from lightning_kd.schedules.base import Schedule, finite, fraction
 
@@ -68,7 +69,9 @@ class Piecewise(Schedule):
         self.points = [(float(x), float(value)) for x, value in points]
         self.interpolate = interpolate
         if not self.points:
-            raise ValueError("points is empty: give pairs (fraction of the run, value), such as [(0.0, 4.0), (0.5, 2.0)].")
+            raise ValueError(
+                "points is empty: give pairs (fraction of the run, value), such as [(0.0, 4.0), (0.5, 2.0)]."
+            )
         self._at = [x for x, _ in self.points]
         if not all(0.0 <= x <= 1.0 for x in self._at):
             raise ValueError(f"points are pairs (fraction of the run, value), fractions in [0, 1]; got {self.points}.")
@@ -89,5 +92,5 @@ class Piecewise(Schedule):
 
 
 def _rising(fractions: Sequence[float]) -> None:
-    if any(a >= b for a, b in zip(fractions, fractions[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(fractions)):
         raise ValueError(f"fractions of the run are given in rising order, each once; got {list(fractions)}.")

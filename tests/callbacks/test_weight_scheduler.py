@@ -63,5 +63,5 @@ def test_a_term_has_one_schedule_of_its_weight() -> None:
 
 def test_any_term_has_a_weight() -> None:
     assert WeightScheduler("hint", schedules.Linear(1.0, 0.0)).schedule(1.0) == 0.0
-    with pytest.raises(ValueError, match="A weight cannot follow.*it goes from 1.0 to -1.0"):
+    with pytest.raises(ValueError, match=r"A weight cannot follow.*it goes from 1.0 to -1.0"):
         WeightScheduler("hint", schedules.Linear(1.0, -1.0))

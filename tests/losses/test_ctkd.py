@@ -93,7 +93,10 @@ def test_around_other_wrappers():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: losses.CTKD(nn.MSELoss()), "CTKD sets the temperature of the loss that it wraps, and MSELoss has none"),
+        (
+            lambda: losses.CTKD(nn.MSELoss()),
+            "CTKD sets the temperature of the loss.*MSELoss has none",
+        ),
         (lambda: losses.CTKD(losses.KD(), low=0.0), "0 < low < high; got 0.0 and 21.0"),
         (lambda: losses.CTKD(losses.KD(), low=4.0, high=4.0), "0 < low < high"),
         (lambda: losses.Standardized(losses.CTKD(losses.KD())), r"it is the outermost: CTKD\(Standardized\(\.\.\.\)\)"),

@@ -51,7 +51,7 @@ def test_no_gradient_flows_through_the_temperature():
 
 
 def test_it_needs_a_temperature_to_set():
-    with pytest.raises(ValueError, match="DTS sets the temperature.*PLD has none"):
+    with pytest.raises(ValueError, match=r"DTS sets the temperature.*PLD has none"):
         losses.DTS(losses.PLD())
     with pytest.raises(ValueError, match="0 < low < high"):
         losses.DTS(losses.KD(), low=8.0, high=1.0)
