@@ -220,7 +220,7 @@ class Attachment(Callback):
     def _moment(self, trainer: Trainer) -> Moment:
         """Returns where in the run the next step is; without a schedule, nobody asks how far."""
         step, epoch = trainer.global_step, trainer.current_epoch
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("nan")
         return Moment(step / self._total_steps, step, epoch, epoch / epochs)
 
     def _has_parameters(self) -> bool:

@@ -92,7 +92,13 @@ class Term(nn.Module):
         """Sets what is scheduled to its values at a moment of the run: the weight, and attributes of the loss."""
         self._moment = moment
         for name, schedule in self.schedules.items():
-            setattr(self.loss, name, schedule.at(moment))
+            value = float(schedule.at(moment))
+            if name == "temperature" and not 0.0 < value < math.inf:
+                raise ValueError(
+                    f"the schedule of the temperature gave {value} at {moment.progress:.1%} of the run (step "
+                    f"{moment.step}), and temperatures are positive finite numbers: {schedule!r}."
+                )
+            setattr(self.loss, name, value)
         follow = getattr(self.loss, "at", None)
         if follow is not None:
             follow(moment)

@@ -185,7 +185,7 @@ CONTRACT = {
         "AT", "CRD", "DIST", "DKD", "FitNet", "KD", "NKD", "OFA", "PKT", "PLD", "RKD", "SP", "VID",
     },
     "lightning_kd.tasks": {"Classification", "TaskAdapter"},
-    "lightning_kd.callbacks": {"Distillation"},
+    "lightning_kd.callbacks": {"Distillation", "TemperatureScheduler", "WeightScheduler"},
 }  # fmt: skip
 
 

@@ -109,12 +109,13 @@ def own_training(config: dict[str, Any]) -> dict[str, Any]:
 
 def alone(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without distillation: the same data, student, optimizer and trainer."""
+    trainer = config.get("trainer") or {}
+    if trainer.get("callbacks"):  # schedules of terms that are not there; with none left, as if none was ever given
+        others = [c for c in trainer["callbacks"] if not c["class_path"].startswith(OUR_CALLBACKS)]
+        trainer = {k: v for k, v in trainer.items() if k != "callbacks"} | ({"callbacks": others} if others else {})
+        config = config | {"trainer": trainer}
     model = {k: v for k, v in config["model"].items() if k not in DISTILLING}
-    kept = {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config}
-    callbacks = [c for c in kept["trainer"].get("callbacks") or [] if not c["class_path"].startswith(OUR_CALLBACKS)]
-    if "callbacks" in kept["trainer"]:
-        kept["trainer"] = kept["trainer"] | {"callbacks": callbacks or None}
-    return kept | {"model": model}
+    return {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config} | {"model": model}
 
 
 def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:

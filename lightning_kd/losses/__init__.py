@@ -3,8 +3,10 @@
 from lightning_kd.losses.at import AT
 from lightning_kd.losses.bdkd import BDKD
 from lightning_kd.losses.crd import CRD
+from lightning_kd.losses.ctkd import CTKD
 from lightning_kd.losses.dist import DIST
 from lightning_kd.losses.dkd import DKD
+from lightning_kd.losses.dts import DTS
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.nkd import NKD
@@ -12,6 +14,7 @@ from lightning_kd.losses.ofa import OFA
 from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.rkd import RKD
+from lightning_kd.losses.sample_temperature import SampleTemperature
 from lightning_kd.losses.sp import SP
 from lightning_kd.losses.standardize import Standardized
 from lightning_kd.losses.vid import VID
@@ -20,8 +23,10 @@ __all__ = [
     "AT",
     "BDKD",
     "CRD",
+    "CTKD",
     "DIST",
     "DKD",
+    "DTS",
     "KD",
     "NKD",
     "OFA",
@@ -31,5 +36,6 @@ __all__ = [
     "SP",
     "VID",
     "FitNet",
+    "SampleTemperature",
     "Standardized",
 ]

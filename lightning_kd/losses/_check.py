@@ -14,6 +14,13 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def bounds(low: float, high: float) -> tuple[float, float]:
+    """Return the bounds of a temperature, or raise ``ValueError``."""
+    if not (_finite(low) and _finite(high) and 0 < low < high):
+        raise ValueError(f"the bounds of a temperature are finite numbers, 0 < low < high; got {low!r} and {high!r}.")
+    return low, high
+
+
 def weights(**values: float) -> None:
     """Raise ``ValueError`` if the weights of a loss's parts are not finite, or negative, or all of several are 0."""
     if not all(_finite(value) and value >= 0 for value in values.values()):

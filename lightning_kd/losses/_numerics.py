@@ -27,3 +27,15 @@ def unit(x: Tensor, dim: int = -1, eps: float | Tensor = 1e-12) -> Tensor:
 def rows(logits: Tensor, dim: int = 1) -> Tensor:
     """Return logits (B, C, ...) as (B * positions, C)."""
     return logits.movedim(dim, -1).flatten(0, -2)
+
+
+def per_position(temperature: float | Tensor, logits: Tensor, dim: int = 1) -> float | Tensor:
+    """Return a temperature that divides logits (B, C, ...), classes in ``dim``: of one number, or a tensor of (B, ...).
+
+    A tensor holds one temperature for each sample (B), or for each sample and position: the logits' shape without the
+    classes. It comes back with a dimension of size 1 in the place of the classes.
+    """
+    if not isinstance(temperature, Tensor) or not temperature.ndim:
+        return temperature
+    positions = temperature.reshape(*temperature.shape, *[1] * (logits.ndim - 1 - temperature.ndim))
+    return positions.unsqueeze(dim)

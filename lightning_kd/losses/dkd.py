@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
-from lightning_kd.losses._numerics import rows, upcast
+from lightning_kd.losses._numerics import per_position, rows, upcast
 
 
 def dkd(
@@ -14,17 +14,23 @@ def dkd(
     target: Tensor,
     alpha: float = 1.0,
     beta: float = 8.0,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
 ) -> Tensor:
     """Return ``T^2 * (alpha * TCKD + beta * NCKD)``; see :class:`DKD`."""
     _check.logits(student, teacher, classes=3, why=_check.TWO_CLASSES)
     label = _check.class_target(target, student).reshape(-1, 1)
     mask = torch.zeros_like(rows(student), dtype=torch.bool).scatter(1, label, True)
-    s_binary, s_rest = _decouple(rows(upcast(student)) / temperature, mask, label)
-    t_binary, t_rest = _decouple(rows(upcast(teacher.detach())) / temperature, mask, label)
+    scale = per_position(temperature, student)
+    s_binary, s_rest = _decouple(rows(upcast(student) / scale), mask, label)
+    t_binary, t_rest = _decouple(rows(upcast(teacher.detach()) / scale), mask, label)
+    if isinstance(scale, Tensor) and scale.ndim:  # each row by its own
+        squares = rows(scale.expand_as(student[:, :1]) ** 2)
+        tckd = (squares * F.kl_div(s_binary, t_binary, reduction="none", log_target=True)).sum() / len(mask)
+        nckd = (squares * F.kl_div(s_rest, t_rest, reduction="none", log_target=True)).sum() / len(mask)
+        return alpha * tckd + beta * nckd
     tckd = F.kl_div(s_binary, t_binary, reduction="batchmean", log_target=True)
     nckd = F.kl_div(s_rest, t_rest, reduction="batchmean", log_target=True)
-    return temperature**2 * (alpha * tckd + beta * nckd)
+    return scale**2 * (alpha * tckd + beta * nckd)
 
 
 def _decouple(scaled: Tensor, mask: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +59,8 @@ class DKD(nn.Module):
     Args:
         alpha: Weight of the target-class part, not negative; one of the two may be 0.
         beta: Weight of the non-target part; the paper takes 8, 6 or 2 on CIFAR-100, 0.5 on ImageNet.
-        temperature: T > 0. May be changed between steps.
+        temperature: T > 0. May be changed between steps; the function takes a tensor, too: one for each sample (B), or
+            for each sample and position.
 
     Returns:
         ``forward(student, teacher, target)`` takes logits (B, C) or (B, C, ...) and class indices (B) or
@@ -74,12 +81,15 @@ class DKD(nn.Module):
         torch.Size([])
     """
 
+    per_sample = True
+    """The temperature may be a tensor, one for each sample."""
+
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
         _check.weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
-        self.temperature = _check.positive("temperature", temperature)
+        self.temperature: float | Tensor = _check.positive("temperature", temperature)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """Return the decoupled divergence of two logits, given the labels."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
-from lightning_kd.losses._numerics import upcast
+from lightning_kd.losses._numerics import per_position, upcast
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Activation = Literal["softmax", "sigmoid"]
@@ -17,7 +17,7 @@ Activation = Literal["softmax", "sigmoid"]
 def kd(
     student: Tensor,
     teacher: Tensor,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     divergence: Divergence = "forward",
     activation: Activation = "softmax",
     beta: float = 0.5,
@@ -25,6 +25,7 @@ def kd(
 ) -> Tensor:
     """Return ``T^2 * D(p_t, p_s)``, averaged over samples and positions; see :class:`KD`."""
     _check.logits(student, teacher, dim, classes=2 if activation == "softmax" else 1)
+    temperature = per_position(temperature, student, dim)
     s, t = upcast(student) / temperature, upcast(teacher.detach()) / temperature
     if activation == "softmax":
         log_s, log_t = s.log_softmax(dim), t.log_softmax(dim)
@@ -32,18 +33,20 @@ def kd(
         log_s = torch.stack((F.logsigmoid(s), F.logsigmoid(-s)))
         log_t = torch.stack((F.logsigmoid(t), F.logsigmoid(-t)))
     distributions = student.numel() // student.shape[dim]
-    return temperature**2 * _divergence(log_s, log_t, divergence, beta) / distributions
+    # one temperature scales the sum, one for each sample its parts
+    reduction = "none" if isinstance(temperature, Tensor) and temperature.ndim else "sum"
+    return (temperature**2 * _divergence(log_s, log_t, divergence, beta, reduction)).sum() / distributions
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    # kl_div(log q, log p) is KL(p || q), summed over everything
+def _divergence(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float, reduction: str) -> Tensor:
+    # kl_div(log q, log p) is KL(p || q), summed over everything or over nothing
     if divergence == "forward" or (divergence == "jsd" and beta == 0):
-        return F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+        return F.kl_div(log_s, log_t, reduction=reduction, log_target=True)
     if divergence == "reverse" or beta == 1:
-        return F.kl_div(log_t, log_s, reduction="sum", log_target=True)
+        return F.kl_div(log_t, log_s, reduction=reduction, log_target=True)
     mixture = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    from_teacher = F.kl_div(mixture, log_t, reduction="sum", log_target=True)
-    from_student = F.kl_div(mixture, log_s, reduction="sum", log_target=True)
+    from_teacher = F.kl_div(mixture, log_t, reduction=reduction, log_target=True)
+    from_student = F.kl_div(mixture, log_s, reduction=reduction, log_target=True)
     return beta * from_teacher + (1 - beta) * from_student
 
 
@@ -62,7 +65,8 @@ class KD(nn.Module):
     those of exclusive classes, so for these say ``activation="sigmoid"``; nothing can tell it from their shape.
 
     Args:
-        temperature: T > 0; the factor T^2 keeps the gradient's scale. May be changed between steps.
+        temperature: T > 0; the factor T^2 keeps the gradient's scale. May be changed between steps; the function takes
+            a tensor, too: one for each sample (B), or for each sample and position.
         divergence: Which of the three.
         activation: ``"softmax"`` for exclusive classes, ``"sigmoid"`` for independent labels.
         beta: The teacher's share in the mixture, in [0, 1]; only ``"jsd"`` reads it. At the ends, where the
@@ -90,6 +94,9 @@ class KD(nn.Module):
         tensor(True)
     """
 
+    per_sample = True
+    """The temperature may be a tensor, one for each sample."""
+
     def __init__(
         self,
         temperature: float = 4.0,
@@ -105,7 +112,7 @@ class KD(nn.Module):
             raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}.")
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is the teacher's share in the mixture, in [0, 1], got {beta!r}.")
-        self.temperature = _check.positive("temperature", temperature)
+        self.temperature: float | Tensor = _check.positive("temperature", temperature)
         self.divergence: Divergence = divergence
         self.activation: Activation = activation
         self.beta = beta

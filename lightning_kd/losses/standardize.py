@@ -1,12 +1,11 @@
 """Logit standardisation: any logit loss on z-scores."""
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import upcast
+from lightning_kd.losses._wrapped import Wrapped, temperature_of_the_loss
 
 
 def standardize(logits: Tensor, dim: int = 1, eps: float = 1e-7) -> Tensor:
@@ -23,7 +22,7 @@ def standardize(logits: Tensor, dim: int = 1, eps: float = 1e-7) -> Tensor:
     return torch.where(std == 0, 0.0, (logits - logits.mean(dim, keepdim=True)) / (std + eps))
 
 
-class Standardized(nn.Module):
+class Standardized(Wrapped):
     """Logit standardisation: any logit loss on the z-scores of both logits (Sun et al.).
 
     Over the C classes of each sample and position::
@@ -57,27 +56,12 @@ class Standardized(nn.Module):
     """
 
     def __init__(self, loss: nn.Module, dim: int = 1) -> None:
-        super().__init__()
-        self.loss = loss
+        super().__init__(loss)
         self.dim = dim
-        parameter = inspect.signature(loss.forward).parameters.get("target")
-        self.takes_target = parameter is not None
-        self.needs_target = parameter is not None and parameter.default is inspect.Parameter.empty
 
-    @property
-    def temperature(self) -> float:
-        """The wrapped loss's temperature, so that a schedule reaches it through here."""
-        return float(self.loss.temperature)  # type: ignore[arg-type]  # a plain float attribute of the loss
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self.loss.temperature = value  # type: ignore[assignment]  # as above
+    temperature = temperature_of_the_loss
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the wrapped loss of the standardised logits."""
-        if target is None and self.needs_target:
-            raise ValueError(f"{type(self.loss).__name__} needs the labels as `target`, got None.")
         _check.tensors(student, teacher)
-        student, teacher = standardize(student, self.dim), standardize(teacher.detach(), self.dim)
-        loss: Tensor = self.loss(student, teacher, target) if self.takes_target else self.loss(student, teacher)
-        return loss
+        return self.call(standardize(student, self.dim), standardize(teacher.detach(), self.dim), target)

@@ -11,7 +11,7 @@ CONFIGS = shipped()
 
 
 def test_configs_are_found() -> None:
-    assert {"digits_kd", "cifar10_kd", "cifar10_dkd", "cifar10_feature"} <= set(CONFIGS)
+    assert {"digits_kd", "digits_temperature", "cifar10_kd", "cifar10_dkd", "cifar10_feature"} <= set(CONFIGS)
     folder = Path(__file__).parents[2] / "configs"
     assert set(CONFIGS) == {path.stem for path in folder.glob("*.yaml")}
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_kd import functional, losses
+from lightning_kd import functional, losses, schedules
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,24 @@ def _standardized(m: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return functional.dkd(functional.standardize(s), functional.standardize(t), y)
 
 
+def _ctkd(m: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return functional.dkd(s, t, y, temperature=1.0 + 20.0 / (1.0 + math.exp(-1.0)))
+
+
+def _dts(m: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    gap = (nn.functional.cross_entropy(s, y) - nn.functional.cross_entropy(t, y)).item()
+    return functional.dkd(s, t, y, temperature=1.0 + 7.0 * (1.0 - 1.0 / (1.0 + max(gap, 0.0))))
+
+
+def _sample_temperature(m: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    certain = (t.softmax(1).amax(1) - 0.1) / 0.9
+    each = [
+        functional.dkd(s[i : i + 1], t[i : i + 1], y[i : i + 1], temperature=4.0 * 2.0 ** (2.0 * c - 1.0))
+        for i, c in enumerate(certain.tolist())
+    ]
+    return torch.stack(each).mean()
+
+
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda module, *args: function(*args)
 
@@ -58,8 +77,10 @@ CASES = {
         (8, 20),
         {"zero": LEARNS, "duplicates": "a copy of a sample is a negative that cannot be told apart"},
     ),
+    "CTKD": Case(lambda: losses.CTKD(losses.DKD(), reversal=schedules.Constant(1.0)), _ctkd),
     "DIST": Case(losses.DIST, _plain(functional.dist)),
     "DKD": Case(losses.DKD, _plain(functional.dkd)),
+    "DTS": Case(lambda: losses.DTS(losses.DKD()), _dts),
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
     "KD": Case(losses.KD, _plain(functional.kd)),
     "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
@@ -67,6 +88,7 @@ CASES = {
     "PKT": Case(losses.PKT, _plain(functional.pkt), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
+    "SampleTemperature": Case(lambda: losses.SampleTemperature(losses.DKD()), _sample_temperature),
     "SP": Case(losses.SP, _plain(functional.sp), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "Standardized": Case(lambda: losses.Standardized(losses.DKD()), _standardized),
     "VID": Case(losses.VID, _vid, (8, 3, 4, 4), MAP, {"zero": LEARNS}),

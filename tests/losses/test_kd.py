@@ -133,3 +133,35 @@ def test_errors_give_the_remedy():
     for wrong in ({"divergence": "kl"}, {"activation": "tanh"}, {"beta": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             losses.KD(**wrong)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_temperature_for_each_sample_is_the_mean_over_samples(divergence: str, activation: str):
+    s, t = _pair(6, 10)
+    temperatures = torch.linspace(0.5, 8.0, 6)
+    each = [
+        kd(s[i : i + 1], t[i : i + 1], float(temperature), divergence, activation)
+        for i, temperature in enumerate(temperatures)
+    ]
+    torch.testing.assert_close(kd(s, t, temperatures, divergence, activation), torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_temperature_for_each_sample_or_position(dim: int):
+    s, t = (x.movedim(1, dim) for x in _pair(2, 5, 3))
+    temperatures = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    each = [
+        kd(s.movedim(dim, 1)[b, :, n][None], t.movedim(dim, 1)[b, :, n][None], float(temperatures[b, n]))
+        for b in range(2)
+        for n in range(3)
+    ]
+    torch.testing.assert_close(kd(s, t, temperatures, dim=dim), torch.stack(each).mean())
+    by_sample = kd(s, t, torch.tensor([2.0, 6.0]), dim=dim)
+    torch.testing.assert_close(by_sample, (kd(s[:1], t[:1], 2.0, dim=dim) + kd(s[1:], t[1:], 6.0, dim=dim)) / 2)
+
+
+def test_one_temperature_is_one_number_in_whatever_it_comes():
+    s, t = _pair(6, 10)
+    for same in (torch.tensor(3.0), torch.full((6,), 3.0)):
+        torch.testing.assert_close(kd(s, t, same), kd(s, t, 3.0))

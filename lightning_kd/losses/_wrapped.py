@@ -1,0 +1,64 @@
+"""What losses around losses share: the target is handed on, and the temperature is the wrapped loss's."""
+
+import inspect
+
+from torch import Tensor, nn
+
+
+class Wrapped(nn.Module):
+    """Holds a loss and calls it, with the labels if it takes them.
+
+    Args:
+        loss: The loss that is called.
+        tempers: Whether the temperature of the loss is to be set in each call.
+
+    Raises:
+        ValueError: If its temperature is to be set and it has none, or if it follows the run and would not be told.
+    """
+
+    def __init__(self, loss: nn.Module, tempers: bool = False) -> None:
+        super().__init__()
+        if tempers and not hasattr(loss, "temperature"):
+            raise ValueError(
+                f"{type(self).__name__} sets the temperature of the loss that it wraps, and {type(loss).__name__} has "
+                "none that could be set. Wrap a loss on logits, such as KD()."
+            )
+        if hasattr(loss, "at"):
+            name = type(loss).__name__
+            raise ValueError(f"{name} follows the run, so it is the outermost: {name}({type(self).__name__}(...)).")
+        self.loss = loss
+        parameter = inspect.signature(loss.forward).parameters.get("target")
+        self.takes_target = parameter is not None
+        self.needs_target = parameter is not None and parameter.default is inspect.Parameter.empty
+        self.per_sample = bool(getattr(loss, "per_sample", False))
+
+    def call(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None, temperature: Tensor | None = None
+    ) -> Tensor:
+        """Return the wrapped loss, at a temperature that holds for this call alone if one is given."""
+        if target is None and self.needs_target:
+            raise ValueError(f"{type(self.loss).__name__} needs the labels as `target`, got None.")
+        labels = (target,) if self.takes_target else ()
+        if temperature is None:
+            loss: Tensor = self.loss(student, teacher, *labels)
+            return loss
+        before = self.loss.temperature
+        self.loss.temperature = temperature
+        try:
+            loss = self.loss(student, teacher, *labels)
+        finally:
+            self.loss.temperature = before
+        return loss
+
+    def _temperature(self) -> float:
+        return self.loss.temperature  # type: ignore[return-value]  # a plain attribute of the loss
+
+    def _set_temperature(self, value: float) -> None:
+        self.loss.temperature = value  # type: ignore[assignment]  # as above
+
+
+temperature_of_the_loss = property(
+    Wrapped._temperature,
+    Wrapped._set_temperature,
+    doc="The wrapped loss's temperature, so that a schedule reaches it through here.",
+)

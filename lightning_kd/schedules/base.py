@@ -1,0 +1,80 @@
+"""What a schedule is, and how any function becomes one."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step is.
+
+    Args:
+        progress: Fraction of the run that is done, from 0 to 1.
+        step: Optimizer steps that were made.
+        epoch: The current epoch.
+        epoch_progress: Fraction of the run that was done when the current epoch began; NaN where the run does not
+            say how many epochs it has.
+    """
+
+    progress: float = 0.0
+    step: int = 0
+    epoch: int = 0
+    epoch_progress: float = 0.0
+
+
+class Schedule(ABC):
+    """A number that changes over the run."""
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """Returns the value when the fraction ``progress`` of the run is done."""
+
+    def at(self, moment: Moment) -> float:
+        """Returns the value at a moment of the run."""
+        return self(moment.progress)
+
+
+class Custom(Schedule):
+    """What a function of the fraction of the run returns.
+
+    Args:
+        function: ``function(progress) -> value``. A named one, so that the schedule pickles.
+
+    Raises:
+        TypeError: If it cannot be called.
+
+    Example:
+        >>> Custom(math.sqrt)(0.25)
+        0.5
+    """
+
+    def __init__(self, function: Callable[[float], float]) -> None:
+        given: object = function  # what a caller without a type checker may pass
+        if not callable(given):
+            raise TypeError(
+                f"a schedule is one of schedules.* or a function of the fraction of the run; got {given!r}."
+            )
+        self.function = function
+
+    def __call__(self, progress: float) -> float:
+        """Returns what the function returns."""
+        return float(self.function(progress))
+
+    def __repr__(self) -> str:
+        return f"Custom({getattr(self.function, '__qualname__', self.function)})"
+
+
+def finite(**values: float) -> None:
+    """Refuses what is no finite number."""
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values.values()):
+        said = " and ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ValueError(f"the values of a schedule are finite numbers; got {said}.")
+
+
+def fraction(name: str, value: float) -> float:
+    """Returns a fraction of the run that lies after its begin, or refuses it."""
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} is a fraction of the run, in (0, 1], not a number of steps; got {value}.")
+    return value

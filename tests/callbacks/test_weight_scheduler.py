@@ -1,0 +1,67 @@
+"""What differs between schedules of a weight and those of a temperature; the rest is tried with the latter."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_kd.callbacks import Distillation, WeightScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_kd import Term, losses, schedules
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 3)
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(batch).sum()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.append(float(self.trainer.callback_metrics["train/kd/weight"]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(weight: float | schedules.Schedule, *schedulers: WeightScheduler) -> tuple[Module, Term]:
+    torch.manual_seed(1)
+    module, term = Module(), Term(losses.KD(), weight=weight)
+    own = Distillation(nn.Linear(4, 3), {"kd": term}, student="model")
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[own, *schedulers],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, DataLoader(torch.randn(8, 4, generator=torch.Generator().manual_seed(2)), batch_size=2))
+    return module, term
+
+
+def test_it_is_the_schedule_of_the_term_from_outside() -> None:
+    schedule = schedules.Cosine(100.0, 0.0)
+    lent, term = fit(0.25, WeightScheduler("kd", schedule))
+    own, _ = fit(schedule)
+    assert lent.seen == own.seen
+    assert lent.seen[:5:4] == [100.0, pytest.approx(50.0)]
+    assert torch.equal(lent.model.weight, own.model.weight)
+    assert term.weight == 0.25
+
+
+def test_a_term_has_one_schedule_of_its_weight() -> None:
+    with pytest.raises(ValueError, match=r"the weight of that term follows Constant\(1.0\) already. Keep one"):
+        fit(schedules.Constant(1.0), WeightScheduler("kd", schedules.Linear(1.0, 0.0)))
+
+
+def test_any_term_has_a_weight() -> None:
+    assert WeightScheduler("hint", schedules.Linear(1.0, 0.0)).schedule(1.0) == 0.0
+    with pytest.raises(ValueError, match=r"A weight cannot follow.*it goes from 1.0 to -1.0"):
+        WeightScheduler("hint", schedules.Linear(1.0, -1.0))
