@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning_kd.callbacks import EMATeacher, MutualDistillation
+from lightning_kd.callbacks import EMATeacher, MutualDistillation, TemperatureScheduler, WeightScheduler
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -230,7 +230,9 @@ def test_the_checkpoint_holds_the_student_alone(name: str, tmp_path: Path) -> No
     sizes = sum(v.numel() for v in checkpoint["state_dict"].values())
     assert sizes == sum(v.numel() for v in Plain().state_dict().values())
     (saved,) = [*checkpoint["callbacks"].values()] or [{}]
-    assert all(key.startswith(("terms.it.", "terms.hint.projector.", "teacher_learner.")) for key in saved.get("learned", {}))
+    assert all(
+        key.startswith(("terms.it.", "terms.hint.projector.", "teacher_learner.")) for key in saved.get("learned", {})
+    )
     assert ("teacher" in saved) == name.startswith(("EMA", "PastSelf"))
     assert list(saved.get("peers", {})) == {"Peers": ["peer1", "peer2"], "Peers ensemble": ["peer1"]}.get(name, [])
 
@@ -251,6 +253,41 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert_same(state_of(module), state_of(resumed))
     assert_same_memory(callback, resumed_callback)
     assert whole.steps[4:] == rest.steps
+
+
+def test_resume_is_exact_for_everything_together(tmp_path: Path) -> None:
+    def callbacks() -> list[Callback]:
+        terms = {
+            "kd": Term(losses.KD(), weight=schedules.Linear(1.0, 0.5)),
+            "ctkd": Term(losses.CTKD(losses.KD())),
+            "hint": Term(losses.FitNet(), student="stem", teacher="stem"),
+        }
+        past = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
+        return [
+            Distillation(Net(6), terms, student="model", task_weight=schedules.Cosine(1.0, 0.5)),
+            EMATeacher({"past": past}, schedules.Cosine(0.5, 1.0), "model", count=2, evaluate=True),
+            TemperatureScheduler("kd", schedules.Exponential(8.0, 1.0)),
+            WeightScheduler("hint", schedules.Piecewise([(0.0, 2.0), (0.5, 1.0), (1.0, 3.0)]), by="epoch"),
+        ]
+
+    def run(history: History, resume: Path | None = None) -> tuple[LightningModule, list[Callback]]:
+        seed_everything(3)
+        module, attached = Validated(), callbacks()
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        trainer(*attached, history, Reseed(), keep, epochs=4, enable_checkpointing=True).fit(
+            module, loader(), loader(), ckpt_path=resume, weights_only=True
+        )
+        return module, attached
+
+    whole, rest = History(), History()
+    module, attached = run(whole)
+    resumed, resumed_attached = run(rest, tmp_path / "epoch=1.ckpt")
+    assert_same(state_of(module), state_of(resumed))
+    for one, other in zip(attached[:2], resumed_attached[:2], strict=True):
+        assert_same_memory(one, other)
+    assert whole.steps[8:] == rest.steps
+    assert len({step["train/kd/temperature"] for step in whole.steps}) == 16
+    assert {step["train/hint/weight"] for step in whole.steps} == {2.0, 1.5, 1.0}
 
 
 class Reseed(Callback):
