@@ -89,12 +89,16 @@ class EMA(CopyTeacher):
         """Moves the teacher whose turn it is towards the student."""
         decay = self.decay_at(moment)
         _average(list(self.model.parameters()), list(self.student.parameters()), decay)
-        own = [id(b) for m in self.model.modules() if self._is_own(m) for b in m.buffers(recurse=False)]
-        pairs = [(a, b) for a, b in zip(self.model.buffers(), self.student.buffers(), strict=True) if id(a) not in own]
-        averaged = [p for p in pairs if self.buffers_policy == "average" and p[0].is_floating_point()]
-        copied = [p for p in pairs if not any(p is q for q in averaged)]
-        _average([a for a, _ in averaged], [b for _, b in averaged], decay)
-        copy_tensors([a for a, _ in copied], [b for _, b in copied])
+        own = {id(b) for m in self.model.modules() if self._is_own(m) for b in m.buffers(recurse=False)}
+        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for ours, theirs in zip(self.model.buffers(), self.student.buffers(), strict=True):
+            if id(ours) not in own:
+                mean = self.buffers_policy == "average" and ours.is_floating_point()
+                for side, buffer in zip(averaged if mean else copied, (ours, theirs), strict=True):
+                    side.append(buffer)
+        _average(*averaged, decay)
+        copy_tensors(*copied)
         _from_first_process(list(self.model.buffers()))
 
     def _is_own(self, module: nn.Module) -> bool:
