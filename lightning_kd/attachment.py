@@ -18,6 +18,7 @@ from lightning_kd.optimizers import adopt, optimizers_of
 from lightning_kd.rehearsal import rehearse
 from lightning_kd.resume import refuse_other_run, restore, saved
 from lightning_kd.schedules import Moment, Schedule
+from lightning_kd.schedules.base import factor
 from lightning_kd.wiring import describe, find_module
 
 Label = Callable[[Any], Any] | str | int
@@ -49,15 +50,10 @@ class Attachment(Callback):
         prog_bar: bool = False,
     ) -> None:
         super().__init__()
-        ends = (task_weight(0.0), task_weight(1.0)) if isinstance(task_weight, Schedule) else (task_weight,)
-        if not all(0.0 <= end < float("inf") for end in ends):
-            raise ValueError(
-                f"task_weight is a finite number that is not negative, or one of schedules.*; got {task_weight}."
-            )
         self.distiller = distiller
         self.student = student
         self.labels = dict(labels or {})
-        self.task_weight = task_weight
+        self.task_weight = factor("task_weight", task_weight)
         self.prog_bar = prog_bar
         self._all: list[Attachment] = [self]
         self._own_step: Callable[..., Any] | None = None

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
-from lightning_kd.attachment import Attachment
+from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.distiller import Distiller
 from lightning_kd.mutual import MutualAttachment
 from lightning_kd.schedules import Schedule
@@ -77,6 +77,12 @@ class DistillationModule(LightningModule):
                 "A teacher and terms go together: with both the student is distilled, with neither it is trained "
                 f"alone. Got teacher={type(teacher).__name__} and terms={sorted(terms or {})}."
             )
+        given: object = optimizer  # what a caller without a type checker may pass
+        if not callable(given):
+            raise TypeError(
+                f"optimizer makes one of parameters, a class or functools.partial(torch.optim.SGD, lr=0.1); got "
+                f"{type(given).__name__}, which is made already."
+            )
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval is 'epoch' or 'step', got {lr_interval!r}.")
         self.task = task
@@ -96,7 +102,7 @@ class DistillationModule(LightningModule):
                     knowledge=task.knowledge,
                 ),
                 student="student",
-                labels={"target": task.target},
+                labels={"target": task.target, "index": task.index},
                 task_weight=task_weight,
                 prog_bar=True,
             )
@@ -111,7 +117,9 @@ class DistillationModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Distils through the same attachment that serves unmodified modules."""
-        return [self.attachment] if self.attachment else []
+        # After a first fit the trainer has it, and Lightning would say that it overrides itself.
+        there = self._trainer is not None and self.attachment in attachments_of(self._trainer)
+        return [self.attachment] if self.attachment and not there else []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the student."""

@@ -39,6 +39,10 @@ class TaskAdapter(nn.Module, ABC):
         """Returns the labels of a batch, for losses that need them."""
         return batch[1]
 
+    def index(self, batch: Any) -> Any:
+        """Returns the samples' indices in the data set, for losses with a memory of it; None where there are none."""
+        return batch[2] if len(batch) > 2 else None
+
     @abstractmethod
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Returns the supervised loss, a scalar, of what ``forward`` returned."""

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kd.projectors import bridge
 from lightning_kd.schedules import Moment, Schedule
+from lightning_kd.schedules.base import factor
 from lightning_kd.wiring import OUTPUT, Path, describe
 
 
@@ -20,7 +21,7 @@ class Term(nn.Module):
     Args:
         loss: ``loss(student, teacher) -> scalar``, any module of :mod:`lightning_kd.losses` or your own. A third
             argument of its ``forward`` is taken from the batch by name: ``target`` for the labels.
-        weight: Factor of the loss in the total, or a schedule of it.
+        weight: Factor of the loss in the total, a schedule of it, or a function of the fraction of the run.
         student: Path of the output in the student: ``"output"`` is what its forward returns, ``"output.logits"``
             selects inside of it, anything else is a module path such as ``"layer3"``.
         teacher: Path of the output in the teacher, likewise.
@@ -40,7 +41,7 @@ class Term(nn.Module):
     def __init__(
         self,
         loss: nn.Module,
-        weight: float | Schedule = 1.0,
+        weight: float | Schedule | Callable[[float], float] = 1.0,
         student: str = OUTPUT,
         teacher: str = OUTPUT,
         projector: nn.Module | None = None,
@@ -53,11 +54,8 @@ class Term(nn.Module):
         bridge_given: object = projector
         if bridge_given is not None and not isinstance(bridge_given, nn.Module):
             raise TypeError(f"projector is a module that maps the student's tensor, or None; got {bridge_given!r}.")
-        ends = (weight(0.0), weight(1.0)) if isinstance(weight, Schedule) else (weight,)
-        if not all(0.0 <= _number(end) < math.inf for end in ends):
-            raise ValueError(f"weight is a finite number that is not negative, or one of schedules.*; got {weight!r}.")
         self.loss = loss
-        self.weight = weight
+        self.weight = factor("weight", weight)
         self.schedules: dict[str, Schedule] = {}
         """Of attributes of the loss, by their names."""
         self.student = Path(student)
@@ -231,7 +229,3 @@ class Term(nn.Module):
 def _constant(x: Tensor) -> Tensor:
     # What a model computed under inference_mode cannot be saved for a backward; a copy of it can.
     return x.clone() if x.is_inference() else x.detach()
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan

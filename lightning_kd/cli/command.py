@@ -160,6 +160,8 @@ class DistillationCLI(LightningCLI):
             shown = progress()
             config["enable_progress_bar"] = isinstance(shown, ProgressBar)
             callbacks.append(shown)
+        if not config.get("logger", True) or config.get("fast_dev_run"):  # it would land in the folder one stands in
+            self.save_config_callback = None
         if output := self.own_config.get("output"):
             callbacks.append(SavePredictions(Path(output)))
         kwargs = config | {"callbacks": [*callbacks, SaveRecipe(self.student_recipe())]}

@@ -31,14 +31,17 @@ class TermsProgressBar(TQDMProgressBar):
 
 
 class EpochLines(Callback):
-    """Prints the training losses, term by term, and Lightning's metrics when an epoch ends."""
+    """Prints the training losses, term by term, and Lightning's metrics, some ten times in a fit when an epoch ends."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print one line."""
+        epoch, last = trainer.current_epoch + 1, trainer.max_epochs or -1
+        if epoch % max(1, last // 10) and epoch != last:
+            return
         measured = {k: f"{v:.3g}" for k, v in trainer.progress_bar_metrics.items() if not k.startswith("train/")}
         if trainer.is_global_zero:
             said = ", ".join(f"{k} {v}" for k, v in (_losses(trainer) | measured).items())
-            print(f"epoch {trainer.current_epoch + 1}: {said}", flush=True)
+            print(f"epoch {epoch}: {said}", flush=True)
 
 
 def _losses(trainer: Trainer) -> dict[str, str]:

@@ -43,8 +43,9 @@ class Row:
 
 
 def metric_names(rows: Iterable[Row]) -> list[str]:
-    """All metrics that were measured, the main one first; the loss is another one for every recipe's teacher."""
-    seen = dict.fromkeys(name for row in rows for m in row.metrics.values() for name in m if name != "loss")
+    """All metrics that were measured, the main one first; the loss, where a task has no metrics."""
+    names = [name for row in rows for m in row.metrics.values() for name in m]
+    seen = dict.fromkeys([name for name in names if name != "loss"] or names)
     return sorted(seen, key=lambda name: (name != MAIN, PERCENT.index(name) if name in PERCENT else len(PERCENT)))
 
 

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,24 @@ class Custom(Schedule):
 
     def __repr__(self) -> str:
         return f"Custom({getattr(self.function, '__qualname__', self.function)})"
+
+
+def factor(name: str, given: Any) -> float | Schedule:
+    """Returns a weight as a number or a schedule; a function of the fraction of the run becomes one.
+
+    Raises:
+        ValueError: If it is none of these, negative or not finite.
+    """
+    weight = Custom(given) if callable(given) and not isinstance(given, (Schedule, type)) else given
+    ends = (weight(0.0), weight(1.0)) if isinstance(weight, Schedule) else (weight,)
+    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
+    if not numbers or not all(0.0 <= end < math.inf for end in ends):
+        raise ValueError(
+            f"{name} is a finite number that is not negative, one of schedules.*, or a function of the fraction of the "
+            f"run; got {given!r}."
+        )
+    checked: float | Schedule = weight
+    return checked
 
 
 def finite(**values: float) -> None:

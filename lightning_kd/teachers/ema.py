@@ -115,7 +115,8 @@ class EMA(CopyTeacher):
 
 
 def _checked(decay: float) -> float:
-    if not 0.0 <= decay <= 1.0:
+    given: object = decay  # what a caller without a type checker may pass
+    if not isinstance(given, (int, float)) or not 0.0 <= given <= 1.0:
         raise ValueError(f"decay is a number in [0, 1], or a schedule of one; got {decay}.")
     return decay
 

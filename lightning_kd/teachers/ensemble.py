@@ -91,8 +91,9 @@ class Ensemble(Teacher):
         dim: int = 1,
     ) -> None:
         super().__init__()
-        if not len(teachers):
-            raise ValueError("An ensemble has at least one teacher; got none.")
+        given: object = teachers  # what a caller without a type checker may pass
+        if not isinstance(given, (Sequence, nn.ModuleList)) or not len(given):
+            raise ValueError(f"An ensemble takes a list of at least one teacher; got {describe(given)}.")
         if combine not in ("probabilities", "logits"):
             raise ValueError(f"combine is 'probabilities' or 'logits', got {combine!r}.")
         if combine == "logits" and temperature != 1.0:
