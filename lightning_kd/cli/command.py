@@ -28,6 +28,7 @@ LINKED_TO_NUM_CLASSES = (
     "model.student.init_args.num_classes",
     "model.teacher.init_args.num_classes",
     "model.teacher.init_args.model.init_args.num_classes",
+    "model.teacher.init_args.peers.init_args.num_classes",
 )
 
 SWITCHES = {
@@ -162,17 +163,18 @@ class DistillationCLI(LightningCLI):
             callbacks.append(shown)
         if output := self.own_config.get("output"):
             callbacks.append(SavePredictions(Path(output)))
-        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(self.student_recipe())]}
+        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes())]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 
-    def student_recipe(self) -> Recipe:
-        """The student's class and arguments, with what was linked filled in."""
-        recipe: Recipe = plain(self.own_config["model"]["student"])
-        classes = getattr(self.datamodule, "num_classes", None)
-        if classes is not None and accepts(recipe["class_path"], "num_classes"):
-            recipe["init_args"]["num_classes"] = int(classes)
-        return recipe
+    def recipes(self) -> tuple[Recipe, list[Recipe]]:
+        """The student's class and arguments, with what was linked filled in, and those of its peers."""
+        config, classes = self.own_config, getattr(self.datamodule, "num_classes", None)
+        student, *peers = plain([config["model.student"], *(config.get("model.teacher.init_args.peers") or [])])
+        for recipe in (student, *peers):
+            if classes is not None and accepts(recipe["class_path"], "num_classes"):
+                recipe["init_args"]["num_classes"] = int(classes)
+        return student, peers
 
     def _loggers(self, folder: Path) -> list[Logger]:
         given = self.own_config.get("config") or []
