@@ -28,7 +28,6 @@ LINKED_TO_NUM_CLASSES = (
     "model.student.init_args.num_classes",
     "model.teacher.init_args.num_classes",
     "model.teacher.init_args.model.init_args.num_classes",
-    "model.teacher.init_args.peers.init_args.num_classes",
 )
 
 SWITCHES = {
@@ -169,12 +168,11 @@ class DistillationCLI(LightningCLI):
 
     def recipes(self) -> tuple[Recipe, list[Recipe]]:
         """The student's class and arguments, with what was linked filled in, and those of its peers."""
-        config, classes = self.own_config, getattr(self.datamodule, "num_classes", None)
-        student, *peers = plain([config["model.student"], *(config.get("model.teacher.init_args.peers") or [])])
-        for recipe in (student, *peers):
-            if classes is not None and accepts(recipe["class_path"], "num_classes"):
-                recipe["init_args"]["num_classes"] = int(classes)
-        return student, peers
+        recipe: Recipe = plain(self.own_config["model"]["student"])
+        classes = getattr(self.datamodule, "num_classes", None)
+        if classes is not None and accepts(recipe["class_path"], "num_classes"):
+            recipe["init_args"]["num_classes"] = int(classes)
+        return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
 
     def _loggers(self, folder: Path) -> list[Logger]:
         given = self.own_config.get("config") or []
