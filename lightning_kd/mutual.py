@@ -200,6 +200,13 @@ class MutualAttachment(Attachment):
             found.append(calls)
         with isolate_rng():
             for peer, calls in zip(self._members, self._paired(found), strict=True):
+                for name, shapes in peer.distiller.imitated_shapes(calls).items():
+                    if len(shapes) > 1 and dict(peer.distiller.named_terms())[name].needs_sample:
+                        raise ValueError(
+                            f"Term {name!r}: what {peer.name} is to imitate has different shapes, "
+                            f"{' and '.join(map(str, sorted(shapes)))}, and a term has one projector. With more than "
+                            "two networks compare what has one shape in all of them: logits, for one."
+                        )
                 peer.distiller.build(calls[0])
 
     def _meet(self, trainer: Trainer, pl_module: LightningModule) -> None:
