@@ -145,6 +145,8 @@ class Attachment(Callback):
         if stage == "fit":
             self._check.finish()
             self._leave(trainer)
+        else:  # what was tested is not what the next fit begins with
+            self._pending = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the module as it was after an interrupted fit, too."""
@@ -156,7 +158,7 @@ class Attachment(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores that, as soon as what it is restored to exists."""
-        if self.distiller.attached and not self.distiller.needs_sample:
+        if self.distiller.attached and not self._needs_sample():
             self._restore(state_dict)
         else:
             self._pending = state_dict
@@ -219,8 +221,11 @@ class Attachment(Callback):
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("nan")
         return Moment(step / self._total_steps, step, epoch, epoch / epochs)
 
+    def _needs_sample(self) -> bool:
+        return self.distiller.needs_sample
+
     def _has_parameters(self) -> bool:
-        return self.distiller.needs_sample or any(True for _ in self.distiller.parameters())
+        return self._needs_sample() or any(True for _ in self.distiller.parameters())
 
     def _patch(self, pl_module: LightningModule, name: str, value: Any) -> None:
         had = vars(pl_module).get(name)
@@ -249,7 +254,7 @@ class Attachment(Callback):
         self.distiller.attach(student)
         self._undo.append(self.distiller.detach)
         self._logged: set[str] = set()
-        if not self.distiller.needs_sample:
+        if not self._needs_sample():
             self._restore_pending()
         return student
 
@@ -266,11 +271,14 @@ class Attachment(Callback):
         if hasattr(pl_module, guest):  # configure_model may be called more than once
             return
         student = self._attach(pl_module)
-        if self.distiller.needs_sample:
+        if self._needs_sample():
             self._build(trainer, pl_module, student)
             self._restore_pending()
         learners = self._learners()
         unshare(learners)
+        self._host(pl_module, learners, guest)
+
+    def _host(self, pl_module: LightningModule, learners: nn.Module, guest: str = GUEST) -> None:
         pl_module.add_module(guest, Guest(learners))
         self._undo.append(lambda: delattr(pl_module, guest))
 
@@ -309,14 +317,16 @@ class Attachment(Callback):
                 return result
             self._check_called(calls, pl_module)
             total = self._total(trainer, task_loss, calls, args, kwargs)
+            if total is None:
+                return None
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return training_step_and_terms
 
     def _total(
         self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Returns what a training step returns: the module's own loss and the terms."""
+    ) -> Tensor | None:
+        """Returns what a training step returns, the module's own loss and the terms; None skips the batch."""
         batch = args[0] if args else next(iter(kwargs.values()))
         total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, batch)
         if self is not self._all[0]:

@@ -291,6 +291,13 @@ class Distiller(nn.Module):
                 if term.needs_sample:
                     term.build(*term.pairs(*self._captured(name, call))[0])
 
+    def imitated_shapes(self, calls: Sequence[Call]) -> dict[str, set[tuple[int, ...]]]:
+        """Returns the shapes of what each term's student side is to imitate in those calls."""
+        return {
+            name: {tuple(t.shape) for call in calls for _, t in term.pairs(*self._captured(name, call))}
+            for name, term in self.named_terms()
+        }
+
     def _captured(self, name: str, call: Call) -> tuple[list[Any], list[Any]]:
         student, teacher = self._student_paths[name], self._teacher_paths[name]
         return (

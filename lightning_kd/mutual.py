@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.memory import recursive_detach
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_kd.attachment import Attachment, Label, attachments_of
 from lightning_kd.copying import own_copy
 from lightning_kd.distiller import Call, Distiller
+from lightning_kd.guest import GUEST
 from lightning_kd.optimizers import adopt, adopt_groups, optimizers_of
 from lightning_kd.rehearsal import rehearse
 from lightning_kd.resume import restore, saved
@@ -20,7 +22,17 @@ from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Peers
 from lightning_kd.wiring import find_module
 
-STEPS = {"fit": ("validation_step",), "validate": ("validation_step",), "test": ("test_step",)}
+_LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_end", "on_{}_epoch_end", "on_{}_end")
+_TRAIN, _VALIDATE, _TEST = ([hook.format(loop) for hook in _LOOP] for loop in ("train", "validation", "test"))
+_VALIDATE, _TEST = [*_VALIDATE, "validation_step"], [*_TEST, "test_step"]
+_OPTIMIZE = ["on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
+HOOKS = {
+    "fit": ["on_fit_start", *_TRAIN, *_OPTIMIZE, *_VALIDATE, "on_fit_end"],
+    "validate": _VALIDATE,
+    "test": _TEST,
+}
+"""What is called of the peers' modules, too, right after the student's; what a batch or the trainer's loop needs once
+(the batch's transfer, the optimizer's step, the schedulers') is the student's alone."""
 
 
 @dataclass
@@ -31,14 +43,16 @@ class Peer:
     module: LightningModule
     network: nn.Module
     distiller: Distiller
+    output: Any = None
 
 
 class MutualAttachment(Attachment):
     """Lets peers of the student learn through the module's own ``training_step``, each from the others.
 
-    A peer runs in a copy of the user's module, with its network in the student's place, so that it has metrics of its
-    own; what the copy logs has the peer's name in front: ``peer1/val_acc``. The peers' parameters join the groups of
-    the user's optimizer as the copy's own ``configure_optimizers`` groups them.
+    A peer runs in a copy of the user's module, with its network in the student's place, so that it has metrics and
+    hooks of its own; what the copy logs has the peer's name in front: ``peer1/val_acc``. The copies last as long as the
+    callback. The peers' parameters join the groups of the user's optimizer as the copy's own ``configure_optimizers``
+    groups them: learning rate and schedule are the student's.
 
     Args:
         distiller: The terms, and ``teachers.Peers``. A term's student path is of the student, its teacher path of
@@ -61,6 +75,11 @@ class MutualAttachment(Attachment):
         super().__init__(distiller, student=student, labels=labels, task_weight=task_weight, prog_bar=prog_bar)
         self._members: list[Peer] = []
         self._mirrors: dict[str, Distiller] = {}
+        if distiller.teacher_input or distiller.student_input:
+            raise ValueError(
+                "teacher_input and student_input are not for peers: every network is called by training_step, and sees "
+                "the batch that it is given."
+            )
         for name, term in distiller.named_terms():
             if len(self.teacher.peers) > 1 and term.student.text != term.teacher.text:
                 raise ValueError(
@@ -84,43 +103,32 @@ class MutualAttachment(Attachment):
         return {**super().__getstate__(), "_members": []}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets the peers be evaluated, too, each with metrics of its own."""
+        """Wraps the module's methods; where it is only evaluated, so that the peers are evaluated, too."""
         super().setup(trainer, pl_module, stage)
-        for name in STEPS.get(stage, ()):
-            if is_overridden(name, pl_module):
-                self._patch(pl_module, name, self._evaluating(pl_module, name))
         if stage in ("validate", "test"):
-            self._meet(trainer, pl_module)
+            self._undo_all()
+            configure_model = pl_module.configure_model
+
+            def configure_model_and_peers() -> None:
+                configure_model()
+                self._meet(trainer, pl_module)
+                self._host(pl_module, nn.ModuleList([peer.module for peer in self._others]))
+
+            self._patch(pl_module, "configure_model", configure_model_and_peers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
+        for peer in self._others if self._undo else []:
+            peer.module.teardown(stage)
         super().teardown(trainer, pl_module, stage)
         self._undo_all()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls the hook of the peers' modules, too."""
-        super().on_train_epoch_start(trainer, pl_module)
-        self._call("on_train_epoch_start", pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls the hook of the peers' modules, too."""
-        self._call("on_train_epoch_end", pl_module)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls the hook of the peers' modules, too."""
-        self._call("on_validation_epoch_start", pl_module)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls the hook of the peers' modules, too."""
-        self._call("on_validation_epoch_end", pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls the hook of the peers' modules, too."""
-        self._call("on_test_epoch_start", pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls the hook of the peers' modules, too."""
-        self._call("on_test_epoch_end", pl_module)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores that; of a run that is only evaluated, the peers."""
+        if self._others and not self.distiller.attached:
+            self._restore_peers(state_dict)
+        else:
+            super().load_state_dict(state_dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the terms learned, and the peers' modules with what their terms learned."""
@@ -133,6 +141,11 @@ class MutualAttachment(Attachment):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore({key: value for key, value in state.items() if key != "peers"})
+        self._restore_peers(state)
+        for peer in self._others:
+            restore(peer.distiller, state["peers"][peer.name])
+
+    def _restore_peers(self, state: Mapping[str, Any]) -> None:
         was = state.get("peers", {})
         if sorted(was) != sorted(peer.name for peer in self._others):
             raise ValueError(
@@ -141,7 +154,6 @@ class MutualAttachment(Attachment):
             )
         for peer in self._others:
             peer.module.load_state_dict(was[peer.name]["state_dict"])
-            restore(peer.distiller, was[peer.name])
 
     @property
     def _others(self) -> list[Peer]:
@@ -149,6 +161,9 @@ class MutualAttachment(Attachment):
 
     def _has_parameters(self) -> bool:
         return True
+
+    def _needs_sample(self) -> bool:
+        return any(peer.distiller.needs_sample for peer in self._members)
 
     def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._refuse_what_cannot_work(trainer, pl_module)
@@ -167,8 +182,11 @@ class MutualAttachment(Attachment):
         return student
 
     def _learners(self) -> nn.Module:
-        parts = [part for peer in self._others for part in (peer.module, peer.distiller)]
-        return nn.ModuleList([self.distiller, *parts])
+        return nn.ModuleList([*self._distillers, *(peer.module for peer in self._others)])
+
+    @property
+    def _distillers(self) -> list[Distiller]:
+        return [peer.distiller for peer in self._members]
 
     def _build(self, trainer: Trainer, pl_module: LightningModule, student: nn.Module) -> None:
         assert self._own_step is not None
@@ -182,42 +200,61 @@ class MutualAttachment(Attachment):
             found.append(calls)
         with isolate_rng():
             for peer, calls in zip(self._members, self._paired(found), strict=True):
+                for name, shapes in peer.distiller.imitated_shapes(calls).items():
+                    if len(shapes) > 1 and dict(peer.distiller.named_terms())[name].needs_sample:
+                        raise ValueError(
+                            f"Term {name!r}: what {peer.name} is to imitate has different shapes, "
+                            f"{' and '.join(map(str, sorted(shapes)))}, and a term has one projector. With more than "
+                            "two networks compare what has one shape in all of them: logits, for one."
+                        )
                 peer.distiller.build(calls[0])
 
     def _meet(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes a module for every peer, and terms for every network."""
+        """Makes a module for every peer, and terms for every network; or takes those of an earlier fit."""
+        assert trainer.state.fn is not None
         student = find_module(pl_module, self.student, "the LightningModule") if self.student else pl_module
-        self._members = [Peer("student", pl_module, student, self.distiller)]
-        networks = [student]
-        for i, given in enumerate(self.peers, 1):
-            module, network = self._copy_for(given, pl_module, student)
-            module.trainer = trainer
-            networks.append(network)
-            self._members.append(Peer(f"peer{i}", module, network, self.distiller))
+        before = self._members[0] if self._members else None
+        known = before is not None and before.module is pl_module and before.network is student
+        for module in [peer.module for peer in self._others] if known else self.peers:
+            if isinstance(module, LightningModule):  # a new copy is of a module that is ready
+                module.trainer = trainer
+                module.setup(stage=str(trainer.state.fn.value))
+                module.configure_model()
+        if not known:
+            members = [Peer("student", pl_module, student, self.distiller)]
+            for i, given in enumerate(self.peers, 1):
+                name = f"peer{i}"
+                terms = self._mirrors.setdefault(name, self.distiller.mirrored(self.teacher))
+                members.append(Peer(name, *self._module_of(given, pl_module, student), terms))
+            self._members = members
         shared = {id(p) for p in student.parameters()}
         for peer in self._others:
             own = {id(p) for p in peer.network.parameters()}
             if own & shared:
                 raise ValueError(f"{peer.name} shares parameters with another of the networks; give each its own.")
             shared |= own
-            others = Peers([network for network in networks if network is not peer.network], self.teacher.imitate)
-            if peer.name not in self._mirrors:
-                self._mirrors[peer.name] = self.distiller.mirrored(others)
-            peer.distiller = self._mirrors[peer.name]
-            peer.distiller.set_teacher(others)
-            _log_as(peer, pl_module)
+            others = [member.network for member in self._members if member is not peer]
+            peer.distiller.set_teacher(Peers(others, self.teacher.imitate))
+            peer.module.trainer = trainer
+            _log_as(peer)
 
         def part() -> None:
             for peer in self._others:
+                peer.distiller.set_teacher(self.teacher)
+                peer.output = None
                 vars(peer.module).pop("log", None)
                 peer.module.trainer = None
                 peer.module.cpu()  # as Lightning does with the student's
 
         self._undo.append(part)
+        for hook in HOOKS[trainer.state.fn.value]:
+            if any(is_overridden(hook, peer.module) for peer in self._others):
+                self._patch(pl_module, hook, self._calling_all(getattr(pl_module, hook), hook))
 
-    def _copy_for(
+    def _module_of(
         self, peer: nn.Module, pl_module: LightningModule, student: nn.Module
     ) -> tuple[LightningModule, nn.Module]:
+        """Returns the module in which a peer runs, and the network in it."""
         if isinstance(peer, LightningModule):
             return peer, find_module(peer, self.student, "the peer") if self.student else peer
         if student is pl_module:
@@ -226,19 +263,24 @@ class MutualAttachment(Attachment):
                 f"{type(pl_module).__name__}. Say where in it the student is, student='model' for one, or give "
                 "LightningModules as peers."
             )
-        return own_copy(pl_module, {id(student): peer, id(self): None}), peer
+        module = own_copy(pl_module, {id(student): peer, id(self): self})
+        module._metric_attributes = None  # by which Lightning finds the original's metrics
+        return module, peer
 
     def _total(
         self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    ) -> Tensor | None:
         found, tasks = [calls], [task_loss]
         for peer in self._others:
             peer.module._current_fx_name = self._members[0].module._current_fx_name
             with peer.distiller.watch() as theirs:
                 result = peer.module.training_step(*args, **kwargs)
             loss = result.get("loss") if isinstance(result, Mapping) else result
+            if loss is None:  # what one skips, nobody can learn from
+                return None
             if not isinstance(loss, Tensor):
                 raise ValueError(f"training_step returned a loss for the student and {loss!r} for {peer.name}.")
+            peer.output = recursive_detach({**(result if isinstance(result, Mapping) else {}), "loss": loss})
             self._check_called(theirs, peer.module)
             found.append(theirs)
             tasks.append(loss)
@@ -257,9 +299,11 @@ class MutualAttachment(Attachment):
         return total
 
     def _follow_the_students_terms(self, peer: Peer) -> None:
-        """Gives a peer's terms what may be scheduled from outside."""
+        """Gives a peer's terms what may be scheduled, or set, from outside."""
         for (_, ours), (_, theirs) in zip(self.distiller.named_terms(), peer.distiller.named_terms(), strict=True):
             theirs.weight, theirs.schedules = ours.weight, ours.schedules
+            for own, other in zip(ours.loss.modules(), theirs.loss.modules(), strict=True):
+                vars(other).update({name: value for name, value in vars(own).items() if isinstance(value, float)})
 
     def _paired(self, found: list[list[Call]]) -> list[list[Call]]:
         """Returns for every network its calls, each with what it imitates of the others."""
@@ -282,40 +326,43 @@ class MutualAttachment(Attachment):
     def _optimizing(self, configure_optimizers: Callable[[], Any]) -> Callable[[], Any]:
         @functools.wraps(configure_optimizers)
         def configure_optimizers_of_all() -> Any:
-            result = configure_optimizers()
+            pl_module = self._members[0].module
+            guest = pl_module._modules.pop(GUEST)  # self.parameters() would be everybody's, in the student's groups
+            try:
+                result = configure_optimizers()
+            finally:
+                pl_module._modules[GUEST] = guest
             optimizers = list(optimizers_of(result))
             if optimizers:
                 for peer in self._others:
                     adopt_groups(optimizers, list(optimizers_of(peer.module.configure_optimizers())))
-                adopt(optimizers, [p for p in self._learners().parameters() if p.requires_grad])
+                adopt(optimizers, [p for each in self._distillers for p in each.parameters() if p.requires_grad])
             return result
 
         return configure_optimizers_of_all
 
-    def _evaluating(self, pl_module: LightningModule, name: str) -> Callable[..., Any]:
-        step = getattr(pl_module, name)
+    def _calling_all(self, own: Callable[..., Any], hook: str) -> Callable[..., Any]:
+        """Wraps a hook or a step, so that the peers' modules are called, too."""
 
-        @functools.wraps(step)
-        def step_of_all(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
+        @functools.wraps(own)
+        def hook_of_all(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
             for peer in self._others:
-                peer.module.to(pl_module.device).train(pl_module.training)
-                peer.module._current_fx_name = pl_module._current_fx_name
-                getattr(peer.module, name)(*args, **kwargs)
+                if is_overridden(hook, peer.module):
+                    peer.module._current_fx_name = self._members[0].module._current_fx_name
+                    outputs = (peer.output,) if hook.endswith("batch_end") else args[:1]
+                    theirs = getattr(peer.module, hook)(*outputs, *args[1:], **kwargs)
+                    peer.output = theirs if hook.endswith("_step") else None
             return result
 
-        return step_of_all
-
-    def _call(self, hook: str, pl_module: LightningModule) -> None:
-        for peer in self._others:
-            peer.module._current_fx_name = pl_module._current_fx_name
-            getattr(peer.module, hook)()
+        return hook_of_all
 
 
-def _log_as(peer: Peer, pl_module: LightningModule) -> None:
+def _log_as(peer: Peer) -> None:
     """Puts the peer's name in front of what its module logs."""
     log = peer.module.log
 
+    @functools.wraps(log)
     def log_with_name(name: str, *args: Any, **kwargs: Any) -> None:
         log(f"{peer.name}/{name}", *args, **kwargs)
 

@@ -24,7 +24,9 @@ def optimizers_of(result: Any) -> Iterator[Optimizer]:
 def adopt_groups(optimizers: list[Optimizer], others: list[Optimizer]) -> None:
     """Adds the parameters of other optimizers to groups that correspond, or all to the first where none do."""
     ours = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    theirs = [group["params"] for optimizer in others for group in optimizer.param_groups]
+    have = {id(p) for _, group in ours for p in group["params"]}
+    groups = [group["params"] for optimizer in others for group in optimizer.param_groups]
+    theirs = [[p for p in params if id(p) not in have] for params in groups]
     if len(ours) != len(theirs):
         adopt(optimizers, [p for params in theirs for p in params])
         return

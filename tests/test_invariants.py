@@ -230,9 +230,8 @@ def test_the_checkpoint_holds_the_student_alone(name: str, tmp_path: Path) -> No
     sizes = sum(v.numel() for v in checkpoint["state_dict"].values())
     assert sizes == sum(v.numel() for v in Plain().state_dict().values())
     (saved,) = [*checkpoint["callbacks"].values()] or [{}]
-    assert all(
-        key.startswith(("terms.it.", "terms.hint.projector.", "teacher_learner.")) for key in saved.get("learned", {})
-    )
+    learned = ("terms.it.", "terms.hint.projector.", "teacher_learner.")
+    assert all(key.startswith(learned) for key in saved.get("learned", {}))
     assert ("teacher" in saved) == name.startswith(("EMA", "PastSelf"))
     assert list(saved.get("peers", {})) == {"Peers": ["peer1", "peer2"], "Peers ensemble": ["peer1"]}.get(name, [])
 

@@ -164,17 +164,17 @@ class DistillationCLI(LightningCLI):
             self.save_config_callback = None
         if output := self.own_config.get("output"):
             callbacks.append(SavePredictions(Path(output)))
-        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(self.student_recipe())]}
+        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes())]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 
-    def student_recipe(self) -> Recipe:
-        """The student's class and arguments, with what was linked filled in."""
+    def recipes(self) -> tuple[Recipe, list[Recipe]]:
+        """The student's class and arguments, with what was linked filled in, and those of its peers."""
         recipe: Recipe = plain(self.own_config["model"]["student"])
         classes = getattr(self.datamodule, "num_classes", None)
         if classes is not None and accepts(recipe["class_path"], "num_classes"):
             recipe["init_args"]["num_classes"] = int(classes)
-        return recipe
+        return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
 
     def _loggers(self, folder: Path) -> list[Logger]:
         given = self.own_config.get("config") or []

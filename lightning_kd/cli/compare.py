@@ -130,7 +130,7 @@ def compare(configs: dict[str, Settings], seeds: list[int] | None, students: lis
             own = single | {"model": single["model"] | {"student": network}}
             key = teacher.fingerprint(own | {"seed_everything": seeded})
             if key not in alone:
-                title = f"student alone{_number(alone)}"
+                title = f"{name}, peer {i} alone" if i else f"student alone{_number(alone)}"
                 alone[key] = row(title, "alone", _train(title, own, measuring if i == 0 else own, seeded, runs))
             found = {
                 seed: Tested((own if i else measuring) | {"seed_everything": seed}, peer_file(file, i), runs)

@@ -34,16 +34,18 @@ def main(arguments: list[str]) -> None:
         "runtimes), or state_dict (weights only, for the plain class)",
     )
     parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
+    parser.add_argument("--peer", type=int, default=0, metavar="N", help="write the student's N-th peer instead of it")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(arguments)
     if options.format not in FORMATS:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, received {options.format!r}")
     ending, write = FORMATS[options.format]
-    saved = Saved(options.checkpoint)
+    saved = Saved(options.checkpoint, options.peer)
     try:
         saved.model(*saved.example(2))
     except RuntimeError as error:
         raise UsageError(f"the network does not take the inputs that {options.checkpoint} names: {error}") from error
+    ending = f".peer{options.peer}{ending}" if options.peer else ending
     output: Path = options.output or Path(options.checkpoint).with_suffix(ending)
     if output.resolve() == Path(options.checkpoint).resolve():
         raise UsageError(f"--output is the checkpoint itself ({output}); name another file")

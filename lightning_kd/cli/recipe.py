@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.teachers.weights import peers_in
 
 KEY = "lightning_kd"
 _INITIAL_WEIGHTS = {"weights": None, "pretrained": False}
@@ -93,20 +94,29 @@ class Saved:
 
     Args:
         path: A checkpoint that ``lightning-kd fit`` wrote. Loaded with ``weights_only=True``.
+        peer: Which of the networks that learned beside the student to take instead of it; 0 is the student.
 
     Raises:
-        UsageError: If there is no such file, or it is not such a checkpoint.
+        UsageError: If there is no such file or peer, or it is not such a checkpoint.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, peer: int = 0) -> None:
         content = read(path)
         if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
             raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
         try:
-            self.recipe: Recipe = dict(content[KEY]["student"])
+            recipes, states = (
+                [content[KEY]["student"], *content[KEY].get("peers", [])],
+                [content, *peers_in(content).values()],
+            )
+            if not 0 <= peer < min(len(recipes), len(states)):
+                raise UsageError(f"--peer: {path} holds {len(states) - 1} peers of the student, received {peer}")
+            self.recipe: Recipe = dict(recipes[peer])
             self.inputs: Inputs = [(list(map(int, shape)), _dtype_name(name)) for shape, name in content[KEY]["inputs"]]
             prefix = "student."
-            self.state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+            self.state = {
+                k.removeprefix(prefix): v for k, v in states[peer]["state_dict"].items() if k.startswith(prefix)
+            }
             class_path = self.recipe["class_path"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: what it says of its network cannot be read ({error!r})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -18,10 +19,12 @@ class SaveRecipe(Callback):
 
     Args:
         recipe: ``{"class_path": ..., "init_args": {...}}`` of the student.
+        peers: Likewise of the networks that learn beside it.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, peers: Sequence[Recipe] = ()) -> None:
         self.recipe = recipe
+        self.peers = list(peers)
         self.inputs: Inputs = []
         self._handle: RemovableHandle | None = None
 
@@ -49,3 +52,5 @@ class SaveRecipe(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the recipe."""
         checkpoint[KEY] = {"student": self.recipe, "inputs": [list(i) for i in self.inputs]}
+        if self.peers:
+            checkpoint[KEY]["peers"] = self.peers

@@ -2,21 +2,24 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int = 0) -> None:
     """Loads a checkpoint's weights into a model, strictly, whatever common prefix its keys have.
 
     Args:
         model: The model to fill.
         checkpoint: A file with a state dict, or a Lightning checkpoint.
+        peer: Of a checkpoint of mutual distillation, which of the student's peers to load, 1 for the first; 0 is the
+            student itself.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no state dict, or if keys or shapes do not fit the model.
+        ValueError: If it holds no state dict or no such peer, or if keys or shapes do not fit the model.
     """
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(
@@ -29,6 +32,12 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{os.fspath(checkpoint)!r} could not be read as a checkpoint of plain tensors (weights_only=True): {error}"
         ) from error
+    if peer:
+        content = peers_in(content).get(f"peer{peer}")
+        if content is None:
+            raise ValueError(
+                f"{os.fspath(checkpoint)!r} holds no peer {peer}: it is not of mutual distillation with so many."
+            )
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -57,6 +66,12 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
             f"{', '.join(list(state)[:5])}, .... Is it the checkpoint of another architecture?"
         )
     model.load_state_dict(found[fitting[0]], strict=True)
+
+
+def peers_in(checkpoint: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Returns what a checkpoint holds of a student's peers, by their names: ``{"peer1": {"state_dict": ...}}``."""
+    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
+    return next((state["peers"] for state in callbacks.values() if isinstance(state, Mapping) and "peers" in state), {})
 
 
 def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:

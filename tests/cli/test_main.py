@@ -13,6 +13,8 @@ from lightning_kd.cli import main, teacher
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.listing import KINDS, members
 from lightning_kd.cli.progress import progress
+from lightning_kd.data import Digits
+from lightning_kd.models import CifarResNet
 
 SMALL = [
     "--trainer.max_epochs", "2", "--teacher_fit.max_epochs", "2",
@@ -253,6 +255,42 @@ def test_compare_trains_once_and_goes_on(
     assert "over 2 seeds" in out
     assert {"comparison.md", "comparison.csv", "comparison.png", "runs.csv"} <= {p.name for p in Path("out").iterdir()}
     assert len(Path("out", "runs.csv").read_text().splitlines()) == 1 + 1 + 2 + 2
+
+
+@pytest.mark.slow
+def test_a_peer_is_exported_tested_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--config", "digits_mutual", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", *short, "--traceback"]) == 0
+    checkpoint = str(next(Path("runs").rglob("*.ckpt")))
+    assert main(["export", checkpoint, "--format", "state_dict", "--peer", "1"]) == 0
+    (exported,) = Path("runs").rglob("*.peer1.state_dict.pt")
+    peer = CifarResNet(depth=14, width=16, in_channels=1)
+    peer.load_state_dict(torch.load(exported, weights_only=True))
+    for wrong in ("2", "-1"):
+        capsys.readouterr()
+        assert main(["export", checkpoint, "--format", "state_dict", "--peer", wrong]) == 2
+        assert f"holds 1 peers of the student, received {wrong}" in capsys.readouterr().err
+
+    data = Digits(train_size=300, batch_size=50)
+    data.setup("test")
+    normalised = lambda x: (x - data.mean) / data.std  # noqa: E731
+    batches = [(peer.eval()(normalised(x)).argmax(1) == y) for x, y in data.test_dataloader()]
+    accuracy = float(torch.cat(batches).float().mean())
+    assert main(["compare", *short, "--output", "out", "--traceback"]) == 0
+    rows = [line.rsplit(",", 4) for line in Path("out", "runs.csv").read_text().splitlines()[1:]]
+    measured = {name.strip('"'): float(value) for name, _, _, value, _ in rows}
+    assert list(measured) == [
+        "student alone", "digits_mutual, peer 1 alone", "digits_mutual", "digits_mutual, peer 1",
+    ]  # fmt: skip
+    assert measured["digits_mutual, peer 1"] == pytest.approx(accuracy)
+    capsys.readouterr()
+    assert main(["compare", *short, "--output", "out"]) == 0
+    assert capsys.readouterr().out.count("trained before") == 3
+    assert main(["test", "--config", "digits_mutual", "--ckpt_path", checkpoint]) == 0
+    assert f"{accuracy:.10f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
