@@ -18,6 +18,7 @@ from lightning_kd.optimizers import adopt, optimizers_of
 from lightning_kd.rehearsal import rehearse
 from lightning_kd.resume import refuse_other_run, restore, saved
 from lightning_kd.schedules import Moment, Schedule
+from lightning_kd.sharding import reshard, shard_like
 from lightning_kd.wiring import describe, find_module
 
 Label = Callable[[Any], Any] | str | int
@@ -275,6 +276,7 @@ class Attachment(Callback):
             self._restore_pending()
         learners = self._learners()
         unshare(learners)
+        shard_like(student, self.distiller.parts())
         pl_module.add_module(guest, Guest(learners))
         self._undo.append(lambda: delattr(pl_module, guest))
 
@@ -291,6 +293,7 @@ class Attachment(Callback):
         assert self._own_step is not None
         calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller)
         self._check_called(calls, pl_module)
+        reshard(pl_module)  # no backward does it
         with isolate_rng():  # data order and dropout are those of the student trained alone
             self.distiller.build(calls[0])
 

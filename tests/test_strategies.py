@@ -1,0 +1,123 @@
+"""Sharded training (FSDP2, ``ModelParallelStrategy``) is the same training; what cannot work there is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Run as a script, once per process; the user shards in configure_model, as Lightning's documentation shows it.
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_invariants import Net, Plain, loader, trainer
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
+from lightning_kd import Distillation, Term, losses, teachers
+from lightning_kd.callbacks import EMATeacher, MutualDistillation
+
+kind, devices, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+class Halves(LightningDataModule):
+    def train_dataloader(self):
+        data, trainer = loader().dataset, self.trainer
+        halves = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=8 // trainer.world_size, sampler=halves)
+
+class Sharded(Plain):
+    def __init__(self, teacher=None):
+        super().__init__(norm=False)
+        self.others = [teacher] if teacher else []  # in a list, so that it is not a submodule
+
+    def configure_model(self):
+        for net in (self.model, *self.others) if devices > 1 else ():
+            fully_shard(net.stem, mesh=self.device_mesh["data_parallel"])
+            fully_shard(net, mesh=self.device_mesh["data_parallel"], reshard_after_forward=not net.training)
+
+class AllSharded(Callback):
+    def on_train_start(self, trainer, pl_module):
+        params = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        learned = 1 if kind == "ema" else len(list(trainer.callbacks[0].distiller.parameters()))
+        assert len(params) == len(list(pl_module.model.parameters())) + learned
+        assert all(isinstance(p, DTensor) for p in params) == (devices > 1)
+
+def run(epochs, resume=None):
+    seed_everything(0)
+    teacher = Net(6, norm=False).eval()
+    hints = dict(student="stem", teacher="stem", weight=10.0)
+    own = torch.nn.ConvTranspose2d(4, 6, 2, 2)
+    terms = {{"hint": Term(losses.FitNet(), **hints), "own": Term(losses.FitNet(), projector=own, **hints)}}
+    if kind != "features":
+        terms |= {{"kd": Term(losses.KD(), weight=0.5), "dkd": Term(losses.DKD(), weight=0.1)}}
+    if kind == "ctkd":
+        terms = {{"ctkd": Term(losses.CTKD(losses.KD()))}}
+    if kind == "vid":
+        terms = {{"vid": Term(losses.VID(), student="stem", teacher="stem")}}
+    shard = kind in ("logits and features", "features")
+    module = Sharded(teacher if shard else None)
+    routed = teachers.Ensemble([teacher, Net(6, norm=False)], weights=teachers.Router(2, 5))
+    if kind == "ema":
+        callback = EMATeacher({{"kd": Term(losses.KD())}}, student="model")
+    elif kind == "mutual":
+        callback = MutualDistillation([Net(4, norm=False)], {{"kd": Term(losses.KD())}}, student="model")
+    else:
+        callback = Distillation(routed if kind == "routed" else teacher, terms, student="model")
+    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False) if devices > 1 else "auto"
+    keep = ModelCheckpoint(folder, filename="{{epoch}}", save_top_k=-1)
+    run = trainer(
+        callback, AllSharded(), keep, epochs=epochs, strategy=strategy, devices=devices, use_distributed_sampler=False,
+        gradient_clip_val=5.0, enable_checkpointing=True,
+    )
+    seed_everything(0)  # a strategy resets the seed of its processes before projectors are made
+    run.fit(module, Halves(), ckpt_path=resume, weights_only=True)
+    assert all(float(value) > 0 for value in run.callback_metrics.values()), run.callback_metrics
+    return run
+
+if __name__ == "__main__":
+    run(1)
+    run(2, f"{{folder}}/epoch=0.ckpt")
+"""
+
+
+def train(kind: str, devices: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = folder / "train.py"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    command = [sys.executable, str(script), kind, str(devices), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["logits and features", "features", "routed", "vid"])
+def test_two_sharded_processes_are_the_same_training(kind: str, tmp_path: Path) -> None:
+    found = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        done = train(kind, devices, folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append([torch.load(folder / f"epoch={epoch}.ckpt", weights_only=True) for epoch in (0, 1)])
+    for one, two in zip(*found, strict=True):
+        assert set(two["state_dict"]) == set(one["state_dict"])
+        torch.testing.assert_close(two["state_dict"], one["state_dict"])
+        assert one["callbacks"]["Distillation"]["learned"]
+        torch.testing.assert_close(two["callbacks"], one["callbacks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("ema", "EMA does not work with that: a sharded model cannot be copied"),
+        ("mutual", "Peers does not work with that"),
+        ("ctkd", "CTKD learns a number, theta, which cannot be"),
+    ],
+)
+def test_what_a_sharded_student_cannot_have_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    done = train(kind, 2, tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
