@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 # Run as a script, once per process; the user shards in configure_model, as Lightning's documentation shows it.
@@ -22,7 +23,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_kd import Distillation, Term, losses, teachers
 from lightning_kd.callbacks import EMATeacher, MutualDistillation
 
-kind, devices, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+kind, accelerator, devices, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+sharded = devices > 1 or accelerator == "gpu"
 
 class Halves(LightningDataModule):
     def train_dataloader(self):
@@ -36,7 +38,7 @@ class Sharded(Plain):
         self.others = [teacher] if teacher else []  # in a list, so that it is not a submodule
 
     def configure_model(self):
-        for net in (self.model, *self.others) if devices > 1 else ():
+        for net in (self.model, *self.others) if sharded else ():
             fully_shard(net.stem, mesh=self.device_mesh["data_parallel"])
             fully_shard(net, mesh=self.device_mesh["data_parallel"], reshard_after_forward=not net.training)
 
@@ -45,7 +47,7 @@ class AllSharded(Callback):
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
         learned = 1 if kind == "ema" else len(list(trainer.callbacks[0].distiller.parameters()))
         assert len(params) == len(list(pl_module.model.parameters())) + learned
-        assert all(isinstance(p, DTensor) for p in params) == (devices > 1)
+        assert all(isinstance(p, DTensor) for p in params) == sharded
 
 def run(epochs, resume=None):
     seed_everything(0)
@@ -68,11 +70,11 @@ def run(epochs, resume=None):
         callback = MutualDistillation([Net(4, norm=False)], {{"kd": Term(losses.KD())}}, student="model")
     else:
         callback = Distillation(routed if kind == "routed" else teacher, terms, student="model")
-    strategy = ModelParallelStrategy(devices, 1) if devices > 1 else "auto"
+    strategy = ModelParallelStrategy(devices, 1) if sharded else "auto"
     keep = ModelCheckpoint(folder, filename="{{epoch}}", save_top_k=-1)
     run = trainer(
         callback, AllSharded(), keep, epochs=epochs, strategy=strategy, devices=devices, use_distributed_sampler=False,
-        gradient_clip_val=5.0, enable_checkpointing=True,
+        accelerator=accelerator, gradient_clip_val=5.0, enable_checkpointing=True,
     )
     seed_everything(0)  # a strategy resets the seed of its processes before projectors are made
     run.fit(module, Halves(), ckpt_path=resume, weights_only=True)
@@ -88,31 +90,44 @@ if __name__ == "__main__":
 """
 
 
-def train(kind: str, devices: int, folder: Path) -> subprocess.CompletedProcess[str]:
+def train(kind: str, accelerator: str, devices: int, folder: Path) -> subprocess.CompletedProcess[str]:
     script = folder / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
-    command = [sys.executable, str(script), kind, str(devices), str(folder)]
+    command = [sys.executable, str(script), kind, accelerator, str(devices), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
 
 
+def trained(kind: str, accelerator: str, devices: int, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
+    """Returns the student and what else learned, after one epoch and after one more that was resumed."""
+    folder.mkdir()
+    done = train(kind, accelerator, devices, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{epochs}.pt", weights_only=True, map_location="cpu") for epochs in (1, 2)]
+
+
+KINDS = ["logits and features", "features", "routed", "vid"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["logits and features", "features", "routed", "vid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_sharded_processes_are_the_same_training(kind: str, tmp_path: Path) -> None:
-    found = []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        done = train(kind, devices, folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append([torch.load(folder / f"{epochs}.pt", weights_only=True) for epochs in (1, 2)])
-    one, two = found
+    one, two = trained(kind, "cpu", 1, tmp_path / "one"), trained(kind, "cpu", 2, tmp_path / "two")
     assert one[1]["learned"]
     torch.testing.assert_close(two, one)
-    saved = FileSystemReader(folder / "epoch=1.ckpt").read_metadata().state_dict_metadata
+    folder = tmp_path / "two" / "epoch=1.ckpt"
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     weights = {key.removeprefix("state_dict.") for key in saved if key.startswith("state_dict.")}
     assert weights == set(one[1]["student"])
-    meta = torch.load(folder / "epoch=1.ckpt" / "meta.pt", weights_only=True)
-    torch.testing.assert_close(meta["callbacks"]["Distillation"]["learned"], one[1]["learned"])
+    callbacks = torch.load(folder / "meta.pt", weights_only=True)["callbacks"]
+    torch.testing.assert_close(callbacks["Distillation"]["learned"], one[1]["learned"])
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_gpu_is_the_same_training(kind: str, tmp_path: Path) -> None:
+    cpu, gpu = trained(kind, "cpu", 1, tmp_path / "cpu"), trained(kind, "gpu", 1, tmp_path / "gpu")
+    torch.testing.assert_close(gpu, cpu, rtol=1e-2, atol=1e-3)  # convolutions may be in TF32
 
 
 @pytest.mark.slow
@@ -125,6 +140,6 @@ def test_two_sharded_processes_are_the_same_training(kind: str, tmp_path: Path) 
     ],
 )
 def test_what_a_sharded_student_cannot_have_is_refused(kind: str, message: str, tmp_path: Path) -> None:
-    done = train(kind, 2, tmp_path)
+    done = train(kind, "cpu", 2, tmp_path)
     assert done.returncode != 0
     assert message in done.stderr
