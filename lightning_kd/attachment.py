@@ -19,7 +19,10 @@ from lightning_kd.rehearsal import rehearse
 from lightning_kd.resume import refuse_other_run, restore, saved
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.sharding import reshard, shard_like
+from lightning_kd.teachers.copies import CopyTeacher
 from lightning_kd.wiring import describe, find_module
+
+_WRAPS = ("FSDPStrategy", "DeepSpeedStrategy")
 
 Label = Callable[[Any], Any] | str | int
 """How to get labels out of a batch: a function of it, a key, or an index."""
@@ -180,6 +183,13 @@ class Attachment(Callback):
                 "a callback sees any loss. Call the engine there instead: `with distiller.watch() as calls:` around "
                 "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
                 "manual_backward (lightning_kd.Distiller)."
+            )
+        strategy = type(trainer.strategy).__name__  # by name: pytorch_lightning has classes of its own
+        if strategy in _WRAPS and (self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher)):
+            raise ValueError(
+                f"{strategy} splits parameters inside of a wrapper, in which {type(self).__name__} cannot keep "
+                "projectors, peers or copies of the student. Use ModelParallelStrategy with fully_shard in "
+                "configure_model, or strategy='ddp'; a frozen teacher without projectors stays as it is."
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         attached = attachments_of(trainer)

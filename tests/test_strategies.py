@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_kd.callbacks import EMATeacher
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
+
+from lightning_kd import Distillation, Term, losses, teachers
+from lightning_kd.teachers import frozen as frozen_file
 
 # Run as a script, once per process; the user shards in configure_model, as Lightning's documentation shows it.
 SCRIPT = """
@@ -143,3 +149,34 @@ def test_what_a_sharded_student_cannot_have_is_refused(kind: str, message: str, 
     done = train(kind, "cpu", 2, tmp_path)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_wrappers_that_split_parameters_are_refused_where_something_learns(strategy: str) -> None:
+    hint = Term(losses.FitNet(), student="model", teacher="output")
+    run = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    run._accelerator_connector.strategy = type(strategy, (), {})()  # neither runs on a CPU
+    for callback in (Distillation(nn.Linear(2, 2), {"hint": hint}), EMATeacher({"kd": Term(losses.KD())})):
+        run.callbacks.append(callback)
+        with pytest.raises(ValueError, match=f"{strategy} splits parameters.*ModelParallelStrategy"):
+            callback.setup(run, BoringModel(), "fit")
+        run.callbacks.pop()
+    frozen = Distillation(nn.Linear(32, 2), {"kd": Term(losses.KD())})
+    run.callbacks.append(frozen)
+    module = BoringModel()
+    frozen.setup(run, module, "fit")
+    assert "training_step" in vars(module)
+
+
+def test_a_sharded_teacher_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for sharded in (False, True):
+        monkeypatch.setattr(frozen_file, "is_sharded", lambda model, sharded=sharded: sharded)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        teacher, calls = teachers.Frozen(model), []
+        teacher.bind(nn.Linear(2, 2), ["0"])
+        model[1].register_forward_hook(lambda module, args, output, calls=calls: calls.append(1))
+        for _ in range(3):
+            teacher(torch.zeros(1, 2))
+        ends.append(len(calls))
+    assert ends == [1, 3]
