@@ -19,7 +19,11 @@ from lightning_kd.rehearsal import rehearse
 from lightning_kd.resume import refuse_other_run, restore, saved
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
+from lightning_kd.sharding import reshard, shard_like
+from lightning_kd.teachers.copies import CopyTeacher
 from lightning_kd.wiring import describe, find_module
+
+_WRAPS = ("FSDPStrategy", "DeepSpeedStrategy")
 
 Label = Callable[[Any], Any] | str | int
 """How to get labels out of a batch: a function of it, a key, or an index."""
@@ -178,6 +182,13 @@ class Attachment(Callback):
                 "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
                 "manual_backward (lightning_kd.Distiller)."
             )
+        strategy = type(trainer.strategy).__name__  # by name: pytorch_lightning has classes of its own
+        if strategy in _WRAPS and (self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher)):
+            raise ValueError(
+                f"{strategy} splits parameters inside of a wrapper, in which {type(self).__name__} cannot keep "
+                "projectors, peers or copies of the student. Use ModelParallelStrategy with fully_shard in "
+                "configure_model, or strategy='ddp'; a frozen teacher without projectors stays as it is."
+            )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         attached = attachments_of(trainer)
         names = [name for attachment in attached for name in attachment.distiller.terms]
@@ -276,6 +287,7 @@ class Attachment(Callback):
             self._restore_pending()
         learners = self._learners()
         unshare(learners)
+        shard_like(student, self.distiller.parts())
         self._host(pl_module, learners, guest)
 
     def _host(self, pl_module: LightningModule, learners: nn.Module, guest: str = GUEST) -> None:
@@ -295,6 +307,7 @@ class Attachment(Callback):
         assert self._own_step is not None
         calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller)
         self._check_called(calls, pl_module)
+        reshard(pl_module)  # no backward does it
         with isolate_rng():  # data order and dropout are those of the student trained alone
             self.distiller.build(calls[0])
 

@@ -31,6 +31,8 @@ def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
             "of it: student=..."
         )
         raise
+    if hasattr(made, "_orig_mod"):  # a compiled module makes its own forward, in the copy anew
+        return made
     for name in [n for n, value in vars(made).items() if inspect.isroutine(value) and hasattr(type(made), n)]:
         delattr(made, name)
     return made

@@ -132,6 +132,11 @@ class Distiller(nn.Module):
             assert isinstance(term, Term)
             yield name, term
 
+    def parts(self) -> list[nn.Module]:
+        """Returns the modules that a step calls: of every term, and what learns with the teacher."""
+        terms = [part for _, term in self.named_terms() for part in (term.projector, term.teacher_side, term.loss)]
+        return [part for part in (*terms, self.teacher_learner) if part is not None]
+
     @property
     def needs_sample(self) -> bool:
         """Whether a term has to see a sample before its parameters can exist."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_kd.distiller import Distiller
+from lightning_kd.sharding import sharded_as, whole
 
 START_ANEW = "start a new fit from the checkpoint's weights: module.load_state_dict(checkpoint['state_dict'])"
 
@@ -18,7 +19,7 @@ def learning(distiller: Distiller) -> list[str]:
 
 def saved(distiller: Distiller) -> dict[str, Any]:
     """Returns what a checkpoint must hold: what the terms learned and where, and what the teacher remembers."""
-    learned, memory = dict(distiller.state_dict()), distiller.teacher.memory()
+    learned, memory = whole(distiller.state_dict()), distiller.teacher.memory()
     wiring = {
         name: f"{term.student.text!r} and the teacher's {term.teacher.text!r}"
         for name, term in distiller.named_terms()
@@ -56,7 +57,7 @@ def restore(distiller: Distiller, state: Mapping[str, Any]) -> None:
             f"{type(distiller.teacher).__name__}, remembers {sorted(memory) or 'nothing'}. Resume with the same "
             f"teacher, or {START_ANEW}."
         )
-    distiller.load_state_dict(was)
+    distiller.load_state_dict(sharded_as(was, distiller.state_dict()))
     distiller.teacher.recall(remembered)
 
 

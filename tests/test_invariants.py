@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import Logger
 from lightning_kd.callbacks import EMATeacher, MutualDistillation, TemperatureScheduler, WeightScheduler
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import Distillation, DistillationModule, Term, losses, schedules, teachers
@@ -359,20 +360,107 @@ def test_projectors_learn_however_configure_optimizers_is_written(optimizer: str
         assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)
 
 
-def test_accumulated_micro_batches_give_the_full_batch() -> None:
-    results = []
-    for batch_size, accumulate in ((16, 1), (4, 4)):
-        seed_everything(0)
-        module = Plain(norm=False)
-        terms = {
-            "kd": Term(losses.KD()),
-            "hint": Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0),
-        }
-        callback = Distillation(Net(6, norm=False), terms, student="model")
-        trainer(callback, accumulate_grad_batches=accumulate).fit(module, loader(batch_size=batch_size))
-        results.append(state_of(module))
-    for key in results[0]:
-        torch.testing.assert_close(results[0][key], results[1][key])
+OPTIONS = ["frozen", *TEACHERS]
+
+
+def of_any_teacher(name: str) -> Any:
+    """Every teacher on networks without BatchNorm and dropout, on which a batch may be split."""
+    hint = Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0, projector=nn.Conv2d(4, 4, 1))
+    logits = Term(losses.KD(), weight=0.5)
+    if name == "frozen":
+        built = Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0)
+        return Distillation(Net(6, norm=False), {"it": logits, "hint": built}, "model")
+    if name.startswith("Ensemble"):
+        weights = teachers.Router(2, 5) if name == "Ensemble routed" else None
+        ensemble = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=weights)
+        return Distillation(ensemble, {"it": logits}, "model")
+    if name.startswith("Peers"):
+        peers = [Net(width, norm=False) for width in ((6,) if name == "Peers ensemble" else (6, 5))]
+        return MutualDistillation(peers, {"it": logits}, "model", "ensemble" if name == "Peers ensemble" else "each")
+    return TEACHERS[name]({"it": logits, "hint": hint})
+
+
+def learned(
+    name: str, change: Callable[[nn.Module], nn.Module] = lambda net: net, batch_size: int = 8, **options: Any
+) -> Any:
+    """Returns the student, what the callback remembers and the logged steps of a fit with a changed student."""
+    seed_everything(0)
+    module, history = Plain(norm=False), History()
+    callback = of_any_teacher(name)
+    module.model = change(module.model)
+    trainer(callback, history, **options).fit(module, loader(batch_size=batch_size))
+    student = [p.detach() for p in module.model.parameters()]
+    return student, [x for x in tree_leaves(callback.state_dict()) if isinstance(x, Tensor)], history.steps
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_accumulated_micro_batches_give_the_full_batch(name: str) -> None:
+    student, memory, _ = learned(name, batch_size=16)
+    micro, micro_memory, _ = learned(name, batch_size=4, accumulate_grad_batches=4)
+    torch.testing.assert_close(micro, student)
+    torch.testing.assert_close(micro_memory, memory)  # an average has moved as often
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(checkpoint(self.stem, x, use_reentrant=False)))
+
+
+def checkpointed(net: nn.Module) -> nn.Module:
+    net.__class__ = Checkpointed
+    return net
+
+
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda net: torch.compile(net, backend="aot_eager"),
+    "checkpointed": checkpointed,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo at a graph break
+def test_a_compiled_or_checkpointed_student_learns_the_same(change: str, name: str) -> None:
+    student, memory, steps = learned(name)
+    changed, changed_memory, changed_steps = learned(name, CHANGES[change])
+    assert [step.keys() for step in changed_steps] == [step.keys() for step in steps]
+    for step, plain in zip(changed_steps, steps, strict=True):
+        assert step == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert steps[-1]["train/it"] > 1e-5  # a copy of the student begins as the student
+    torch.testing.assert_close(changed, student)
+    torch.testing.assert_close(changed_memory, memory)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_on_a_gpu_no_step_waits_in_mixed_precision(precision: Any, name: str) -> None:
+    class NoSync(Callback):
+        """Watches training_step; Lightning itself waits in the first, where it makes what it logs."""
+
+        def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+
+        def on_before_backward(self, *args: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def update(moment: schedules.Moment) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        own_update(moment)
+        torch.cuda.set_sync_debug_mode("default")
+        updated.append(moment.step)
+
+    seed_everything(0)
+    history, callback, updated = History(), of_any_teacher(name), []
+    teacher = callback.distiller.teacher
+    own_update, teacher.update = teacher.update, update
+    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "epochs": 1}
+    try:
+        trainer(callback, NoSync(), history, **options).fit(Plain(norm=False), loader())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert updated == [1, 2, 3, 4]
+    assert all(0 < step["train/it"] < float("inf") for step in history.steps)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -459,7 +547,7 @@ from test_invariants import Net, Plain, loader, trainer
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
-from lightning_kd import Distillation, Term, losses, schedules
+from lightning_kd import Distillation, Term, losses, schedules, teachers
 from lightning_kd.attachment import attachments_of
 from lightning_kd.callbacks import EMATeacher, MutualDistillation
 
@@ -488,6 +576,11 @@ if __name__ == "__main__":
     own = Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.ConvTranspose2d(4, 6, 2, 2))
     if kind == "mutual":
         callbacks = [MutualDistillation([Net(6, norm=False)], {{"kd": kd, "hint": hint}}, student="model")]
+    elif kind == "routed":
+        ensemble = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=teachers.Router(2, 5))
+        callbacks = [Distillation(ensemble, {{"kd": kd}}, student="model")]
+    elif kind == "past":
+        callbacks = [Distillation(teachers.PastSelf(), {{"kd": kd, "hint": hint}}, student="model")]
     else:
         ctkd = Term(losses.CTKD(losses.KD()), weight=0.1)
         terms = {{"kd": kd, "dkd": Term(losses.DKD(), weight=0.1), "ctkd": ctkd, "hint": hint, "own": own}}
@@ -510,6 +603,8 @@ FROZEN_AND_EMA = {
 LOGGED = {
     "frozen and EMA": FROZEN_AND_EMA,
     "norm": FROZEN_AND_EMA,
+    "routed": {"my_loss", *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "teacher/router"))},
+    "past": {"my_loss", *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint"))},
     "mutual": {
         *("my_loss", "peer1/my_loss", "train/loss"),
         *(f"{peer}train/{name}" for peer in ("", "peer1/") for name in ("task", "kd", "kd/weight", "hint")),
@@ -547,6 +642,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
         ("frozen and EMA", "ddp_find_unused_parameters_false"),
         ("mutual", "ddp"),
         ("mutual", "ddp_spawn"),
+        ("routed", "ddp"),
+        ("past", "ddp"),
     ],
 )
 def test_two_processes_are_the_same_training(

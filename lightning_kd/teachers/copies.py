@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_kd.copying import own_copy
 from lightning_kd.schedules import Moment
+from lightning_kd.sharding import refuse_sharded
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of
 
@@ -62,6 +63,7 @@ class CopyTeacher(Teacher):
 
     def bind(self, student: nn.Module, paths: Collection[str]) -> None:
         """Makes the copies, and prepares to answer for the given module paths."""
+        refuse_sharded(student, self)
         self.unbind()
         self._student = [student]
         self.copies = nn.ModuleList(_copy(student) for _ in range(self.count))

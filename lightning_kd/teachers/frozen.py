@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_kd.copying import unshare
+from lightning_kd.sharding import is_sharded
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of, made_by
 from lightning_kd.teachers.weights import load_weights
@@ -91,7 +92,9 @@ class Frozen(Teacher):
             unshare(self.model)
         self.unbind()
         # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
-        self._taps = Taps(self.model, paths, "the teacher", stop_early=self.mode == "eval")
+        # A sharded model has to return, or its layers would not be sharded again.
+        stop_early = self.mode == "eval" and not is_sharded(self.model)
+        self._taps = Taps(self.model, paths, "the teacher", stop_early=stop_early)
         self._taps.attach()
 
     def unbind(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_kd.sharding import refuse_sharded
 from lightning_kd.taps import Record
 from lightning_kd.teachers.base import Teacher
 
@@ -65,7 +66,8 @@ class Peers(Teacher):
         return self.peers[0]
 
     def bind(self, student: nn.Module, paths: Collection[str]) -> None:
-        """Does nothing: what they compute is watched where they learn."""
+        """Does no more than a check: what they compute is watched where they learn."""
+        refuse_sharded(student, self)
 
     def unbind(self) -> None:
         """Does nothing."""
