@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_kd.attachment import Label
+from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.distiller import Distiller
-from lightning_kd.mutual import MutualAttachment
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Peers
 from lightning_kd.teachers.peers import Imitate

@@ -1,6 +1,6 @@
 """A schedule of a term's weight."""
 
-from lightning_kd.scheduler import Scheduler
+from lightning_kd.attachment.scheduler import Scheduler
 from lightning_kd.schedules import Schedule
 from lightning_kd.term import Term
 

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from lightning_kd.attachment import Attachment, attachments_of
+from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.distiller import Distiller
-from lightning_kd.mutual import MutualAttachment
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_kd.attachment import attachments_of
+from lightning_kd.attachment.attachment import attachments_of
 from lightning_kd.schedules import ByEpoch, Custom, Schedule
 from lightning_kd.term import Term
 

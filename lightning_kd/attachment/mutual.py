@@ -11,13 +11,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_kd.attachment import Attachment, Label, attachments_of
+from lightning_kd.attachment.attachment import Attachment, attachments_of
+from lightning_kd.attachment.guest import GUEST
+from lightning_kd.attachment.labels import Label
+from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
+from lightning_kd.attachment.rehearsal import rehearse
+from lightning_kd.attachment.resume import restore, saved
 from lightning_kd.copying import own_copy
 from lightning_kd.distiller import Call, Distiller
-from lightning_kd.guest import GUEST
-from lightning_kd.optimizers import adopt, adopt_groups, optimizers_of
-from lightning_kd.rehearsal import rehearse
-from lightning_kd.resume import restore, saved
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Peers
 from lightning_kd.wiring import find_module
@@ -165,8 +166,8 @@ class MutualAttachment(Attachment):
     def _needs_sample(self) -> bool:
         return any(peer.distiller.needs_sample for peer in self._members)
 
-    def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super()._refuse_what_cannot_work(trainer, pl_module)
+    def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._refuse(trainer, pl_module)
         if len(attachments_of(trainer)) > 1:
             raise ValueError(
                 f"{type(self).__name__} is the only one of the Trainer's callbacks that can distil: the others would "

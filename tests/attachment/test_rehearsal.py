@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from lightning_kd.rehearsal import _small_batch, first_samples
+from lightning_kd.attachment.rehearsal import _small_batch, first_samples
 
 
 class Indexed(Dataset[Any]):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_kd.guest import GUEST
+from lightning_kd.attachment.guest import GUEST
 
 
 def optimizers_of(result: Any) -> Iterator[Optimizer]:

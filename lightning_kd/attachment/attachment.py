@@ -6,27 +6,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_kd.attachment.guest import GUEST, Guest
+from lightning_kd.attachment.labels import Label, labels_of
+from lightning_kd.attachment.optimizers import adopt, optimizers_of
+from lightning_kd.attachment.refusals import refuse_earlier_average, refuse_manual, refuse_strategy
+from lightning_kd.attachment.rehearsal import rehearse
+from lightning_kd.attachment.resume import refuse_other_run, restore, saved
 from lightning_kd.copying import unshare
 from lightning_kd.distiller import Call, Distiller
 from lightning_kd.finite import FiniteCheck
-from lightning_kd.guest import GUEST, Guest
-from lightning_kd.optimizers import adopt, optimizers_of
-from lightning_kd.rehearsal import rehearse
-from lightning_kd.resume import refuse_other_run, restore, saved
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sharding import reshard, shard_like
 from lightning_kd.teachers.copies import CopyTeacher
-from lightning_kd.wiring import describe, find_module
-
-_WRAPS = ("FSDPStrategy", "DeepSpeedStrategy")
-
-Label = Callable[[Any], Any] | str | int
-"""How to get labels out of a batch: a function of it, a key, or an index."""
+from lightning_kd.wiring import find_module
 
 
 class Attachment(Callback):
@@ -79,7 +75,7 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
-        self._refuse_what_cannot_work(trainer, pl_module)
+        self._refuse(trainer, pl_module)
         self._all = attachments_of(trainer)
         training_step = pl_module.training_step
         # The user's own, whoever else is attached.
@@ -174,22 +170,12 @@ class Attachment(Callback):
 
     # What they do.
 
-    def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers before "
-                "a callback sees any loss. Call the engine there instead: `with distiller.watch() as calls:` around "
-                "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
-                "manual_backward (lightning_kd.Distiller)."
-            )
-        strategy = type(trainer.strategy).__name__  # by name: pytorch_lightning has classes of its own
-        if strategy in _WRAPS and (self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher)):
-            raise ValueError(
-                f"{strategy} splits parameters inside of a wrapper, in which {type(self).__name__} cannot keep "
-                "projectors, peers or copies of the student. Use ModelParallelStrategy with fully_shard in "
-                "configure_model, or strategy='ddp'; a frozen teacher without projectors stays as it is."
-            )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what cannot work, before anything is changed."""
+        refuse_manual(pl_module)
+        refuse_strategy(trainer, self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher))
+        if self._has_parameters():
+            refuse_earlier_average(trainer, self)
         attached = attachments_of(trainer)
         names = [name for attachment in attached for name in attachment.distiller.terms]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -200,15 +186,6 @@ class Attachment(Callback):
                 f"task_weight={self.task_weight} of {type(self).__name__}: the module's own loss has one weight, which "
                 f"is for the first of the Trainer's callbacks that distil, {type(attached[0]).__name__}, to give."
             )
-        for callback in callbacks:
-            if callback is self:
-                break
-            # It pairs parameters and buffers by position in a copy made at its own setup.
-            if isinstance(callback, WeightAveraging) and self._has_parameters():
-                raise ValueError(
-                    f"{type(callback).__name__} comes before {type(self).__name__} in the Trainer's callbacks, so that "
-                    "its copy of the module would lack the projectors. Put it after."
-                )
 
     def _get_ready(self, pl_module: LightningModule) -> None:
         if not self._ready:
@@ -354,7 +331,7 @@ class Attachment(Callback):
         """Returns the total of the losses of one network, and what is logged of them."""
         moment = self._moment(trainer)
         distiller.at(moment)
-        losses = distiller(calls, **self._labels_of(batch))
+        losses = distiller(calls, **labels_of(batch, self.labels, self.distiller.labels))
         named = {name + key: loss for key, loss in losses.items()}
         self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)))
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
@@ -363,16 +340,6 @@ class Attachment(Callback):
             values["task/weight"] = weight
         logged = {f"{name}train/{key}": v.detach() if isinstance(v, Tensor) else v for key, v in values.items()}
         return weight * task_loss + distiller.total(losses), logged
-
-    def _labels_of(self, batch: Any) -> dict[str, Any]:
-        """Gets out of the batch what some term can use; what a loss only may use can be missing."""
-        found = {}
-        needed = self.distiller.labels
-        for name, how in self.labels.items():
-            has_default = isinstance(batch, (tuple, list)) and len(batch) > 1
-            if name in needed and (needed[name] or how is not None or has_default):
-                found[name] = _label(how, batch, name)
-        return found
 
     def _check_called(self, calls: list[Call], pl_module: LightningModule) -> None:
         if calls:
@@ -419,17 +386,3 @@ def attachments_of(trainer: Trainer) -> list[Attachment]:
     """Returns what is attached to the module that a trainer trains, in the order of the callbacks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     return [callback for callback in callbacks if isinstance(callback, Attachment)]
-
-
-def _label(how: Label | None, batch: Any, name: str) -> Any:
-    try:
-        if callable(how):
-            return how(batch)
-        if how is None and not isinstance(batch, (tuple, list)):
-            raise TypeError("batch[1] is the default for batches that are tuples or lists")
-        return batch[1 if how is None else how]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "
-            f"{describe(batch)}: {error!r}. Pass {name}=..., a function of the batch, its key or its index."
-        ) from error

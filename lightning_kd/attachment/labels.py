@@ -1,0 +1,42 @@
+"""Labels: what losses need of a batch, whatever its format."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_kd.wiring import describe
+
+Label = Callable[[Any], Any] | str | int
+"""How to get labels out of a batch: a function of it, a key, or an index."""
+
+
+def labels_of(batch: Any, sources: Mapping[str, Label | None], needed: Mapping[str, bool]) -> dict[str, Any]:
+    """Gets out of a batch what some term can use; what a loss only may use can be missing.
+
+    Args:
+        batch: The batch.
+        sources: How to get what, by name; None is ``batch[1]``.
+        needed: What is used, by name, and whether somebody cannot do without.
+
+    Raises:
+        ValueError: If something that is needed is not there.
+    """
+    found = {}
+    for name, how in sources.items():
+        has_default = isinstance(batch, (tuple, list)) and len(batch) > 1
+        if name in needed and (needed[name] or how is not None or has_default):
+            found[name] = _label(how, batch, name)
+    return found
+
+
+def _label(how: Label | None, batch: Any, name: str) -> Any:
+    try:
+        if callable(how):
+            return how(batch)
+        if how is None and not isinstance(batch, (tuple, list)):
+            raise TypeError("batch[1] is the default for batches that are tuples or lists")
+        return batch[1 if how is None else how]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "
+            f"{describe(batch)}: {error!r}. Pass {name}=..., a function of the batch, its key or its index."
+        ) from error

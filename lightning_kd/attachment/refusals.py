@@ -1,0 +1,40 @@
+"""What cannot be distilled by a callback, and what to do instead."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+
+WRAPPING = ("FSDPStrategy", "DeepSpeedStrategy")
+"""Strategies that hold parameters in a wrapper; by name, since pytorch_lightning has classes of its own."""
+
+
+def refuse_manual(pl_module: LightningModule) -> None:
+    """Refuses manual optimization."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers before "
+            "a callback sees any loss. Call the engine there instead: `with distiller.watch() as calls:` around "
+            "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
+            "manual_backward (lightning_kd.Distiller)."
+        )
+
+
+def refuse_strategy(trainer: Trainer, reaches_in: bool) -> None:
+    """Refuses strategies that wrap, where something learns beside the student or the student is copied."""
+    strategy = type(trainer.strategy).__name__
+    if strategy in WRAPPING and reaches_in:
+        raise ValueError(
+            f"{strategy} splits parameters inside of a wrapper, in which there is no place for projectors, peers or "
+            "copies of the student. Use ModelParallelStrategy with fully_shard in configure_model, or "
+            "strategy='ddp'; a frozen teacher without projectors stays as it is."
+        )
+
+
+def refuse_earlier_average(trainer: Trainer, callback: Callback) -> None:
+    """Refuses weight averaging before a callback: it pairs parameters by position in a copy made at its own setup."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for earlier in callbacks[: callbacks.index(callback)]:
+        if isinstance(earlier, WeightAveraging):
+            raise ValueError(
+                f"{type(earlier).__name__} comes before {type(callback).__name__} in the Trainer's callbacks, so that "
+                "its copy of the module would lack the projectors. Put it after."
+            )
