@@ -63,7 +63,7 @@ def trained(model: Any) -> list[Any]:
 
 
 def missing(config: Any) -> list[Any]:
-    """Of the trained teachers of a configuration, those that it says how to train, and that were not trained."""
+    """Of these, those that the configuration says how to train, and that are not there."""
     each = trained(config["model"]) if config.get("teacher_fit") else []
     return [one for one in each if not Path(one["checkpoint"]).is_file()]
 
@@ -78,7 +78,7 @@ def ensure(cli: DistillationCLI) -> None:
         UsageError: If the checkpoint that is there was trained with other settings.
     """
     config = plain_config(cli)
-    how = config.get("teacher_fit")
+    how: Any = config.get("teacher_fit")
     for number, one in enumerate(trained(config["model"]) if how else []):
         settings = own_training(config, one["model"], how["seed"] + number)
         path = Path(one["checkpoint"])
