@@ -102,7 +102,7 @@ class DistillationCLI(LightningCLI):
         """Train the teacher first, if it was not trained before."""
         if self.subcommand != "fit":
             return
-        missing = teacher.is_missing(self)
+        missing = bool(teacher.missing(self.own_config))
         if missing and self.own_config["trainer"].get("fast_dev_run"):
             print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")
             self.config = self._with_stand_in()
@@ -140,8 +140,8 @@ class DistillationCLI(LightningCLI):
     def _with_stand_in(self) -> Any:
         """The configuration, with no checkpoint for a teacher that was not trained yet."""
         config = self.config.clone()
-        if teacher.is_missing(self):
-            config.get(str(self.subcommand), config)["model"]["teacher"]["init_args"]["checkpoint"] = None
+        for one in teacher.missing(config.get(str(self.subcommand), config)):
+            one["checkpoint"] = None
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

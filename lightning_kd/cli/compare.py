@@ -22,6 +22,9 @@ on the test data; print and save what was gained. What was trained before is fou
 comparison goes on where it was. Further options override the configurations, as in `lightning-kd fit`.
 """
 
+STANDING = ("lightning_kd.teachers.Frozen", "lightning_kd.teachers.Ensemble")
+"""Teachers that do not learn with the student."""
+
 
 def main(arguments: list[str]) -> None:
     """Compare, print the table, and save it with the plot."""
@@ -77,20 +80,14 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
         overrides = [*overrides, *given]
     cli = DistillationCLI(["--config", file, *overrides], run=False, make=False)
     settings = settings_of(cli)
-    spec = settings["model"].get("teacher") or {}
-    frozen = spec.get("class_path") == "lightning_kd.teachers.Frozen"
-    if not settings["model"].get("terms") or (frozen and trained_teacher(settings) is None):
+    model = settings["model"]
+    standing = (model.get("teacher") or {}).get("class_path") in STANDING
+    if not model.get("terms") or (standing and not teacher.trained(model)):
         raise UsageError(
             f"{file}: compare needs terms, and a teacher: a lightning_kd.teachers.Frozen with a model and a "
-            "checkpoint, or one that learns with the student"
+            "checkpoint, an Ensemble of such, or one that learns with the student"
         )
     return cli
-
-
-def trained_teacher(settings: Settings) -> tuple[Any, str] | None:
-    """Return the network of a trained teacher and its checkpoint; teachers that learn with the student have none."""
-    given = settings["model"]["teacher"].get("init_args") or {}
-    return (given["model"], given["checkpoint"]) if given.get("model") and given.get("checkpoint") else None
 
 
 def settings_of(cli: DistillationCLI) -> Settings:
@@ -112,9 +109,8 @@ def compare(configs: dict[str, Settings], seeds: list[int] | None, students: lis
         return Row(name, role, {seed: t.metrics for seed, t in each_seed.items()}, baseline)
 
     for name, settings in configs.items():
-        trained = trained_teacher(settings)
-        if trained is not None:
-            network, checkpoint = trained
+        trained = teacher.trained(settings["model"])
+        for network, checkpoint in ((one["model"], one["checkpoint"]) for one in trained):
             key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
             if key not in teachers:
                 taught = settings | {"model": settings["model"] | {"student": network}}

@@ -66,7 +66,8 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [[*head, *(title for title, _, _ in COSTS.values())]]
     for row in rows:
         metrics = [_spread(row.values(n), 100 if n in PERCENT else 1, 2 if n in PERCENT else 4) for n in names]
-        metrics = ["" if row.role == "teacher" and n == "agreement" else m for n, m in zip(names, metrics, strict=True)]
+        with_itself = "agreement" if row.role == "teacher" and row.values("agreement") == [1.0] else None
+        metrics = ["" if n == with_itself else m for n, m in zip(names, metrics, strict=True)]
         costs = [format(row.costs[k] * scale, form) if k in row.costs else "" for k, (_, scale, form) in COSTS.items()]
         lines.append([row.name, *metrics, *costs])
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -1,4 +1,4 @@
-"""The teacher's own training: before the first distillation, once."""
+"""The teachers' own training: before the first distillation, once."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 
 @dataclass
 class TeacherFit:
-    """How the teacher is trained when its checkpoint does not exist: alone, on the same data and task.
+    """How a teacher is trained when its checkpoint does not exist: alone, on the same data and task.
 
     Optimizer and scheduler are the student's, with these values instead.
 
     Args:
         max_epochs: Epochs to train for.
         lr: Learning rate.
-        seed: Seed, the same for all students of this teacher.
+        seed: Seed, the same for all students of this teacher; the next teacher of an ensemble has the next seed.
     """
 
     max_epochs: PositiveInt
@@ -52,15 +52,24 @@ class TeacherFit:
     seed: int = 0
 
 
-def is_missing(cli: DistillationCLI) -> bool:
-    """Whether the configuration says how to train its teacher, and that was not done."""
-    config = cli.own_config
-    checkpoint = config.get("model.teacher.init_args.checkpoint")
-    return bool(config.get("teacher_fit") and checkpoint) and not Path(checkpoint).is_file()
+def trained(model: Any) -> list[Any]:
+    """The ``init_args``, with a network and its checkpoint, of the teacher in a model's configuration.
+
+    Those of each teacher of an ensemble; teachers that learn with the student have none.
+    """
+    given = (model.get("teacher") or {}).get("init_args") or {}
+    each = [one.get("init_args") or {} for one in given.get("teachers") or []] or [given]
+    return [one for one in each if one.get("model") and one.get("checkpoint")]
+
+
+def missing(config: Any) -> list[Any]:
+    """Of these, those that the configuration says how to train, and that are not there."""
+    each = trained(config["model"]) if config.get("teacher_fit") else []
+    return [one for one in each if not Path(one["checkpoint"]).is_file()]
 
 
 def ensure(cli: DistillationCLI) -> None:
-    """Train the teacher of a configuration and save it where the configuration says, unless it is there.
+    """Train the teachers of a configuration and save them where the configuration says, unless they are there.
 
     Beside the checkpoint lies a ``.json`` with all that decided it. A checkpoint that was trained otherwise is
     never used and never overwritten.
@@ -69,20 +78,17 @@ def ensure(cli: DistillationCLI) -> None:
         UsageError: If the checkpoint that is there was trained with other settings.
     """
     config = plain_config(cli)
-    how = config.get("teacher_fit")
-    spec = config["model"].get("teacher") or {}
-    checkpoint = (spec.get("init_args") or {}).get("checkpoint")
-    if not how or not checkpoint:
-        return
-    settings = own_training(config)
-    path = Path(checkpoint)
-    if path.is_file():
-        check(path, settings)
-        print(f"teacher: loaded from {path}, trained before")
-        return
-    print(f"teacher: no checkpoint at {path}; it is trained first ({how['max_epochs']} epochs)")
-    fit(cli, settings, path)
-    print(f"teacher: saved to {path}\n")
+    how: Any = config.get("teacher_fit")
+    for number, one in enumerate(trained(config["model"]) if how else []):
+        settings = own_training(config, one["model"], how["seed"] + number)
+        path = Path(one["checkpoint"])
+        if path.is_file():
+            check(path, settings)
+            print(f"teacher: loaded from {path}, trained before")
+            continue
+        print(f"teacher: no checkpoint at {path}; it is trained first ({how['max_epochs']} epochs)")
+        fit(cli, settings, path)
+        print(f"teacher: saved to {path}\n")
 
 
 def plain_config(cli: DistillationCLI) -> dict[str, Any]:
@@ -92,14 +98,13 @@ def plain_config(cli: DistillationCLI) -> dict[str, Any]:
     return loaded
 
 
-def own_training(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the teacher's own training: the same one, with the teacher in the student's place."""
+def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, Any]:
+    """The configuration of a teacher's own training: the same one, with the teacher in the student's place."""
     how = config["teacher_fit"]
     model = config["model"]
-    network = model["teacher"]["init_args"]["model"]
     trainer = {k: v for k, v in config["trainer"].items() if k in DECIDING and v is not None}
     trainer["max_epochs"] = how["max_epochs"]
-    settings = alone(config) | {"seed_everything": how["seed"], "trainer": trainer}
+    settings = alone(config) | {"seed_everything": seed, "trainer": trainer}
     settings["model"] = settings["model"] | {"student": network}
     settings["model"]["optimizer"] = _replace(model.get("optimizer"), lr=how["lr"])
     if model.get("lr_scheduler"):
@@ -178,7 +183,7 @@ def check(path: Path, settings: dict[str, Any]) -> None:
     differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in sorted(then | now) if then.get(k) != now.get(k)]
     raise UsageError(
         f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train again, "
-        "name another file with --model.teacher.init_args.checkpoint, or take it as it is with --teacher_fit null"
+        "name another checkpoint in the configuration, or take it as it is with --teacher_fit null"
     )
 
 

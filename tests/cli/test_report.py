@@ -42,6 +42,13 @@ def test_the_table_has_mean_and_sample_deviation() -> None:
     assert "loss" not in table
 
 
+def test_a_teacher_agrees_with_an_ensemble_and_not_with_itself() -> None:
+    member = Row("teacher 2", "teacher", {0: {"accuracy": 0.94, "agreement": 0.975}})
+    itself, among = markdown([*rows([0.9]), member]).splitlines()[2::3][:2]
+    assert "100.00" not in itself
+    assert "97.50" in among
+
+
 def test_the_csv_files_hold_rows_and_runs(tmp_path: Path) -> None:
     save(rows([0.90, 0.92, 0.94]), "text", tmp_path)
     with (tmp_path / "comparison.csv").open() as file:

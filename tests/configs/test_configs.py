@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from lightning_kd.cli import command, main
 from lightning_kd.cli.configs import shipped, summary
-from lightning_kd.teachers import Frozen, load_weights
+from lightning_kd.teachers import Ensemble, Frozen, load_weights
 
 CONFIGS = shipped()
 
@@ -37,14 +38,14 @@ def test_every_config_runs_from_nothing_and_keeps_the_invariants(
         "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
         "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
     ]  # fmt: skip
-    has_trained_teacher = "teacher_fit" in CONFIGS[name].read_text()
-    if has_trained_teacher:
+    trained = re.findall(r"checkpoint: (\S+\.ckpt)", CONFIGS[name].read_text())
+    if trained:
         short += ["--teacher_fit.max_epochs", "1"]
     models = []
     monkeypatch.setattr(command.DistillationCLI, "after_fit", lambda cli: models.append(cli.model))
     assert main(["fit", "--config", name, *short, "--traceback"]) == 0
     model = models.pop()
-    assert len(models) == has_trained_teacher  # the teacher's own training came first
+    assert len(models) == len(trained)  # the teachers' own training came first
     student, teacher = model.student, model.teacher
 
     (metrics,) = Path("runs").rglob("metrics.csv")
@@ -59,11 +60,13 @@ def test_every_config_runs_from_nothing_and_keeps_the_invariants(
     assert set(content["state_dict"]) == {f"student.{key}" for key in student.state_dict()}
     for module in (*student.modules(), *teacher.modules()):
         assert not module._forward_hooks
-    if not has_trained_teacher:
+    if not trained:
         return
-    assert isinstance(teacher, Frozen)
     assert not any("teacher" in state for state in content["callbacks"].values())
-    (trained,) = Path("checkpoints").glob("*.ckpt")
-    after = {key: value.clone() for key, value in teacher.model.state_dict().items()}
-    load_weights(teacher.model, trained)
-    assert all(torch.equal(value, after[key]) for key, value in teacher.model.state_dict().items())
+    assert {str(path) for path in Path("checkpoints").glob("*.ckpt")} == set(trained)
+    assert isinstance(teacher, Frozen | Ensemble)
+    each = teacher.frozen if isinstance(teacher, Ensemble) else [teacher]
+    for member, file in zip(each, trained, strict=True):
+        after = {key: value.clone() for key, value in member.model.state_dict().items()}
+        load_weights(member.model, file)
+        assert all(torch.equal(value, after[key]) for key, value in member.model.state_dict().items())
