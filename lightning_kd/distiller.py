@@ -93,6 +93,12 @@ class Distiller(nn.Module):
                 )
             if not isinstance(term, Term):
                 raise TypeError(f"The term {name!r} is a {type(term).__name__}; wrap the loss: Term(loss, weight=...).")
+        parts = [id(part) for term in terms.values() for part in (term, term.loss)]
+        if len(set(parts)) < len(parts):
+            raise ValueError(
+                "Two terms are one object, or have one loss object: what is learned or scheduled for one would be for "
+                "both. Make each of its own: Term(losses.KD()), Term(losses.KD())."
+            )
         if not isinstance(teacher, nn.Module):
             hint = f" Did you mean {teacher.__name__}(...)?" if isinstance(teacher, type) else ""
             raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.{hint}")

@@ -1,18 +1,20 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.guest import GUEST, Guest
 from lightning_kd.attachment.labels import Label, labels_of
 from lightning_kd.attachment.optimizers import adopt, optimizers_of
-from lightning_kd.attachment.refusals import refuse_earlier_average, refuse_manual, refuse_strategy
+from lightning_kd.attachment.refusals import refuse_earlier_average, refuse_manual, refuse_strategy, refuse_two_swaps
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_run, restore, saved
 from lightning_kd.copying import unshare
@@ -60,6 +62,7 @@ class Attachment(Callback):
         self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
         self._total_steps = 0.0
+        self._epochs = math.nan
         self._steps_done = 0
         self._ready = False
         self._check = FiniteCheck()
@@ -81,6 +84,8 @@ class Attachment(Callback):
         # The user's own, whoever else is attached.
         self._own_step = training_step if self is self._all[0] else self._all[0]._own_step
         self._patch(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
+        if self.distiller.teacher.evaluated:  # for checkpoints of weights alone Lightning asks no callback
+            self._patch(pl_module, "on_save_checkpoint", self._saving(pl_module.on_save_checkpoint))
         if self._has_parameters():
             # Made here, since the optimizer and the strategy's wrapper are made next. Not functools.wraps: Lightning
             # follows __wrapped__ and would find that the user's class has no configure_model.
@@ -120,12 +125,12 @@ class Attachment(Callback):
         # Nothing is averaged over an epoch, so the size does not matter; some batches do not tell it.
         pl_module.log_dict(ours, prog_bar=self.prog_bar, batch_size=1)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a teacher that is to be evaluated take the student's place."""
         if self.distiller.attached:
             self.distiller.teacher.swap()
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the student its place back."""
         if self.distiller.attached:
             self.distiller.teacher.swap()
@@ -136,9 +141,7 @@ class Attachment(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the weights that are evaluated into the checkpoint."""
-        prefix = f"{self.student}." if self.student else ""
-        weights = self.distiller.teacher.weights() if self.distiller.attached else {}
-        checkpoint["state_dict"].update({prefix + key: value for key, value in weights.items()})
+        self._put_weights(checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
@@ -170,6 +173,19 @@ class Attachment(Callback):
 
     # What they do.
 
+    def _put_weights(self, checkpoint: dict[str, Any]) -> None:
+        prefix = f"{self.student}." if self.student else ""
+        weights = self.distiller.teacher.weights()
+        checkpoint["state_dict"].update({prefix + key: value for key, value in weights.items()})
+
+    def _saving(self, on_save_checkpoint: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+        @functools.wraps(on_save_checkpoint)
+        def save_what_is_evaluated(checkpoint: dict[str, Any]) -> None:
+            self._put_weights(checkpoint)
+            on_save_checkpoint(checkpoint)
+
+        return save_what_is_evaluated
+
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses what cannot work, before anything is changed."""
         refuse_manual(pl_module)
@@ -177,6 +193,7 @@ class Attachment(Callback):
         if self._has_parameters():
             refuse_earlier_average(trainer, self)
         attached = attachments_of(trainer)
+        refuse_two_swaps(trainer, [each for each in attached if each.distiller.teacher.evaluated])
         names = [name for attachment in attached for name in attachment.distiller.terms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -196,7 +213,13 @@ class Attachment(Callback):
 
     def _measure_run(self, trainer: Trainer) -> None:
         needed = self.distiller.needs_end or isinstance(self.task_weight, Schedule)
+        if needed and any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "A schedule is over the run, and with GradientAccumulationScheduler its length is not known before. "
+                "Accumulate the same number of batches throughout: Trainer(accumulate_grad_batches=...)."
+            )
         self._total_steps = float(trainer.estimated_stepping_batches) if needed else float("inf")
+        self._epochs = _epochs_of(trainer)
         if needed and not 0.0 < self._total_steps < float("inf"):
             raise ValueError(
                 "A schedule is over the run, and the run has no end. Set max_epochs of the Trainer, or max_steps where "
@@ -206,8 +229,7 @@ class Attachment(Callback):
     def _moment(self, trainer: Trainer) -> Moment:
         """Returns where in the run the next step is; without a schedule, nobody asks how far."""
         step, epoch = trainer.global_step, trainer.current_epoch
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("nan")
-        return Moment(step / self._total_steps, step, epoch, epoch / epochs)
+        return Moment(step / self._total_steps, step, epoch, epoch / self._epochs)
 
     def _needs_sample(self) -> bool:
         return self.distiller.needs_sample
@@ -300,6 +322,7 @@ class Attachment(Callback):
             if not self._ready:  # the tuner trains inside of another callback's on_fit_start, and calls no hooks
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
+            self._begin_step()
             with self.distiller.watch() as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
@@ -324,6 +347,9 @@ class Attachment(Callback):
         if self is self._all[-1]:
             self._values["train/loss"] = total.detach()
         return total
+
+    def _begin_step(self) -> None:
+        """Is called before the module's own step."""
 
     def _weigh(
         self, trainer: Trainer, distiller: Distiller, task_loss: Tensor, calls: list[Call], batch: Any, name: str = ""
@@ -380,6 +406,16 @@ class Attachment(Callback):
                 teacher.to(home)
 
             self._undo.append(undo)
+
+
+def _epochs_of(trainer: Trainer) -> float:
+    """Returns how many epochs a run has, which max_steps may end sooner; not a number, where nothing says it."""
+    if not trainer.max_epochs or trainer.max_epochs < 0:
+        return math.nan
+    if trainer.max_steps < 0 or trainer.num_training_batches == math.inf:
+        return float(trainer.max_epochs)
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    return float(min(trainer.max_epochs, math.ceil(trainer.max_steps / steps)))
 
 
 def attachments_of(trainer: Trainer) -> list[Attachment]:

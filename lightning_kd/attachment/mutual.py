@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.memory import recursive_detach
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -268,13 +269,17 @@ class MutualAttachment(Attachment):
         module._metric_attributes = None  # by which Lightning finds the original's metrics
         return module, peer
 
+    def _begin_step(self) -> None:
+        self._random = _collect_rng_states()
+
     def _total(
         self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
         found, tasks = [calls], [task_loss]
         for peer in self._others:
             peer.module._current_fx_name = self._members[0].module._current_fx_name
-            with peer.distiller.watch() as theirs:
+            with peer.distiller.watch() as theirs, isolate_rng():
+                _set_rng_states(self._random)  # noise, mixup: all networks see the same
                 result = peer.module.training_step(*args, **kwargs)
             loss = result.get("loss") if isinstance(result, Mapping) else result
             if loss is None:  # what one skips, nobody can learn from

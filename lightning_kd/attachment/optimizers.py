@@ -28,6 +28,12 @@ def adopt_groups(optimizers: list[Optimizer], others: list[Optimizer]) -> None:
     groups = [group["params"] for optimizer in others for group in optimizer.param_groups]
     theirs = [[p for p in params if id(p) not in have] for params in groups]
     if len(ours) != len(theirs):
+        settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for _, group in ours]
+        if any(setting != settings[0] for setting in settings):
+            raise ValueError(
+                f"configure_optimizers makes {len(ours)} groups with different settings for the student and "
+                f"{len(theirs)} for a peer, so that they do not correspond. Make as many for every network."
+            )
         adopt(optimizers, [p for params in theirs for p in params])
         return
     for (optimizer, group), params in zip(ours, theirs, strict=True):

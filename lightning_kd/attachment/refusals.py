@@ -1,5 +1,7 @@
 """What cannot be distilled by a callback, and what to do instead."""
 
+from collections.abc import Sequence
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
@@ -38,3 +40,14 @@ def refuse_earlier_average(trainer: Trainer, callback: Callback) -> None:
                 f"{type(earlier).__name__} comes before {type(callback).__name__} in the Trainer's callbacks, so that "
                 "its copy of the module would lack the projectors. Put it after."
             )
+
+
+def refuse_two_swaps(trainer: Trainer, evaluated: Sequence[Callback]) -> None:
+    """Refuses two averages that take the student's place in validation: each would get the other's weights."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    swapping = [*evaluated, *(each for each in callbacks if evaluated and isinstance(each, WeightAveraging))]
+    if len(swapping) > 1:
+        raise ValueError(
+            f"{' and '.join(type(each).__name__ for each in swapping)} both take the student's place in validation. "
+            "Let one of them do it: evaluate=False for the others."
+        )

@@ -1,5 +1,6 @@
 """A rehearsal: the shapes that projectors have to bridge, from the student's first call on two samples."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
 )
+from torchmetrics import Metric
 
 from lightning_kd.distiller import Call, Distiller
 
@@ -138,11 +140,19 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def _buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Puts BatchNorm statistics and other buffers back."""
+    """Puts BatchNorm statistics and other buffers back, and what metrics have counted."""
     saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    metrics = [(part, _counted(part)) for part in module.modules() if isinstance(part, Metric)]
     try:
         yield
     finally:
+        for metric, counted in metrics:
+            for name, value in counted.items():
+                setattr(metric, name, value)
         with torch.no_grad():
             for buffer, value in saved:
                 buffer.copy_(value)
+
+
+def _counted(metric: Metric) -> dict[str, Any]:
+    return {name: copy.deepcopy(getattr(metric, name)) for name in (*metric._defaults, "_update_count", "_computed")}

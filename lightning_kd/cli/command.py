@@ -102,6 +102,7 @@ class DistillationCLI(LightningCLI):
         """Train the teacher first, if it was not trained before."""
         if self.subcommand != "fit":
             return
+        Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
         missing = bool(teacher.missing(self.own_config))
         if missing and self.own_config["trainer"].get("fast_dev_run"):
             print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")

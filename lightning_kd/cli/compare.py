@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> None:
     if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
         raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
     output: Path = options.output or Path("comparisons", "+".join(names))
+    output.mkdir(parents=True, exist_ok=True)
     for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs
         logging.getLogger(logger).setLevel(logging.WARNING)
     files = [find(given) for given in options.config]

@@ -11,6 +11,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from lightning_kd.cli.errors import UsageError
+
 
 class SavePredictions(BasePredictionWriter):
     """Writes all predictions to a file that ``torch.load`` reads, in the order of the data.
@@ -21,6 +23,8 @@ class SavePredictions(BasePredictionWriter):
 
     def __init__(self, output: Path) -> None:
         super().__init__("epoch")
+        if output.is_dir():
+            raise UsageError(f"--output: expected a file for the predictions, received the folder {output}")
         self.output = output
 
     def write_on_epoch_end(

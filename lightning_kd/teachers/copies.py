@@ -35,6 +35,7 @@ class CopyTeacher(Teacher):
         self._taps: list[Taps] = []
         self._recalled = False
         self._swapped = False
+        self._ended = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taps": [], "_student": []}
@@ -68,6 +69,7 @@ class CopyTeacher(Teacher):
         self._student = [student]
         self.copies = nn.ModuleList(_copy(student) for _ in range(self.count))
         self.active = 0
+        self._ended = False
         for model in self.copies:
             taps = Taps(model, paths, "the teacher, a copy of the student,", stop_early=self._may_stop_early())
             taps.attach()
@@ -82,8 +84,7 @@ class CopyTeacher(Teacher):
             self.swap()
         for taps in self._taps:
             taps.detach()
-        self._taps = []
-        self._student = []
+        self._taps = []  # the student stays known: a checkpoint may be saved after this
 
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Runs the copy that teaches now, without gradient."""
@@ -133,6 +134,7 @@ class CopyTeacher(Teacher):
         """Leaves the student the copy's weights and buffers, if these were evaluated."""
         if self.evaluated:
             copy_tensors(_state(self.student), _state(self.model))
+            self._ended = True
 
     def swap(self) -> None:
         """Exchanges the weights and buffers of student and copy, if the copy is evaluated."""
@@ -146,7 +148,7 @@ class CopyTeacher(Teacher):
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights of the copy in the student's types, if they are evaluated."""
-        if not self.evaluated:
+        if not self.evaluated or not self._student or self._ended:  # in the end the student has them itself
             return {}
         types = {key: value.dtype for key, value in self.student.state_dict().items()}
         return {key: value.to(types[key]) for key, value in self.model.state_dict().items()}

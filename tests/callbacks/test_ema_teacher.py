@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_kd.callbacks import Distillation, EMATeacher
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
+from lightning_kd.callbacks import Distillation, EMATeacher, WeightScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import Term, losses, teachers
+from lightning_kd import Term, losses, schedules, teachers
 
 
 class Lit(LightningModule):
@@ -157,3 +157,83 @@ def test_a_second_fit_starts_from_the_student_of_then() -> None:
     between = module.model[0].weight.detach().clone()
     fit(module, callback, max_epochs=1)
     assert torch.equal(callback.distiller.teacher.model[0].weight, between)
+
+
+def test_checkpoints_of_weights_alone_hold_the_average_too(tmp_path: Path) -> None:
+    callback, keep = mean_teacher(evaluate=True), ModelCheckpoint(tmp_path, filename="it", save_weights_only=True)
+    module = Lit()
+    fit(module, callback, keep)
+    state = torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(state["model.0.weight"], callback.distiller.teacher.model[0].weight)
+    assert "on_save_checkpoint" not in vars(module)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_what_is_saved_after_an_exception_or_after_the_fit_can_be_resumed(tmp_path: Path) -> None:
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
+            if trainer.global_step == 6:
+                raise ArithmeticError
+
+    callback = mean_teacher(evaluate=True)
+    with pytest.raises(ArithmeticError):
+        fit(Lit(), Breaks(), callback, ModelCheckpoint(tmp_path, filename="broken", save_on_exception=True))
+    (broken,) = tmp_path.glob("broken*.ckpt")
+    state = torch.load(broken, weights_only=True)["state_dict"]
+    torch.testing.assert_close(state["model.0.weight"], callback.distiller.teacher.model[0].weight)
+    fit(Lit(), mean_teacher(evaluate=True), ckpt_path=broken)
+    module, last = Lit(), tmp_path / "last.ckpt"
+    fit(module, mean_teacher(evaluate=True)).save_checkpoint(last)
+    fit(Lit(), mean_teacher(evaluate=True), ckpt_path=last, max_epochs=3)
+
+
+def test_after_the_fit_a_checkpoint_holds_what_the_module_holds(tmp_path: Path) -> None:
+    module = Lit()
+    run = fit(module, mean_teacher(evaluate=True))
+    with torch.no_grad():
+        module.model[0].weight.zero_()  # the user goes on with it
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    assert not torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]["model.0.weight"].any()
+
+
+def test_every_hook_of_validation_sees_the_average() -> None:
+    class Looks(Lit):
+        def look(self) -> None:
+            seen.append(self.model[0].weight.detach().clone())
+
+        on_validation_start = on_validation_epoch_start = on_validation_epoch_end = look
+
+    seen: list[Tensor] = []
+    weights, callback = Weights(), mean_teacher(evaluate=True)
+    fit(Looks(), weights, callback, max_epochs=1)
+    assert len(seen) == 3
+    assert all(torch.equal(each, weights.validated[0]) for each in seen)
+    assert not torch.equal(seen[0], weights.steps[-1])
+
+
+def test_two_averages_do_not_both_take_the_students_place() -> None:
+    for callbacks in (
+        [mean_teacher(evaluate=True), EMAWeightAveraging(decay=0.5)],
+        [
+            mean_teacher(evaluate=True),
+            Distillation(teachers.EMA(evaluate=True), {"other": Term(losses.KD())}, student="model"),
+        ],
+    ):
+        with pytest.raises(ValueError, match="both take the student's place in validation"):
+            fit(Lit(), *callbacks)
+
+
+def test_a_schedule_by_epochs_knows_a_limit_of_steps() -> None:
+    values: list[float] = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            values.append(callback.distiller.weights()["consistency"])
+
+    callback = mean_teacher()
+    scheduler = WeightScheduler("consistency", schedules.Linear(1.0, 0.0), by="epoch")
+    fit(Lit(), scheduler, callback, Looks(), max_epochs=1000, max_steps=16)
+    assert values == [1.0] * 4 + [0.75] * 4 + [0.5] * 4 + [0.25] * 4
+    accumulation = GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(ValueError, match="with GradientAccumulationScheduler its length is not known"):
+        fit(Lit(), scheduler, callback, accumulation)

@@ -582,3 +582,37 @@ def test_another_number_of_peers_does_not_resume(tmp_path: Path) -> None:
     run = trainer(mutual(Net(7)), ModelCheckpoint(tmp_path, filename="other"))
     with pytest.raises(ValueError, match="holds 2 peers of the student, and here are 1"):
         run.fit(Lit(), loader(), loader(32), ckpt_path=file, weights_only=True)
+
+
+def test_all_networks_see_the_same_noise() -> None:
+    class Noisy(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.model(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+    module = Noisy()
+    callback = mutual(copy.deepcopy(module.model))
+    run = fit(module, callback, max_epochs=1)
+    assert float(run.callback_metrics["train/kd"]) == pytest.approx(0.0, abs=1e-7)
+    assert torch.equal(module.model.head.weight, callback.peers[0].head.weight)
+
+
+def test_evaluation_before_a_fit_leaves_the_peers_to_learn() -> None:
+    peer, module = Net(7), Lit()
+    callback = mutual(peer)
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(callbacks=[callback], **quiet).validate(module, loader(), verbose=False)
+    assert peer.training
+    before = peer.body[1].running_mean.clone()
+    fit(module, callback, max_epochs=1)
+    assert not torch.equal(peer.body[1].running_mean, before)
+
+
+def test_groups_that_do_not_correspond_are_refused() -> None:
+    class Layerwise(Lit):
+        def configure_optimizers(self) -> Any:
+            layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+            return torch.optim.SGD([{"params": x.parameters(), "lr": 0.1 * (i + 1)} for i, x in enumerate(layers)])
+
+    peer = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="2 groups with different settings for the student and 3 for a peer"):
+        fit(Layerwise(), mutual(peer))
