@@ -232,6 +232,8 @@ class Distiller(nn.Module):
         taps = self._taps
         if taps is None:
             raise RuntimeError("The distiller is not attached: call attach(student) first.")
+        if self._calls is not None:
+            raise RuntimeError("The distiller is watching already: one `with distiller.watch()` at a time.")
         calls: list[Call] = []
         self._calls = calls
         self._depth = 0

@@ -138,6 +138,11 @@ class TensorDataModule(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader[Batch]:
         training = split == "train"
+        if training and len(self.splits[split]) < self.batch_size:
+            raise ValueError(
+                f"the training data gives no batch: {len(self.splits[split])} images, and incomplete batches of "
+                f"batch_size={self.batch_size} are dropped. Lower batch_size"
+            )
         return DataLoader(
             self.splits[split],
             batch_size=self.batch_size,

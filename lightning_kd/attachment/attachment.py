@@ -56,6 +56,8 @@ class Attachment(Callback):
         self.student = student
         self.labels = dict(labels or {})
         self.task_weight = factor("task_weight", task_weight)
+        if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
+            raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
         self.prog_bar = prog_bar
         self._all: list[Attachment] = [self]
         self._own_step: Callable[..., Any] | None = None

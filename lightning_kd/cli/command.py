@@ -77,6 +77,9 @@ class DistillationCLI(LightningCLI):
         content = read(path)
         if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
             raise UsageError(f"--ckpt_path: {path} is no checkpoint of a run; give one that `lightning-kd fit` wrote")
+        output = self.config.get(f"{self.config.get('subcommand')}.output")
+        if output and Path(output).resolve() == Path(path).resolve():
+            raise UsageError(f"--output: {output} is the checkpoint itself; name another file for the predictions")
 
     def setup_parser(self, *args: Any) -> None:
         """Add what only one command has."""
@@ -102,7 +105,6 @@ class DistillationCLI(LightningCLI):
         """Train the teacher first, if it was not trained before."""
         if self.subcommand != "fit":
             return
-        Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
         missing = bool(teacher.missing(self.own_config))
         if missing and self.own_config["trainer"].get("fast_dev_run"):
             print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")
@@ -110,6 +112,8 @@ class DistillationCLI(LightningCLI):
         else:
             if missing:
                 self.rehearse()
+                # What cannot be written is told before the teacher is trained.
+                Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
             teacher.ensure(self)
         if missing:
             self._set_seed()  # the student starts alike, whether or not its teacher was trained before it
@@ -122,6 +126,7 @@ class DistillationCLI(LightningCLI):
     def rehearse(self) -> None:
         """Train for one batch, with an untrained teacher if there is no other: mistakes are told before a long run."""
         config, self.config = self.config, self._with_stand_in()
+        kept = self.save_config_callback
         trainer = self.own_config["trainer"]
         trainer.fast_dev_run = True
         trainer.enable_checkpointing = trainer.enable_model_summary = trainer.enable_progress_bar = False
@@ -134,7 +139,7 @@ class DistillationCLI(LightningCLI):
             with contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
                 self.trainer.fit(self.model, datamodule=self.datamodule)
         finally:
-            self.config = config
+            self.config, self.save_config_callback = config, kept
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
@@ -186,7 +191,12 @@ class DistillationCLI(LightningCLI):
         return [TensorBoardLogger(folder, name=name, version=csv.version), csv]
 
     def after_fit(self) -> None:
-        """Say where the student is."""
+        """Say where the student is, if there was anything to learn from."""
+        if not self.trainer.global_step:
+            raise UsageError(
+                "the fit made no step: expected training data of at least one batch, received none. Lower "
+                "--data.init_args.batch_size, or see --trainer.limit_train_batches and max_epochs"
+            )
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best and self.trainer.is_global_zero:
             print(f"student saved: {best}")

@@ -47,7 +47,6 @@ def main(arguments: list[str]) -> None:
     if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
         raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
     output: Path = options.output or Path("comparisons", "+".join(names))
-    output.mkdir(parents=True, exist_ok=True)
     for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs
         logging.getLogger(logger).setLevel(logging.WARNING)
     files = [find(given) for given in options.config]
@@ -57,6 +56,7 @@ def main(arguments: list[str]) -> None:
         cli.rehearse()
     for path in students:
         load_weights(clis[0].model.student, path)
+    output.mkdir(parents=True, exist_ok=True)
     for cli in clis:
         teacher.ensure(cli)
     configs = {name: settings_of(cli) for name, cli in zip(names, clis, strict=True)}

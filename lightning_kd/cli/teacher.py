@@ -84,8 +84,12 @@ def ensure(cli: DistillationCLI) -> None:
         path = Path(one["checkpoint"])
         if path.is_file():
             check(path, settings)
-            print(f"teacher: loaded from {path}, trained before")
+            print(f"teacher: found at {path}, trained before")
             continue
+        if path.exists():
+            raise UsageError(
+                f"the teacher's checkpoint: expected a file, received the folder {path}; name a file in it"
+            )
         print(f"teacher: no checkpoint at {path}; it is trained first ({how['max_epochs']} epochs)")
         fit(cli, settings, path)
         print(f"teacher: saved to {path}\n")

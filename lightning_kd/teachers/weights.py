@@ -1,6 +1,7 @@
 """Weights from files: what a trained model left behind, loaded strictly and never run as code."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,11 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = re.split(r"\. |\n", str(error))[0]  # not torch's advice to load it as code
         raise ValueError(
-            f"{os.fspath(checkpoint)!r} could not be read as a checkpoint of plain tensors (weights_only=True): {error}"
+            f"{os.fspath(checkpoint)!r} could not be read as a checkpoint of plain tensors (weights_only=True): "
+            f"{reason}. If you trust it, load it yourself, LitTeacher.load_from_checkpoint(...) for one, and save the "
+            "network's state_dict."
         ) from error
     if peer:
         content = peers_in(content).get(f"peer{peer}")

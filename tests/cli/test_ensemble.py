@@ -64,7 +64,7 @@ def test_only_what_is_missing_is_trained_each_with_its_seed_and_every_teacher_ha
     assert main(COMPARE) == 0
     told = capsys.readouterr().out
     assert [f"teacher: saved to checkpoints/{file}" in told for file in FILES] == [False, True, False]
-    assert [f"teacher: loaded from checkpoints/{file}" in told for file in FILES] == [True, False, True]
+    assert [f"teacher: found at checkpoints/{file}" in told for file in FILES] == [True, False, True]
     assert all(Path("checkpoints", file).read_bytes() == before[file] for file in (FILES[0], FILES[2]))
     assert main([*COMPARE[:-1], "--teacher_fit.seed", "1"]) == 2
     assert f"the teacher at checkpoints/{FILES[0]} was trained with other settings" in capsys.readouterr().err

@@ -98,6 +98,28 @@ def test_predict_writes_one_prediction_per_image(
     assert files(trained) == before
 
 
+def test_predict_does_not_write_over_the_checkpoint(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    file = student(trained)
+    arguments = ["--ckpt_path", str(file), "--output", str(file)]
+    assert main(["predict", "--config", "digits_kd", *arguments]) == 2
+    assert "is the checkpoint itself" in capsys.readouterr().err
+    torch.load(file, weights_only=True)["state_dict"]
+
+
+def test_a_teacher_cannot_be_saved_to_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "fit", lambda *_: pytest.fail("a teacher was trained"))
+    Path("folder").mkdir()
+    arguments = ["--model.teacher.init_args.checkpoint", "folder"]
+    assert main(["fit", "--config", "digits_kd", *SMALL, *arguments]) == 2
+    assert "expected a file, received the folder folder" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_network_is_told(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +137,7 @@ def test_a_checkpoint_of_another_network_is_told(
         (["--model.terms.kd.student", "layer3", "--model.terms.kd.teacher", "layer3"], "must have the same shape"),
         (["--data", "lightning.LightningDataModule"], "num_classes is missing"),
         (["--teacher_fit.max_epochs", "0"], "max_epochs"),
+        (["--data.init_args.train_size", "20"], "the training data gives no batch"),
     ],
 )
 def test_mistakes_are_told_before_the_teacher_is_trained(
