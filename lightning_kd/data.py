@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_kd.extras import late_import
 from lightning_kd.paths import cache_root, data_root, expand_path
 from lightning_kd.tensor_data import RandomShift, TensorDataModule, TensorImages, hide_labels
 
@@ -61,8 +60,8 @@ class Digits(TensorDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the images and split them."""
-        bunch = _late("sklearn.datasets", "scikit-learn").load_digits()
-        split = _late("sklearn.model_selection", "scikit-learn").train_test_split
+        bunch = late_import("sklearn.datasets", "scikit-learn", "classification").load_digits()
+        split = late_import("sklearn.model_selection", "scikit-learn", "classification").train_test_split
         images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
         labels = torch.from_numpy(bunch.target).long()
         train, rest = split(
@@ -165,7 +164,7 @@ def _balanced(labels: Tensor, order: Tensor, of_each_class: slice) -> Tensor:
 
 
 def _decode(archive: Path) -> dict[str, Tensor]:
-    pillow = _late("PIL.Image", "Pillow")
+    pillow = late_import("PIL.Image", "Pillow", "classification")
     images: dict[str, list[Tensor]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
     with tarfile.open(archive) as tar:
@@ -188,12 +187,3 @@ def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         torch.save(tensors, file)
     os.replace(file.name, path)
-
-
-def _late(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{package} is not installed: pip install "lightning-kd[classification]"', name=error.name
-        ) from error
