@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_kd.attachment import Attachment, Label
+from lightning_kd.attachment import Attachment, Label, label_sources
 from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
 from lightning_kd.term import Term
@@ -33,6 +33,7 @@ class Distillation(Attachment):
         teacher_input: Makes the teacher's arguments out of the student's (another resolution or normalisation).
         student_input: Likewise for the student, where it is to see another (stronger) view.
         index: How to get the samples' indices in the data set, for losses with a memory of it.
+        labels: How to get what else losses ask for by name, ``{"mask": lambda batch: batch[1] != 255}`` say.
         prog_bar: Whether the progress bar shows the terms.
 
     Raises:
@@ -61,14 +62,12 @@ class Distillation(Attachment):
         index: Label | None = None,
         prog_bar: bool = False,
         student_input: Callable[..., Any] | None = None,
+        labels: Mapping[str, Label] | None = None,
     ) -> None:
-        labels: dict[str, Label | None] = {"target": target}
-        if index is not None:
-            labels["index"] = index
         super().__init__(
             Distiller(terms, teacher, teacher_input=teacher_input, student_input=student_input),
             student=student,
-            labels=labels,
+            labels=label_sources(target, index, labels),
             task_weight=task_weight,
             prog_bar=prog_bar,
         )

@@ -32,6 +32,7 @@ class EMATeacher(Distillation):
         teacher_input: Makes the teacher's arguments out of those that the student is called with.
         student_input: Likewise for the student.
         index: How to get the samples' indices in the data set, for losses with a memory of it.
+        labels: How to get what else losses ask for by name, ``{"mask": lambda batch: batch[1] != 255}`` say.
         prog_bar: Whether the progress bar shows the terms.
 
     Raises:
@@ -60,6 +61,7 @@ class EMATeacher(Distillation):
         student_input: Callable[..., Any] | None = None,
         index: Label | None = None,
         prog_bar: bool = False,
+        labels: Mapping[str, Label] | None = None,
     ) -> None:
         super().__init__(
             EMA(decay, warm_up=warm_up, start_step=start_step, buffers=buffers, count=count, evaluate=evaluate),
@@ -71,4 +73,5 @@ class EMATeacher(Distillation):
             student_input=student_input,
             index=index,
             prog_bar=prog_bar,
+            labels=labels,
         )

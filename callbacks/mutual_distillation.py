@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_kd.attachment import Label
+from lightning_kd.attachment import Label, label_sources
 from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
@@ -29,6 +29,7 @@ class MutualDistillation(MutualAttachment):
         target: How to get the labels for losses that need them; ``batch[1]`` unless given.
         task_weight: Factor of each network's own loss, or a schedule of it.
         index: How to get the samples' indices in the data set, for losses with a memory of it.
+        labels: How to get what else losses ask for by name, ``{"mask": lambda batch: batch[1] != 255}`` say.
         prog_bar: Whether the progress bar shows the terms.
 
     Raises:
@@ -56,14 +57,12 @@ class MutualDistillation(MutualAttachment):
         task_weight: float | Schedule = 1.0,
         index: Label | None = None,
         prog_bar: bool = False,
+        labels: Mapping[str, Label] | None = None,
     ) -> None:
-        sources: dict[str, Label | None] = {"target": target}
-        if index is not None:
-            sources["index"] = index
         super().__init__(
             Distiller(terms, Peers(peers, imitate)),
             student=student,
-            labels=sources,
+            labels=label_sources(target, index, labels),
             task_weight=task_weight,
             prog_bar=prog_bar,
         )

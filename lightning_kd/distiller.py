@@ -140,8 +140,8 @@ class Distiller(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """Returns the modules that a step calls: of every term, and what learns with the teacher."""
-        terms = [part for _, term in self.named_terms() for part in (term.projector, term.teacher_side, term.loss)]
-        return [part for part in (*terms, self.teacher_learner) if part is not None]
+        terms = [part for _, term in self.named_terms() for part in term.parts()]
+        return [*terms, self.teacher_learner] if self.teacher_learner is not None else terms
 
     @property
     def needs_sample(self) -> bool:
@@ -156,7 +156,7 @@ class Distiller(nn.Module):
     @property
     def labels(self) -> dict[str, bool]:
         """What is read of a batch, by name, and whether somebody cannot do without."""
-        found = dict(self.teacher.labels)
+        found = {"mask": False, **self.teacher.labels}  # read wherever there is one: a term that ignores it is refused
         for _, term in self.named_terms():
             for name, required in term.labels.items():
                 found[name] = found.get(name, False) or required
@@ -307,7 +307,7 @@ class Distiller(nn.Module):
     def imitated_shapes(self, calls: Sequence[Call]) -> dict[str, set[tuple[int, ...]]]:
         """Returns the shapes of what each term's student side is to imitate in those calls."""
         return {
-            name: {tuple(t.shape) for call in calls for _, t in term.pairs(*self._captured(name, call))}
+            name: {tuple(t.shape) for call in calls for t in term.sides(*self._captured(name, call))[1]}
             for name, term in self.named_terms()
         }
 
@@ -367,9 +367,8 @@ class Distiller(nn.Module):
         if name not in self.terms:  # the teacher's own loss has no sides
             return torch.full((4,), torch.nan)
         term = dict(self.named_terms())[name]
-        pairs = [term.pairs(*self._captured(name, call)) for call in calls]
-        sides = zip(*(pair for group in pairs for pair in group), strict=True)
-        bounds = [[t.detach().aminmax() for t in side] for side in sides]
+        sides = zip(*(term.sides(*self._captured(name, call)) for call in calls), strict=True)
+        bounds = [[t.detach().aminmax() for of_call in side for t in of_call] for side in sides]
         return torch.stack(
             [
                 f([getattr(b, key).float() for b in side])

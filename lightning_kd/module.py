@@ -38,7 +38,7 @@ class DistillationModule(LightningModule):
             the learning rate: ``schedules.Cosine(1.0, 0.0)`` anneals over the whole run, however long that is.
         lr_interval: When the scheduler steps, ``"epoch"`` or ``"step"``.
         task_weight: Factor of the task's own loss, or a schedule of it.
-        teacher_input: Makes the teacher's arguments out of the student's.
+        teacher_input: Makes the teacher's arguments out of the student's; as the task does it unless given.
         student_input: Likewise for the student in training, where it is to see another (stronger) view.
 
     Raises:
@@ -97,12 +97,12 @@ class DistillationModule(LightningModule):
                 Distiller(
                     terms,
                     teacher,
-                    teacher_input=teacher_input,
+                    teacher_input=teacher_input or (None if isinstance(teacher, Peers) else task.teacher_input),
                     student_input=student_input,
                     knowledge=task.knowledge,
                 ),
                 student="student",
-                labels={"target": task.target, "index": task.index},
+                labels=task.labels(),
                 task_weight=task_weight,
                 prog_bar=True,
             )

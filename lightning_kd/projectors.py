@@ -7,6 +7,7 @@ projector that says so.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class MapToMap(nn.Module):
     Args:
         in_channels: The student's channels.
         out_channels: The teacher's channels.
-        size: The teacher's (H, W).
+        size: The teacher's (H, W). A projector that a term has built follows the teacher's where images change size.
     """
 
     def __init__(self, in_channels: int, out_channels: int, size: tuple[int, int]) -> None:
@@ -66,10 +67,11 @@ class MapToMap(nn.Module):
         same = in_channels == out_channels
         self.project = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Projects, at the smaller of the two resolutions."""
-        smaller = x.shape[-2] * x.shape[-1] < self.size[0] * self.size[1]
-        out: Tensor = resize(self.project(x), self.size) if smaller else self.project(resize(x, self.size))
+        size = size or self.size
+        smaller = x.shape[-2] * x.shape[-1] < size[0] * size[1]
+        out: Tensor = resize(self.project(x), size) if smaller else self.project(resize(x, size))
         return out
 
 
@@ -90,7 +92,7 @@ class TokensToMap(nn.Module):
         self.grid = grid
         self.project = MapToMap(in_channels, out_channels, size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Projects the patch tokens."""
         if self.grid is None:
             side = grid_of(x.shape[1])[1]
@@ -98,7 +100,7 @@ class TokensToMap(nn.Module):
         else:
             height, width = self.grid
         patches = x[:, x.shape[1] - height * width :]
-        out: Tensor = self.project(patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width))
+        out: Tensor = self.project(patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width), size)
         return out
 
 
@@ -170,6 +172,41 @@ class ChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns a view with the channels in the last dimension."""
         return x.movedim(1, -1)
+
+
+class PerLevel(nn.Module):
+    """One projector for each level of a pyramid: a list of tensors to a list of tensors.
+
+    Args:
+        projectors: The levels' projectors, in their order.
+
+    Raises:
+        ValueError: If there are not as many levels as projectors.
+
+    Example:
+        >>> import torch
+        >>> levels = [torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 2)]
+        >>> [tuple(x.shape) for x in PerLevel([nn.Conv2d(8, 16, 1), nn.Identity()])(levels)]
+        [(1, 16, 4, 4), (1, 8, 2, 2)]
+    """
+
+    def __init__(self, projectors: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(projectors)
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Projects level by level."""
+        if isinstance(x, Tensor) or len(x) != len(self.levels):
+            what = f"one tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"{len(x)} levels"
+            raise ValueError(f"PerLevel has projectors for {len(self.levels)} levels and got {what}.")
+        return [projector(level) for projector, level in zip(self.levels, x, strict=True)]
+
+
+def follow(projector: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    """Projects a student's tensor, a map to the resolution that the teacher's map has in this batch."""
+    resizes = isinstance(projector, (MapToMap, TokensToMap)) and teacher.ndim == 4
+    out: Tensor = projector(student, tuple(teacher.shape[-2:])) if resizes else projector(student)
+    return out
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What a task adds to distillation: how its model is called, supervised, measured and tapped."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class TaskAdapter(nn.Module, ABC):
         1.0
     """
 
+    teacher_input: Callable[..., Any] | None = None
+    """Makes the teacher's arguments out of the student's, where the task's models are called otherwise to teach than to
+    learn; ``teacher_input`` of the module comes before it."""
+
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model on a batch, for training and evaluation; returns what it returns."""
         return model(self.inputs(batch))
@@ -42,6 +46,13 @@ class TaskAdapter(nn.Module, ABC):
     def index(self, batch: Any) -> Any:
         """Returns the samples' indices in the data set, for losses with a memory of it; None where there are none."""
         return batch[2] if len(batch) > 2 else None
+
+    def labels(self) -> Mapping[str, Callable[[Any], Any]]:
+        """Returns how to get out of a batch what losses ask for by name.
+
+        ``target`` and ``index`` unless a task knows more: a ``mask`` of the positions of a map that count.
+        """
+        return {"target": self.target, "index": self.index}
 
     @abstractmethod
     def loss(self, output: Any, batch: Any) -> Tensor:

@@ -3,30 +3,39 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.projectors import bridge
+from lightning_kd.projectors import Align, PerLevel, bridge, follow
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
-from lightning_kd.wiring import OUTPUT, Path, describe
+from lightning_kd.wiring import OUTPUT, Levels, Path, describe
+
+Selected = Tensor | Levels
+"""What a path selects of one call of a module: a tensor, or a list of them."""
 
 
 class Term(nn.Module):
     """One knowledge that is distilled: a loss, the two outputs that it compares, and its weight.
 
+    Paths that end in a slice, ``"neck[:]"``, select levels: each level of the student is compared with the same of
+    the teacher, through a projector of its own (and by a copy of the loss, where that learns), and the term is the
+    sum over the levels.
+
     Args:
         loss: ``loss(student, teacher) -> scalar``, any module of :mod:`lightning_kd.losses` or your own. A third
-            argument of its ``forward`` is taken from the batch by name: ``target`` for the labels.
+            argument of its ``forward`` is taken from the batch by name: ``target`` for the labels, ``mask`` for what
+            counts of a map.
         weight: Factor of the loss in the total, a schedule of it, or a function of the fraction of the run.
         student: Path of the output in the student: ``"output"`` is what its forward returns, ``"output.logits"``
-            selects inside of it, anything else is a module path such as ``"layer3"``.
+            selects inside of it, anything else is a module path such as ``"layer3"``, or levels, ``"neck[:]"``.
         teacher: Path of the output in the teacher, likewise.
-        projector: What brings the student's tensor to the shape that the loss needs. Where it is not given and
-            the loss needs one, it is built from the shapes of a first batch; ``nn.Identity()`` forbids that.
+        projector: What brings the student's tensor (a list of them, where the path selects levels) to the shape
+            that the loss needs. Where it is not given and the loss needs one, it is built from the shapes of a
+            first batch; ``nn.Identity()`` forbids that.
 
     Raises:
         ValueError: If the weight is negative or not finite, or a path is malformed.
@@ -55,6 +64,8 @@ class Term(nn.Module):
         if bridge_given is not None and not isinstance(bridge_given, nn.Module):
             raise TypeError(f"projector is a module that maps the student's tensor, or None; got {bridge_given!r}.")
         self.loss = loss
+        self.deeper = nn.ModuleList()
+        """The loss once more for each level but the first, where it has parameters for the shapes of a level."""
         self.weight = factor("weight", weight)
         self.schedules: dict[str, Schedule] = {}
         """Of attributes of the loss, by their names."""
@@ -67,6 +78,7 @@ class Term(nn.Module):
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind not in variadic}
         self._built = self.projector is not None and not hasattr(loss, "build")
+        self._bridged = False
         self.at(Moment())
 
     def mirrored(self) -> "Term":
@@ -96,10 +108,16 @@ class Term(nn.Module):
                     f"the schedule of the temperature gave {value} at {moment.progress:.1%} of the run (step "
                     f"{moment.step}), and temperatures are positive finite numbers: {schedule!r}."
                 )
-            setattr(self.loss, name, value)
-        follow = getattr(self.loss, "at", None)
-        if follow is not None:
-            follow(moment)
+            for loss in self._losses():
+                setattr(loss, name, value)
+        for loss in self._losses():
+            follow = getattr(loss, "at", None)
+            if follow is not None:
+                follow(moment)
+
+    def _losses(self) -> Iterator[nn.Module]:
+        yield self.loss
+        yield from self.deeper
 
     @property
     def current_weight(self) -> float:
@@ -120,24 +138,33 @@ class Term(nn.Module):
             values["weight"] = self.current_weight
         return {**values, **{name: getattr(self.loss, name) for name in self.schedules}}
 
-    def build(self, student: Tensor, teacher: Tensor) -> None:
+    def build(self, student: Selected, teacher: Selected) -> None:
         """Makes the projector, and the loss's own parameters, for the shapes of a sample.
 
         Args:
-            student: A sample of the student's tensor.
-            teacher: A sample of the teacher's tensor.
+            student: A sample of the student's tensor, or of each of its levels.
+            teacher: A sample of the teacher's tensor, or of each of its levels.
 
         Raises:
             ValueError: If the shapes cannot be bridged.
         """
+        device = next(_each(student)).device
         if self.projector is None:
-            self.projector, self.teacher_side = bridge(student, teacher, getattr(self.loss, "align", "none"))
-            self.projector.to(student.device)
-        build = getattr(self.loss, "build", None)
-        if build is not None:
+            align: Align = getattr(self.loss, "align", "none")
+            bridges = [bridge(s, t, align) for s, t in self._levels(student, teacher)]
+            if isinstance(student, Levels):
+                self.projector, self.teacher_side = (PerLevel(side) for side in zip(*bridges, strict=True))
+            else:
+                ((self.projector, self.teacher_side),) = bridges
+            self.projector.to(device)
+            self._bridged = True
+        if hasattr(self.loss, "build"):
             with torch.no_grad():
-                build(self.projector(student), self.teacher_side(teacher))
-            self.loss.to(student.device)
+                levels = self._compared(student, teacher)
+                self.deeper.extend(copy.deepcopy(self.loss) for _ in levels[1:])
+                for loss, (s, t) in zip(self._losses(), levels, strict=True):
+                    loss.build(s, t)  # type: ignore[operator]  # as the first of them, which has one
+                    loss.to(device)
         self._built = True
 
     def forward(self, student: Any, teacher: Any, labels: Mapping[str, Any]) -> Tensor:
@@ -149,10 +176,10 @@ class Term(nn.Module):
             labels: What the loss may need of the batch, by name.
 
         Returns:
-            The loss, the mean over the calls of the tapped modules.
+            The loss, the sum over the levels and the mean over the calls of the tapped modules.
         """
         pairs = self.pairs(student, teacher)
-        if torch.is_grad_enabled() and not all(s.requires_grad for s, _ in pairs):
+        if torch.is_grad_enabled() and not all(level.requires_grad for s, _ in pairs for level in _each(s)):
             raise ValueError(
                 f"the student's {self.student.text!r} carries no gradient, so the term would teach nothing. It was "
                 "computed under no_grad, by frozen layers, or inside a checkpoint with use_reentrant=True; tap a "
@@ -175,29 +202,66 @@ class Term(nn.Module):
                     f"{type(self.loss).__name__} needs {name!r} and the batch gave none. Pass {name}=..., a function "
                     "of the batch, its key or its index."
                 )
-        assert self.projector is not None
         try:
-            losses = [self.loss(self.projector(s), _constant(self.teacher_side(t)), **arguments) for s, t in pairs]
+            losses = [self._of_call(s, t, arguments, labels.get("mask") is not None) for s, t in pairs]
         except RuntimeError as error:
             s, t = pairs[0]
             error.add_note(
-                f"The student's {self.student.text!r} is {tuple(s.shape)}, the teacher's {self.teacher.text!r} "
-                f"{tuple(t.shape)}. What a term learned stays with it: for another student or teacher make a new one."
+                f"The student's {self.student.text!r} is {_shapes(s)}, the teacher's {self.teacher.text!r} "
+                f"{_shapes(t)}. What a term learned stays with it: for another student or teacher make a new one."
             )
             raise
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _of_call(self, student: Selected, teacher: Selected, labels: Mapping[str, Any], masked: bool) -> Tensor:
+        """Returns the loss of one call of the tapped modules, the sum over the levels."""
+        levels = self._compared(student, teacher)
+        if masked and "mask" not in self.labels and levels[0][0].ndim == 4:
+            raise ValueError(
+                f"the batch has positions that do not count (mask), and {type(self.loss).__name__} takes no mask, so "
+                "it would compare them, too. Around a loss of logits put losses.Pixelwise(...); for features take one "
+                "that knows a mask, losses.FitNet() or losses.CWD() say."
+            )
+        learned = [*self._losses()] if self.deeper else [self.loss] * len(levels)
+        losses = [loss(s, _constant(t), **labels) for loss, (s, t) in zip(learned, levels, strict=True)]
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise ValueError(f"{type(self.loss).__name__} returned {describe(loss)} and not a scalar; reduce it.")
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def pairs(self, student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
-        """Returns the tensors that are compared, selected and paired, of what was captured on both sides.
+    def _compared(self, student: Selected, teacher: Selected) -> list[tuple[Tensor, Tensor]]:
+        """Returns what the loss is given of one call, level by level."""
+        assert self.projector is not None
+        if not self._bridged:  # the user's own, or none that is needed
+            return self._levels(self.projector(student), self.teacher_side(teacher))
+        projectors = self.projector.levels if isinstance(self.projector, PerLevel) else [self.projector]
+        levels = self._levels(student, self.teacher_side(teacher))
+        return [(follow(projector, s, t), t) for projector, (s, t) in zip(projectors, levels, strict=True)]
+
+    def _levels(self, student: Selected, teacher: Selected) -> list[tuple[Tensor, Tensor]]:
+        """Returns what is compared of one call, level by level.
 
         Raises:
-            ValueError: If the calls cannot be paired, or a path does not select a tensor.
+            ValueError: If the two sides have not the same levels.
         """
-        students = [self._tensor(self.student, value, "student") for value in student]
-        teachers = [self._tensor(self.teacher, value, "teacher") for value in teacher]
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            return [(student, teacher)]
+        if isinstance(student, Tensor) or isinstance(teacher, Tensor) or len(student) != len(teacher):
+            raise ValueError(
+                f"the student's {self.student.text!r} is {_shapes(student)} and the teacher's {self.teacher.text!r} "
+                f"{_shapes(teacher)}: levels are compared one by one, so both sides need the same number of them. "
+                "Select those that belong together: 'neck[:3]', 'neck[1]'."
+            )
+        return list(zip(student, teacher, strict=True))
+
+    def pairs(self, student: Any, teacher: Any) -> list[tuple[Selected, Selected]]:
+        """Returns what is compared, selected and paired, of what was captured on both sides.
+
+        Raises:
+            ValueError: If the calls cannot be paired, or a path does not select a tensor or levels of them.
+        """
+        students = [self._selected(self.student, value, "student") for value in student]
+        teachers = [self._selected(self.teacher, value, "teacher") for value in teacher]
         if len(students) != len(teachers) or not students:
             remedy = "Tap modules that are called equally often."
             if not students or not teachers:
@@ -212,18 +276,40 @@ class Term(nn.Module):
         return list(zip(students, teachers, strict=True))
 
     @staticmethod
-    def _tensor(path: Path, value: Any, side: str) -> Tensor:
+    def _selected(path: Path, value: Any, side: str) -> Selected:
         selected = path.select(value)
-        if not isinstance(selected, Tensor):
-            raise ValueError(
-                f"the {side}'s {path.text!r} is {describe(selected)}, and a loss compares tensors. Select one: "
-                f"'{path.text}[0]' or '{path.text}[\"key\"]'."
-            )
-        return selected
+        if isinstance(selected, Tensor):
+            return selected
+        if isinstance(selected, Levels) and selected and all(isinstance(level, Tensor) for level in selected):
+            return selected
+        raise ValueError(
+            f"the {side}'s {path.text!r} is {describe(selected)}, and a loss compares tensors. Select one: "
+            f"'{path.text}[0]' or '{path.text}[\"key\"]', or all of them as levels: '{path.text}[:]'."
+        )
+
+    def sides(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns every tensor of the student and of the teacher that is compared."""
+        students, teachers = zip(*self.pairs(student, teacher), strict=True)
+        return [t for selected in students for t in _each(selected)], [t for s in teachers for t in _each(s)]
+
+    def parts(self) -> list[nn.Module]:
+        """Returns the modules that a step calls."""
+        parts = [self.projector, self.teacher_side, *self._losses()]
+        return [part for part in parts if part is not None]
 
     def extra_repr(self) -> str:
         """Says the wiring."""
         return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"
+
+
+def _each(selected: Selected) -> Iterator[Tensor]:
+    return iter([selected] if isinstance(selected, Tensor) else selected)
+
+
+def _shapes(selected: Selected) -> str:
+    if isinstance(selected, Tensor):
+        return str(tuple(selected.shape))
+    return f"{len(selected)} levels, " + ", ".join(str(tuple(level.shape)) for level in selected)
 
 
 def _constant(x: Tensor) -> Tensor:

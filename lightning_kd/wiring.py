@@ -10,7 +10,14 @@ from torch import Tensor, nn
 OUTPUT = "output"
 """The path of what a model's own ``forward`` returned."""
 
-_SELECTOR = re.compile(r"""\.(?P<name>\w+)|\[(?P<index>-?\d+)\]|\[(?P<quote>["'])(?P<key>.+?)(?P=quote)\]""")
+_SELECTOR = re.compile(
+    r"""\.(?P<name>\w+)|\[(?P<index>-?\d+)\]|\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\]"""
+    r"""|\[(?P<quote>["'])(?P<key>.+?)(?P=quote)\]"""
+)
+
+
+class Levels(list[Any]):
+    """What a slice selected: a list of which each item is compared with its like."""
 
 
 class Path:
@@ -18,7 +25,8 @@ class Path:
 
     ``"layer3"`` is the output of the submodule ``layer3``, as ``named_modules()`` spells it;
     ``"encoder[0]"`` the first item of what ``encoder`` returned; ``"output"`` what the model itself
-    returned, ``"output.logits"`` and ``'output["logits"]'`` an attribute or a key of that.
+    returned, ``"output.logits"`` and ``'output["logits"]'`` an attribute or a key of that. A slice selects levels:
+    ``"neck[:]"`` is the list of all that ``neck`` returned, a tuple or a dict, and ``"neck[1:4]"`` three of them.
 
     Args:
         text: The path.
@@ -38,30 +46,48 @@ class Path:
         else:
             self.module, bracket, rest = text.partition("[")
             rest = bracket + rest
-        self.selectors: list[str | int] = []
+        self.selectors: list[str | int | slice] = []
         position = 0
         while match := _SELECTOR.match(rest, position):
-            self.selectors.append(int(match["index"]) if match["index"] else match["name"] or match["key"])
+            self.selectors.append(_selector(match))
             position = match.end()
         if not self.module or position != len(rest):
             raise ValueError(
                 f"{text!r} is not a path. A path is a module name as named_modules() spells it ('layer3', "
-                f"'encoder.4[0]'), or {OUTPUT!r} with what to select inside of it ('output.logits', 'output[0]')."
+                f"'encoder.4[0]', 'neck[:]'), or {OUTPUT!r} with what to select inside of it ('output.logits', "
+                "'output[0]')."
             )
 
     def select(self, value: Any) -> Any:
         """Returns what the path selects inside of its module's output."""
         for selector in self.selectors:
-            if isinstance(value, Tensor) and isinstance(selector, int):
-                raise KeyError(f"{self.text!r}: [{selector}] of {describe(value)} would be a part of the batch.")
+            if isinstance(value, Tensor) and not isinstance(selector, str):
+                part = f"{_spelled(selector)} of {describe(value)}"
+                raise KeyError(f"{self.text!r}: {part} would be a part of the batch.")
             try:
-                if isinstance(selector, str) and not isinstance(value, Mapping):
+                if isinstance(selector, slice):
+                    value = Levels(list(value.values() if isinstance(value, Mapping) else value)[selector])
+                elif isinstance(selector, str) and not isinstance(value, Mapping):
                     value = getattr(value, selector)
                 else:
                     value = value[selector]
             except (AttributeError, KeyError, IndexError, TypeError) as error:
-                raise KeyError(f"{self.text!r}: {selector!r} is not in {describe(value)}.") from error
+                raise KeyError(f"{self.text!r}: {_spelled(selector)} is not in {describe(value)}.") from error
         return value
+
+
+def _selector(match: re.Match[str]) -> str | int | slice:
+    if match["index"]:
+        return int(match["index"])
+    if match["name"] or match["key"]:
+        return match["name"] or match["key"]
+    return slice(*(int(bound) if bound else None for bound in (match["start"], match["stop"])))
+
+
+def _spelled(selector: str | int | slice) -> str:
+    if isinstance(selector, slice):
+        return f"[{'' if selector.start is None else selector.start}:{'' if selector.stop is None else selector.stop}]"
+    return repr(selector) if isinstance(selector, str) else f"[{selector}]"
 
 
 def describe(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_kd import Distiller, Term
 from lightning_kd.taps import Taps
-from lightning_kd.wiring import OUTPUT, Path, describe, find_module
+from lightning_kd.wiring import OUTPUT, Levels, Path, describe, find_module
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -141,13 +141,33 @@ def test_selectors_read_every_kind_of_output(text: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "value", "levels"),
+    [
+        ("neck[:]", (1, 2, 3), [1, 2, 3]),
+        ("neck[1:]", {"p3": 1, "p4": 2, "p5": 3}, [2, 3]),
+        ("output.features[:-1]", Fields(0, [1, 2, 3]), None),
+        ("output.hidden[:-1]", Fields(0, [1, 2, 3]), [1, 2]),
+        ("head[0][-2:]", ([1, 2, 3], [4, 5, 6]), [2, 3]),
+    ],
+)
+def test_slices_select_levels(text: str, value: Any, levels: list[int] | None) -> None:
+    if levels is None:
+        with pytest.raises(KeyError, match="'features' is not in a Fields"):
+            Path(text).select(value)
+    else:
+        assert Path(text).select(value) == levels
+        assert isinstance(Path(text).select(value), Levels)
+
+
+@pytest.mark.parametrize(
     ("text", "value", "said"),
     [
-        ("output[2]", (1, 2), "2 is not in a tuple of 2 items"),
+        ("output[2]", (1, 2), r"\[2\] is not in a tuple of 2 items"),
         ("output.hidden", {"logits": 1}, "'hidden' is not in a dict with the keys 'logits'"),
         ("output.hiden", Fields(1), "'hiden' is not in a Fields with the fields 'logits', 'hidden'"),
         ("output.a.b", {"a": torch.zeros(2, 3)}, r"'b' is not in a tensor of shape \(2, 3\)"),
-        ("output[0]", 3, "0 is not in a int"),
+        ("output[0]", 3, r"\[0\] is not in a int"),
+        ("output[1:]", 3, r"\[1:\] is not in a int"),
     ],
 )
 def test_a_selector_that_finds_nothing_says_what_there_is(text: str, value: Any, said: str) -> None:
@@ -594,3 +614,5 @@ def test_under_autocast_the_teacher_computes_as_the_student() -> None:
 def test_a_part_of_the_batch_is_not_selected_by_mistake() -> None:
     with pytest.raises(KeyError, match="would be a part of the batch"):
         Path("layer1[0]").select(torch.zeros(2, 3))
+    with pytest.raises(KeyError, match=r"\[:2\] of a tensor of shape \(2, 3\) would be a part of the batch"):
+        Path("layer1[:2]").select(torch.zeros(2, 3))

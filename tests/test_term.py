@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd import Term, losses, schedules
+from lightning_kd.wiring import Levels
 
 
 class NeedsTarget(nn.Module):
@@ -290,3 +291,88 @@ def test_a_schedule_that_leaves_its_range_midway_is_refused() -> None:
 def test_a_projector_is_a_module() -> None:
     with pytest.raises(TypeError, match="projector is a module"):
         Term(losses.FitNet(), projector=nn.Linear)  # type: ignore[arg-type]  # the mistake
+
+
+def pyramid(channels: int, *sides: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(2, channels, side, side, requires_grad=True) for side in sides)
+
+
+def test_levels_are_compared_one_by_one_and_summed() -> None:
+    students, teachers = pyramid(3, 8, 4), pyramid(3, 8, 4)
+    term = Term(losses.FitNet(), student="neck[:]", teacher="neck[:]")
+    expected = sum(nn.functional.mse_loss(s, t) for s, t in zip(students, teachers, strict=True))
+    torch.testing.assert_close(term([students], [dict(enumerate(teachers))], {}), expected)
+    some = Term(losses.FitNet(), student="neck[:1]", teacher="neck[-2:-1]")
+    torch.testing.assert_close(some([students], [teachers], {}), nn.functional.mse_loss(students[0], teachers[0]))
+
+
+def test_every_level_has_its_projector_and_its_copy_of_a_loss_that_learns() -> None:
+    students, teachers = pyramid(3, 8, 4), pyramid(5, 4, 4)
+    hint = Term(losses.FitNet(), student="neck[:]", teacher="neck[:]")
+    select = [Levels(students)], [Levels(teachers)]
+    hint.build(*hint.pairs(*select)[0])
+    shapes = {name: tuple(p.shape) for name, p in hint.named_parameters() if name.endswith("weight")}
+    assert shapes == {f"projector.levels.{i}.project.weight": (5, 3, 1, 1) for i in (0, 1)}
+    vid = Term(losses.VID(), student="neck[:]", teacher="neck[:]")
+    vid.build(*vid.pairs(*select)[0])
+    learned = list(vid.parameters())
+    vid(*select, {}).backward()
+    assert len(learned) == 2 * len(list(vid.loss.parameters())) > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learned)
+
+
+def test_what_is_scheduled_is_so_at_every_level() -> None:
+    class Scaled(Learned):
+        temperature = 1.0
+
+        def build(self, student: Tensor, teacher: Tensor) -> None:
+            self.channels = student.shape[1]
+
+    term = Term(Scaled(), student="neck[:]", teacher="neck[:]")
+    term.build(Levels(pyramid(3, 8)), Levels(pyramid(3, 8)))
+    assert not term.deeper
+    term = Term(Scaled(), student="neck[:]", teacher="neck[:]")
+    term.schedules["temperature"] = schedules.Linear(8.0, 1.0)
+    term.build(Levels(pyramid(3, 8, 4)), Levels(pyramid(3, 8, 4)))
+    term.at(schedules.Moment(0.5))
+    assert [loss.temperature for loss in (term.loss, *term.deeper)] == [4.5, 4.5]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "said"),
+    [
+        (pyramid(3, 8, 4), pyramid(3, 8), r"2 levels, \(2, 3, 8, 8\), \(2, 3, 4, 4\) and .* 1 levels"),
+        (pyramid(3, 8), torch.zeros(2, 3, 8, 8), r"1 levels, .* and the teacher's 'neck' \(2, 3, 8, 8\): levels"),
+        ((torch.zeros(1), 3), pyramid(3, 8, 4), r"'neck\[:\]' is a Levels of 2 items, and a loss compares tensors"),
+        ((), (), "is a Levels of 0 items"),
+    ],
+)
+def test_levels_that_do_not_belong_together(student: Any, teacher: Any, said: str) -> None:
+    path = "neck" if isinstance(teacher, Tensor) else "neck[:]"
+    with pytest.raises(ValueError, match=said):
+        Term(losses.FitNet(), student="neck[:]", teacher=path)([student], [teacher], {})
+
+
+def test_a_tuple_is_not_taken_for_levels_unasked() -> None:
+    with pytest.raises(ValueError, match=r"as levels: 'neck\[:\]'"):
+        Term(losses.FitNet(), student="neck", teacher="neck")([pyramid(3, 8)], [pyramid(3, 8)], {})
+
+
+def test_a_projector_that_was_built_follows_images_of_changing_size() -> None:
+    term = Term(losses.FitNet(), student="a", teacher="b")
+    term.build(torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 4, 4))
+    for height, width in ((8, 8), (12, 20), (3, 3)):
+        s, t = torch.randn(1, 3, height, width, requires_grad=True), torch.randn(1, 5, height // 2, width // 2)
+        pooled = nn.functional.adaptive_avg_pool2d(s, (height // 2, width // 2))
+        expected = nn.functional.mse_loss(term.projector.project(pooled), t)
+        torch.testing.assert_close(term([s], [t], {}), expected)
+
+
+def test_a_loss_that_knows_no_mask_is_refused_where_there_is_one() -> None:
+    s, t = [torch.randn(2, 3, 4, 4, requires_grad=True)], [torch.randn(2, 3, 4, 4)]
+    mask = torch.ones(2, 4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"DIST takes no mask.*losses\.Pixelwise"):
+        Term(losses.DIST())(s, t, {"mask": mask})
+    assert Term(losses.DIST())(s, t, {"mask": None}) > 0
+    vectors = [x.mean((2, 3)) for x in s], [x.mean((2, 3)) for x in t]
+    assert Term(losses.DIST())(*vectors, {"mask": mask}) > 0

@@ -9,6 +9,22 @@ Label = Callable[[Any], Any] | str | int
 """How to get labels out of a batch: a function of it, a key, or an index."""
 
 
+def label_sources(
+    target: Label | None, index: Label | None, others: Mapping[str, Label] | None
+) -> dict[str, Label | None]:
+    """Returns how to get what out of a batch, by name, of what a callback was given.
+
+    Raises:
+        ValueError: If one of them is given twice.
+    """
+    others = dict(others or {})
+    twice = sorted({"target", "index"} & others.keys())
+    if twice:
+        raise ValueError(f"labels= is for what has no argument of its own: give {' and '.join(twice)} by that name.")
+    found: dict[str, Label | None] = {"target": target, **others}
+    return found if index is None else {**found, "index": index}
+
+
 def labels_of(batch: Any, sources: Mapping[str, Label | None], needed: Mapping[str, bool]) -> dict[str, Any]:
     """Gets out of a batch what some term can use; what a loss only may use can be missing.
 
@@ -36,7 +52,8 @@ def _label(how: Label | None, batch: Any, name: str) -> Any:
             raise TypeError("batch[1] is the default for batches that are tuples or lists")
         return batch[1 if how is None else how]
     except (KeyError, IndexError, TypeError) as error:
+        given = f"{name}=..." if name in ("target", "index") else f"labels={{{name!r}: ...}}"
         raise ValueError(
             f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "
-            f"{describe(batch)}: {error!r}. Pass {name}=..., a function of the batch, its key or its index."
+            f"{describe(batch)}: {error!r}. Pass {given}, a function of the batch, its key or its index."
         ) from error
