@@ -328,8 +328,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
     for line in all_requirements():
         requirement = Requirement(line)
         if canonicalize_name(requirement.name) != PROJECT["name"]:
-            bounds = [part.operator for part in requirement.specifier]
-            assert set(bounds) & {">=", "=="} or requirement.name == "setuptools", line  # which dev bounds below
+            assert {part.operator for part in requirement.specifier} & {">=", "=="}, line
 
 
 def test_all_extra_has_every_user_extra() -> None:
