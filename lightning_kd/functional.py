@@ -4,6 +4,7 @@ from lightning_kd.losses._bank import crd_nce
 from lightning_kd.losses.at import at
 from lightning_kd.losses.bdkd import bdkd
 from lightning_kd.losses.crd import crd
+from lightning_kd.losses.cwd import cwd
 from lightning_kd.losses.dist import dist
 from lightning_kd.losses.dkd import dkd
 from lightning_kd.losses.fitnet import fitnet
@@ -22,6 +23,7 @@ __all__ = [
     "bdkd",
     "crd",
     "crd_nce",
+    "cwd",
     "dist",
     "dkd",
     "fitnet",

@@ -1,9 +1,10 @@
-"""Distillation losses: ``loss(student, teacher[, target]) -> scalar``, one per file."""
+"""Distillation losses: ``loss(student, teacher[, target, mask]) -> scalar``, one per file."""
 
 from lightning_kd.losses.at import AT
 from lightning_kd.losses.bdkd import BDKD
 from lightning_kd.losses.crd import CRD
 from lightning_kd.losses.ctkd import CTKD
+from lightning_kd.losses.cwd import CWD
 from lightning_kd.losses.dist import DIST
 from lightning_kd.losses.dkd import DKD
 from lightning_kd.losses.dts import DTS
@@ -11,6 +12,7 @@ from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.nkd import NKD
 from lightning_kd.losses.ofa import OFA
+from lightning_kd.losses.pixelwise import Pixelwise
 from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.rkd import RKD
@@ -24,6 +26,7 @@ __all__ = [
     "BDKD",
     "CRD",
     "CTKD",
+    "CWD",
     "DIST",
     "DKD",
     "DTS",
@@ -36,6 +39,7 @@ __all__ = [
     "SP",
     "VID",
     "FitNet",
+    "Pixelwise",
     "SampleTemperature",
     "Standardized",
 ]

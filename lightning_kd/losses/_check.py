@@ -58,6 +58,24 @@ def same_shape(student: Tensor, teacher: Tensor, remedy: str) -> None:
         )
 
 
+def maps(student: Tensor, teacher: Tensor, channels: bool = True, at_least: int = 1, why: str = "") -> None:
+    """Check a pair of maps (B, C, H, W) of one resolution, of so many positions and, if asked, the same channels."""
+    if channels:
+        same_shape(student, teacher, "Let the term's projector map the student's feature to the teacher's shape.")
+    tensors(student, teacher)
+    shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+    if student.ndim != 4 or teacher.ndim != 4 or student[:, 0].shape != teacher[:, 0].shape:
+        raise ValueError(
+            f"{shapes} must be maps (B, C, H, W) of the same batch and resolution. Let the term's projector align "
+            "the size; lay tokens out as maps first, with projectors.TokensToMap."
+        )
+    if student.shape[2] * student.shape[3] < at_least:
+        raise ValueError(
+            f"{shapes} have fewer than {at_least} positions: {why} Tap a layer of a higher resolution, or compare "
+            "vectors: x.flatten(1)."
+        )
+
+
 def logits(student: Tensor, teacher: Tensor, dim: int = 1, classes: int = 2, why: str = "") -> None:
     """Check a pair of logits: same shape, a class dimension ``dim``, and at least so many ``classes``."""
     same_shape(
@@ -93,6 +111,11 @@ ONE_LABEL = (
 )
 
 
+_IGNORED = (
+    "Losses know no ignore_index: leave such samples out, and pixels of a map by a mask and losses.Pixelwise(...)."
+)
+
+
 def class_target(target: Tensor | None, logits: Tensor, bounded: bool = True, remedy: str = ONE_LABEL) -> Tensor:
     """Return the class indices as ``int64`` of the logits' shape without the class dimension 1, or raise.
 
@@ -112,7 +135,7 @@ def class_target(target: Tensor | None, logits: Tensor, bounded: bool = True, re
             f"got {tuple(target.shape)}. {remedy}"
         )
     if bounded:
-        in_range("target", target, logits.shape[1], "Losses know no ignore_index: leave such samples or positions out.")
+        in_range("target", target, logits.shape[1], _IGNORED)
     return target.long()
 
 

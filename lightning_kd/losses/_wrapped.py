@@ -27,25 +27,41 @@ class Wrapped(nn.Module):
             name = type(loss).__name__
             raise ValueError(f"{name} follows the run, so it is the outermost: {name}({type(self).__name__}(...)).")
         self.loss = loss
-        parameter = inspect.signature(loss.forward).parameters.get("target")
+        parameters = inspect.signature(loss.forward).parameters
+        parameter = parameters.get("target")
+        self.takes_mask = "mask" in parameters
         self.takes_target = parameter is not None
         self.needs_target = parameter is not None and parameter.default is inspect.Parameter.empty
         self.per_sample = bool(getattr(loss, "per_sample", False))
 
     def call(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None, temperature: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        mask: Tensor | None = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
         """Return the wrapped loss, at a temperature that holds for this call alone if one is given."""
         if target is None and self.needs_target:
             raise ValueError(f"{type(self.loss).__name__} needs the labels as `target`, got None.")
-        labels = (target,) if self.takes_target else ()
+        if mask is not None and not self.takes_mask and student.ndim != 2:
+            outer, inner = type(self).__name__, type(self.loss).__name__
+            remedy = f"{outer}(Pixelwise({inner}()))" if hasattr(self, "at") else f"Pixelwise({outer}({inner}()))"
+            raise ValueError(
+                f"{inner} takes no mask and would compare the pixels that do not count, too: use {remedy}, which "
+                "leaves them out."
+            )
+        labels = {"target": target} if self.takes_target else {}
+        if self.takes_mask:
+            labels["mask"] = mask
         if temperature is None:
-            loss: Tensor = self.loss(student, teacher, *labels)
+            loss: Tensor = self.loss(student, teacher, **labels)
             return loss
         before = self.loss.temperature
         self.loss.temperature = temperature
         try:
-            loss = self.loss(student, teacher, *labels)
+            loss = self.loss(student, teacher, **labels)
         finally:
             self.loss.temperature = before
         return loss

@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import unit, upcast
 
 
-def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True) -> Tensor:
+def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True, mask: Tensor | None = None) -> Tensor:
     """Return the distance of two normalised attention maps; see :class:`AT`."""
     _check.tensors(student, teacher)
     if student.ndim < 3 or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
@@ -17,8 +17,14 @@ def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True) -
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be maps (B, C, ...) of "
             "the same resolution; channels may differ. Let the term's projector align the size."
         )
-    difference = _attention(student, p) - _attention(teacher.detach(), p)
-    return difference.square().mean() if squared else torch.linalg.vector_norm(difference, dim=1).mean()
+    student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
+    difference = _attention(student, p) - _attention(teacher, p)
+    if here is None:
+        return difference.square().mean() if squared else torch.linalg.vector_norm(difference, dim=1).mean()
+    if squared:
+        return difference.square().sum() / _mask.total(here)
+    distance: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return distance.sum() / _mask.total(here.flatten(1).any(1))
 
 
 def _attention(feature: Tensor, p: float) -> Tensor:
@@ -40,15 +46,16 @@ class AT(nn.Module):
 
     The first is the authors' code and what the published weight of 1000 belongs to; the second is the paper's
     equation 2 without its weight. The attention is averaged over dimension 1, the channels; tokens (B, N, C)
-    must be laid out as maps first.
+    must be laid out as maps first. A mask takes pixels out of Q before it is normalised. With the masks of objects
+    this is also the spatial attention that detectors are distilled by.
 
     Args:
         p: The exponent, at least 1.
         squared: Mean of squares, or the norm as printed in the paper.
 
     Returns:
-        ``forward(student, teacher)``, maps of one resolution with any channels, returns a scalar, zero where
-        the attentions are proportional.
+        ``forward(student, teacher, mask=None)``, maps of one resolution with any channels, returns a scalar, zero
+        where the attentions are proportional. A mask (B, H, W) is True where a pixel counts.
 
     Raises:
         ValueError: If the resolutions differ.
@@ -73,6 +80,6 @@ class AT(nn.Module):
         self.p = p
         self.squared = squared
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the distance of two maps' attention."""
-        return at(student, teacher, self.p, self.squared)
+        return at(student, teacher, self.p, self.squared, mask)

@@ -35,8 +35,8 @@ class CTKD(Wrapped):
         reversal: lambda over the run; ``Cosine(0.0, 1.0)`` unless given.
 
     Returns:
-        ``forward(student, teacher, target=None)`` returns what ``loss`` returns; the target is passed on if
-        ``loss`` takes one.
+        ``forward(student, teacher, target=None, mask=None)`` returns what ``loss`` returns; target and mask are
+        passed on if ``loss`` takes them.
 
     Raises:
         ValueError: If ``loss`` has no temperature, or not ``0 < low < high``.
@@ -70,7 +70,9 @@ class CTKD(Wrapped):
     def _temperature_of(self, theta: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * theta.sigmoid()
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Return the wrapped loss at the learned temperature."""
         temperature = self._temperature_of(reverse_gradient(self.theta, self._strength))
-        return self.call(student, teacher, target, temperature)
+        return self.call(student, teacher, target, mask, temperature)

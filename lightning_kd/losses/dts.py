@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import upcast
 from lightning_kd.losses._wrapped import Wrapped
 
@@ -13,6 +13,12 @@ def gap_temperature(gap: Tensor, low: float, high: float) -> Tensor:
     """Return ``low + (high - low) * gap / (1 + gap)``, ``low`` where the gap is negative; see :class:`DTS`."""
     gap = gap.clamp_min(0.0)
     return low + (high - low) * gap / (1.0 + gap)
+
+
+def _cross_entropy(logits: Tensor, label: Tensor, here: Tensor | None) -> Tensor:
+    if here is None:
+        return F.cross_entropy(upcast(logits), label)
+    return (F.cross_entropy(upcast(logits), label, reduction="none") * here).sum() / _mask.total(here)
 
 
 class DTS(Wrapped):
@@ -38,8 +44,8 @@ class DTS(Wrapped):
         high: Temperature that a hopeless student comes near to.
 
     Returns:
-        ``forward(student, teacher, target)`` takes logits (B, C) or (B, C, ...) and class indices (B) or (B, ...), and
-        returns what ``loss`` returns.
+        ``forward(student, teacher, target, mask=None)`` takes logits (B, C) or (B, C, ...) and class indices (B) or
+        (B, ...), and returns what ``loss`` returns. A mask is passed on if ``loss`` takes one.
 
     Raises:
         ValueError: If ``loss`` has no temperature, not ``0 < low < high``, or the target holds no class indices.
@@ -65,12 +71,16 @@ class DTS(Wrapped):
         self.values: dict[str, Tensor] = {}
         """The temperature of the last call and the gap that it came from; logged, and read by nothing else."""
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the wrapped loss at the temperature of the batch."""
         _check.logits(student, teacher)
-        label = _check.class_target(target, student)
+        student, teacher, here = _mask.blanked(student, teacher, mask)
+        label = _mask.class_target(target, student)
+        if here is not None:
+            label = label.where(here, 0)
+        _check.in_range("target", label, student.shape[1], "Leave other labels out by a mask: target != 255.")
         with torch.no_grad():
-            gap = F.cross_entropy(upcast(student), label) - F.cross_entropy(upcast(teacher), label)
+            gap = _cross_entropy(student, label, here) - _cross_entropy(teacher, label, here)
             temperature = gap_temperature(gap, self.low, self.high)
         self.values = {"temperature": temperature, "gap": gap}
-        return self.call(student, teacher, target, temperature)
+        return self.call(student, teacher, target, mask, temperature)

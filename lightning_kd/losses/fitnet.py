@@ -5,15 +5,18 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import upcast
 
 
-def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
+def fitnet(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared error of two features of one shape; see :class:`FitNet`."""
     _check.same_shape(student, teacher, "Let the term's projector map the student's feature to the teacher's shape.")
+    student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
     hint = upcast(student)
-    return F.mse_loss(hint, teacher.detach().to(hint.dtype))
+    if here is None:
+        return F.mse_loss(hint, teacher.to(hint.dtype))
+    return F.mse_loss(hint, teacher.to(hint.dtype), reduction="sum") / (_mask.total(here) * hint.shape[1])
 
 
 class FitNet(nn.Module):
@@ -28,7 +31,8 @@ class FitNet(nn.Module):
     size.
 
     Returns:
-        ``forward(student, teacher)``, both of any one shape, returns a scalar, zero at equality.
+        ``forward(student, teacher, mask=None)``, both of any one shape, returns a scalar, zero at equality. With a
+        mask (B, H, W), for maps (B, C, h, w), the mean is over the pixels where it is True.
 
     Raises:
         ValueError: If the shapes differ.
@@ -45,6 +49,6 @@ class FitNet(nn.Module):
 
     align: ClassVar[Literal["none", "size", "shape"]] = "shape"
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the mean squared error of two features of one shape."""
-        return fitnet(student, teacher)
+        return fitnet(student, teacher, mask)

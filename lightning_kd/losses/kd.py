@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import per_position, upcast
 
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -22,17 +22,19 @@ def kd(
     activation: Activation = "softmax",
     beta: float = 0.5,
     dim: int = 1,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return ``T^2 * D(p_t, p_s)``, averaged over samples and positions; see :class:`KD`."""
     _check.logits(student, teacher, dim, classes=2 if activation == "softmax" else 1)
     temperature = per_position(temperature, student, dim)
-    s, t = upcast(student) / temperature, upcast(teacher.detach()) / temperature
+    student, teacher, here = _mask.blanked(student, teacher.detach(), mask, dim)  # two equal rows diverge by 0
+    s, t = upcast(student) / temperature, upcast(teacher) / temperature
     if activation == "softmax":
         log_s, log_t = s.log_softmax(dim), t.log_softmax(dim)
     else:  # each label is a distribution over (present, absent)
         log_s = torch.stack((F.logsigmoid(s), F.logsigmoid(-s)))
         log_t = torch.stack((F.logsigmoid(t), F.logsigmoid(-t)))
-    distributions = student.numel() // student.shape[dim]
+    distributions = student.numel() // student.shape[dim] if here is None else _mask.total(here)
     # one temperature scales the sum, one for each sample its parts
     reduction = "none" if isinstance(temperature, Tensor) and temperature.ndim else "sum"
     return (temperature**2 * _divergence(log_s, log_t, divergence, beta, reduction)).sum() / distributions
@@ -75,7 +77,8 @@ class KD(nn.Module):
         dim: The class dimension; -1 for tokens (B, N, C).
 
     Returns:
-        ``forward(student, teacher)``, both logits (B, C) or (B, C, ...), returns a scalar, zero at equality.
+        ``forward(student, teacher, mask=None)``, both logits (B, C) or (B, C, ...), returns a scalar, zero at
+        equality. With a mask (B, H, W), for logits (B, C, h, w), the mean is over the pixels where it is True.
 
     Raises:
         ValueError: If the shapes differ, or if a softmax runs over a single class.
@@ -118,6 +121,6 @@ class KD(nn.Module):
         self.beta = beta
         self.dim = dim
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the divergence of two logits of one shape."""
-        return kd(student, teacher, self.temperature, self.divergence, self.activation, self.beta, self.dim)
+        return kd(student, teacher, self.temperature, self.divergence, self.activation, self.beta, self.dim, mask)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import upcast
 from lightning_kd.losses._wrapped import Wrapped, temperature_of_the_loss
 
@@ -44,8 +44,8 @@ class SampleTemperature(Wrapped):
         dim: The class dimension, that of ``loss``; -1 for tokens (B, N, C).
 
     Returns:
-        ``forward(student, teacher, target=None)`` returns what ``loss`` returns; the target is passed on if
-        ``loss`` takes one.
+        ``forward(student, teacher, target=None, mask=None)`` returns what ``loss`` returns; target and mask are
+        passed on if ``loss`` takes them.
 
     Raises:
         ValueError: If ``loss`` cannot take a temperature for each sample, or ``spread`` is not positive.
@@ -85,9 +85,14 @@ class SampleTemperature(Wrapped):
         """Return the temperatures (B, ...) of the teacher's logits (B, C, ...)."""
         return self.temperature * self.spread ** (2.0 * confidence(teacher, self.by, self.dim) - 1.0)  # type: ignore[no-any-return]
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Return the wrapped loss at the temperatures of the samples."""
         _check.logits(student, teacher, self.dim)
-        temperatures = self.temperatures(teacher.detach())
-        self.values = {"mean_temperature": temperatures.detach().mean()}
-        return self.call(student, teacher, target, temperatures)
+        student, teacher, here = _mask.blanked(student, teacher.detach(), mask, self.dim)
+        temperatures = self.temperatures(teacher)
+        known = temperatures.detach()
+        mean = known.mean() if here is None else known.where(here, 0.0).sum() / _mask.total(here)
+        self.values = {"mean_temperature": mean}
+        return self.call(student, teacher, target, mask, temperatures)

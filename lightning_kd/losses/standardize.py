@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import upcast
 from lightning_kd.losses._wrapped import Wrapped, temperature_of_the_loss
 
@@ -37,8 +37,8 @@ class Standardized(Wrapped):
         dim: The class dimension.
 
     Returns:
-        ``forward(student, teacher, target=None)`` returns what ``loss`` returns; the target is passed on if
-        ``loss`` takes one.
+        ``forward(student, teacher, target=None, mask=None)`` returns what ``loss`` returns; target and mask are
+        passed on if ``loss`` takes them.
 
     Raises:
         ValueError: If ``loss`` needs a target and none is given, or with fewer than three classes.
@@ -61,7 +61,10 @@ class Standardized(Wrapped):
 
     temperature = temperature_of_the_loss
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Return the wrapped loss of the standardised logits."""
         _check.tensors(student, teacher)
-        return self.call(standardize(student, self.dim), standardize(teacher.detach(), self.dim), target)
+        student, teacher, _ = _mask.blanked(student, teacher.detach(), mask, self.dim)
+        return self.call(standardize(student, self.dim), standardize(teacher, self.dim), target, mask)

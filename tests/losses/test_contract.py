@@ -1,6 +1,7 @@
 """One contract for everything in ``losses.__all__``; a new loss needs one line in ``CASES``."""
 
 import copy
+import dataclasses
 import inspect
 import math
 import pickle
@@ -24,8 +25,14 @@ class Case:
     # why a property does not hold, by its name; where absent, it is tested
     not_true: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def dense(self) -> bool:
+        """Whether its labels are one for each pixel."""
+        return self.student == PIXELS
+
 
 MAP = (8, 6, 4, 4)
+PIXELS = (8, 10, 4, 4)
 CROSS_ENTROPY = "a cross entropy: its value at equality is an entropy"
 LABEL = "its target part is smallest where the student is certain of the label"
 RELATIONS = "defined over the pairs of a batch with a factor 1/B"
@@ -78,6 +85,7 @@ CASES = {
         {"zero": LEARNS, "duplicates": "a copy of a sample is a negative that cannot be told apart"},
     ),
     "CTKD": Case(lambda: losses.CTKD(losses.DKD(), reversal=schedules.Constant(1.0)), _ctkd),
+    "CWD": Case(losses.CWD, _plain(functional.cwd), MAP, MAP),
     "DIST": Case(losses.DIST, _plain(functional.dist)),
     "DKD": Case(losses.DKD, _plain(functional.dkd)),
     "DTS": Case(lambda: losses.DTS(losses.DKD()), _dts),
@@ -85,6 +93,7 @@ CASES = {
     "KD": Case(losses.KD, _plain(functional.kd)),
     "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "OFA": Case(losses.OFA, _plain(functional.ofa), not_true={"zero": CROSS_ENTROPY}),
+    "Pixelwise": Case(lambda: losses.Pixelwise(losses.DKD()), _plain(functional.dkd), PIXELS, PIXELS),
     "PKT": Case(losses.PKT, _plain(functional.pkt), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
@@ -110,7 +119,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def _inputs(case: Case, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    target = torch.randint(case.student[1], (case.student[0],))
+    shape = (case.student[0], *case.student[2:]) if case.dense else case.student[:1]
+    target = torch.randint(case.student[1], shape)
     return (
         (scale * torch.randn(case.student)).to(dtype),
         (scale * torch.randn(case.teacher)).to(dtype),
@@ -220,7 +230,7 @@ def test_scale_does_not_depend_on_the_batch_size(name: str):
     case = CASES[name]
     s, t, y = _inputs(case)
     loss = _built(case, s, t)
-    twice = _call(loss, s.repeat(2, *[1] * (s.ndim - 1)), t.repeat(2, *[1] * (t.ndim - 1)), y.repeat(2))
+    twice = _call(loss, *(x.repeat(2, *[1] * (x.ndim - 1)) for x in (s, t, y)))
     torch.testing.assert_close(twice, _call(loss, s, t, y))
 
 
@@ -409,7 +419,7 @@ def test_weights_of_parts_are_checked(make: Callable[..., nn.Module], names: tup
         make(**dict.fromkeys(names, 0.0))
 
 
-@those(lambda case: "target" in inspect.signature(case.make().forward).parameters)
+@those(lambda case: "target" in inspect.signature(case.make().forward).parameters and not case.dense)
 def test_labels_must_be_class_indices(name: str):
     s, t, y = _inputs(CASES[name])
     loss = _built(CASES[name], s, t)
@@ -419,6 +429,92 @@ def test_labels_must_be_class_indices(name: str):
         loss(s, t, several.float())
     for wrong in (several, several > 0, y[:, None]):
         with pytest.raises(ValueError, match=rf"must have shape \(8,\).*{remedy}"):
+            loss(s, t, wrong)
+
+
+# --- masks
+
+
+AROUND_KD = {
+    "CTKD": lambda: losses.CTKD(losses.KD()),
+    "DTS": lambda: losses.DTS(losses.KD()),
+    "SampleTemperature": lambda: losses.SampleTemperature(losses.KD()),
+    "Standardized": lambda: losses.Standardized(losses.KD()),
+}
+"""Wrappers know the mask if what they wrap does; around another loss they refuse it."""
+
+MASKED = [name for name, case in CASES.items() if "mask" in inspect.signature(case.make().forward).parameters]
+
+
+def _masked(name: str) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor]:
+    """Return the loss of two maps under a mask, the two maps, and a mask of twice their resolution."""
+    case = CASES[name]
+    if len(case.student) == 2:  # logits, here of pixels
+        case = dataclasses.replace(case, student=PIXELS, teacher=PIXELS)
+        case = dataclasses.replace(case, make=AROUND_KD.get(name, case.make))
+    s, t, y = _inputs(case)
+    loss = _built(case, s, t)
+    labels = {"target": y} if "target" in inspect.signature(loss.forward).parameters else {}
+
+    def call(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        torch.manual_seed(3)  # of what the loss draws
+        return loss(student, teacher, mask=mask, **labels)
+
+    mask = torch.rand(len(s), *s.shape[2:]) < 0.6
+    mask[0] = False
+    mask[1] = True
+    return call, s, t, mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_pixels_have_no_influence(name: str):
+    loss, s, t, mask = _masked(name)
+    outside = ~mask[:, None, ::2, ::2]
+    s.requires_grad_()
+    value = loss(s, t, mask)
+    (gradient,) = torch.autograd.grad(value, s)
+    assert value > 0
+    assert not gradient[outside.expand_as(s)].any()
+    assert gradient[1:].flatten(1).any(1).all()
+    for junk in (7.0, torch.nan):
+        student, teacher = (torch.where(outside, junk, x.detach()) for x in (s, t))
+        student.requires_grad_()
+        again = loss(student, teacher, mask)
+        torch.testing.assert_close(again, value, rtol=0, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(again, student)[0], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_everything_is_no_mask(name: str):
+    loss, s, t, mask = _masked(name)
+    torch.testing.assert_close(loss(s, t, torch.ones_like(mask)), loss(s, t, None))
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("scale", [1.0, 60000.0])
+def test_a_mask_of_nothing_is_zero(name: str, scale: float):
+    loss, s, t, mask = _masked(name)
+    s = (scale * s).requires_grad_()
+    value = loss(s, t, torch.zeros_like(mask))
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value == 0
+    assert not s.grad.any()
+
+
+@pytest.mark.parametrize("name", AROUND_KD)
+def test_wrappers_refuse_masks_that_what_they_wrap_would_ignore(name: str):
+    s, t, y = _inputs(dataclasses.replace(CASES[name], student=PIXELS, teacher=PIXELS))
+    inside = f"{name}(Pixelwise(DKD()))" if name == "CTKD" else f"Pixelwise({name}(DKD()))"
+    with pytest.raises(ValueError, match=f"DKD takes no mask.*use {re.escape(inside)}"):
+        CASES[name].make()(s, t, y, y > 0)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_checked(name: str):
+    loss, s, t, mask = _masked(name)
+    for wrong in (mask.float(), mask[0], mask[:4], mask[:, None]):
+        with pytest.raises(ValueError, match=r"a mask is a bool tensor \(B, H, W\).*target != 255"):
             loss(s, t, wrong)
 
 
