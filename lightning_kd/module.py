@@ -128,6 +128,8 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the task's own loss; the terms are added by the attachment."""
         loss = self.task.loss(self.task(self.student, batch), batch)
+        if loss is None:
+            raise ValueError(f"{type(self.task).__name__}.loss returned None in training: nothing would be learned.")
         if self.attachment is None:
             self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -196,10 +198,25 @@ class DistillationModule(LightningModule):
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> Any:
         output = self.task(self.student, batch)
-        self.log(f"{stage}/loss", self.task.loss(output, batch), on_step=False, on_epoch=True, prog_bar=True)
+        loss = self.task.loss(output, batch)
+        if loss is not None:
+            self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         self.task.update(metrics, output, batch)
-        self.log_dict({f"{stage}/{name}": m for name, m in metrics.items(keep_base=True)}, prog_bar=stage == "val")
         return output
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of the task."""
+        self._log_metrics(self.val_metrics, "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of the task."""
+        self._log_metrics(self.test_metrics, "test")
+
+    def _log_metrics(self, metrics: MetricCollection, stage: str) -> None:
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        # Every rank has computed them of all batches; their mean is what they are.
+        self.log_dict(values, prog_bar=stage == "val", sync_dist=True)
+        metrics.reset()
 
 
 class _AsModel(nn.Module):

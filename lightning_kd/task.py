@@ -55,11 +55,17 @@ class TaskAdapter(nn.Module, ABC):
         return {"target": self.target, "index": self.index}
 
     @abstractmethod
-    def loss(self, output: Any, batch: Any) -> Tensor:
-        """Returns the supervised loss, a scalar, of what ``forward`` returned."""
+    def loss(self, output: Any, batch: Any) -> Tensor | None:
+        """Returns the supervised loss, a scalar, of what ``forward`` returned.
+
+        In evaluation it may be None, where a model returns no losses then, and nothing is logged.
+        """
 
     def metrics(self) -> MetricCollection:
-        """Returns fresh metrics of the student against the labels, by the names they are logged under."""
+        """Returns fresh metrics of the student against the labels, by the names they are logged under.
+
+        One that computes a dict, of many values at once, is logged under its keys. All are computed at an epoch's end.
+        """
         return MetricCollection({})
 
     def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:

@@ -1,7 +1,8 @@
 """Task adapters, one per file; ``TaskAdapter`` is what a new one derives from."""
 
 from lightning_kd.tasks.classification import Classification
+from lightning_kd.tasks.detection import Detection
 
 from lightning_kd.task import TaskAdapter
 
-__all__ = ["Classification", "TaskAdapter"]
+__all__ = ["Classification", "Detection", "TaskAdapter"]

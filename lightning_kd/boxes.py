@@ -1,0 +1,144 @@
+"""What detectors of every library share: the targets that count, where they lie, and how well they are found."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+Target = Mapping[str, Tensor]
+"""Of one image: ``boxes`` (n, 4) as x1 y1 x2 y2 in pixels, ``labels`` (n,) from 0, and where known ``ignore`` (n,)."""
+
+IGNORE = "ignore"
+"""Key of a target's boxes that neither teach nor count: crowds of COCO, difficult ones of Pascal VOC."""
+
+
+def checked(target: Target, num_classes: int) -> Target:
+    """Returns a target whose boxes have an area; those that have none are left out.
+
+    Args:
+        target: Of one image.
+        num_classes: Labels are below it. That is checked on the CPU only: elsewhere it would stall the step.
+
+    Raises:
+        ValueError: If boxes and labels do not fit together, or a label is of no class.
+    """
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.ndim != 2 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:1]:
+        raise ValueError(
+            f"A target has boxes (n, 4) and labels (n,), of an image without any (0, 4) and (0,); got "
+            f"{tuple(boxes.shape)} and {tuple(labels.shape)}."
+        )
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        wrong = sorted({int(label) for label in labels if not 0 <= label < num_classes})
+        raise ValueError(
+            f"A target has the classes {wrong}, and the task num_classes={num_classes}, counted from 0 without a "
+            "background. Set num_classes of the task, or map the labels."
+        )
+    return _rows(target, (boxes[:, 2:] > boxes[:, :2]).all(dim=1))
+
+
+def counted(target: Target) -> Target:
+    """Returns a target without the boxes that are to be ignored."""
+    ignored = target.get(IGNORE)
+    return target if ignored is None else _rows(target, ~ignored.bool())
+
+
+def _rows(target: Target, keep: Tensor) -> Target:
+    return {name: target[name][keep] for name in ("boxes", "labels", IGNORE) if name in target}
+
+
+class AveragePrecision(WrapperMetric):
+    """COCO's mean average precision, by pycocotools: ``mAP`` over the overlaps 0.5 to 0.95, ``mAP50``, ``mAP75``.
+
+    It is expensive, so it is computed at the end of an epoch only. Without any box to find it is not a number.
+
+    Raises:
+        ModuleNotFoundError: Without torchvision or pycocotools.
+
+    Example:
+        >>> metric = AveragePrecision()
+        >>> box = {"boxes": torch.tensor([[0.0, 0.0, 10.0, 10.0]]), "labels": torch.tensor([0])}
+        >>> metric.update([{**box, "scores": torch.tensor([0.9])}], [box])
+        >>> round(float(metric.compute()["mAP"]), 4)
+        1.0
+
+    Source: Lin et al., Microsoft COCO, arXiv 1405.0312; https://cocodataset.org/#detection-eval.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torchmetrics.detection import MeanAveragePrecision  # noqa: PLC0415
+
+            self.coco = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
+            self.coco.warn_on_many_detections = False  # COCO counts the best 100 of an image
+        except ImportError as error:  # ModuleNotFoundError is one
+            raise ModuleNotFoundError(
+                'The metrics of detection need torchvision and pycocotools: pip install "lightning-kd[detection]"'
+            ) from error
+
+    def update(self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Target]) -> None:
+        """Adds images: of each the ``boxes``, ``scores`` and ``labels`` that were found, and its target."""
+        self.coco.update(
+            [{key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
+             | {"labels": found["labels"].cpu()} for found in detections],
+            [_coco(target) for target in targets],
+        )  # fmt: skip
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns the values by name."""
+        values = self.coco.compute()
+        found = {"mAP": values["map"], "mAP50": values["map_50"], "mAP75": values["map_75"]}
+        return {name: value if value >= 0 else torch.full_like(value, torch.nan) for name, value in found.items()}
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        super().reset()
+        self.coco.reset()
+
+
+def _coco(target: Target) -> dict[str, Tensor]:
+    said = {"boxes": target["boxes"].float().cpu(), "labels": target["labels"].cpu()}
+    return said | ({"iscrowd": target[IGNORE].cpu().long()} if IGNORE in target else {})
+
+
+def metrics() -> MetricCollection:
+    """Returns fresh metrics of boxes, by the names they are logged under."""
+    return MetricCollection({"boxes": AveragePrecision()})
+
+
+def fractions(
+    targets: Iterable[Target], sizes: Sequence[tuple[int, int]], resized: Sequence[tuple[int, int]], divisor: int = 1
+) -> list[Tensor]:
+    """Returns the boxes in fractions of the padded batch that a network sees.
+
+    Args:
+        targets: Of each image; their boxes are in pixels of the image.
+        sizes: Of each image, its (H, W).
+        resized: Of each image, its (H, W) after the network's own resizing.
+        divisor: The batch is padded at the right and below, until both sides are multiples of it.
+
+    Returns:
+        For each image (n, 4), x1 y1 x2 y2 in [0, 1].
+
+    Example:
+        >>> target = {"boxes": torch.tensor([[0.0, 0.0, 50.0, 50.0]]), "labels": torch.tensor([0])}
+        >>> fractions([target], sizes=[(100, 100)], resized=[(96, 96)], divisor=64)
+        [tensor([[0.0000, 0.0000, 0.3750, 0.3750]])]
+    """
+    height, width = (-(-max(size[i] for size in resized) // divisor) * divisor for i in (0, 1))
+    found = []
+    for target, size, new in zip(targets, sizes, resized, strict=True):
+        y, x = new[0] / size[0] / height, new[1] / size[1] / width
+        found.append((target["boxes"] * target["boxes"].new_tensor([x, y, x, y])).clamp(0.0, 1.0))
+    return found
+
+
+def detections(found: Any) -> bool:
+    """Tells whether something is what detectors return in evaluation: per image boxes, scores and labels."""
+    return isinstance(found, (list, tuple)) and all(
+        isinstance(each, Mapping) and {"boxes", "scores", "labels"} <= each.keys() for each in found
+    )
