@@ -168,7 +168,7 @@ class Distiller(nn.Module):
         return self._taps is not None
 
     def attach(self, student: nn.Module) -> None:
-        """Resolves every path and puts the hooks in place; before a compiled student's first call.
+        """Resolves every path and puts the hooks in place.
 
         Args:
             student: The model whose calls are watched.

@@ -7,14 +7,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.guest import GUEST, Guest
-from lightning_kd.attachment.labels import Label, labels_of
+from lightning_kd.attachment.labels import Label, batch_of, labels_of
 from lightning_kd.attachment.optimizers import adopt, optimizers_of
-from lightning_kd.attachment.refusals import refuse_earlier_average, refuse_manual, refuse_strategy, refuse_two_swaps
+from lightning_kd.attachment.refusals import (
+    callbacks_of,
+    refuse_changing_accumulation,
+    refuse_earlier_average,
+    refuse_manual,
+    refuse_strategy,
+    refuse_two_swaps,
+)
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_run, restore, saved
 from lightning_kd.copying import unshare
@@ -30,8 +36,8 @@ from lightning_kd.wiring import find_module
 class Attachment(Callback):
     """Watches a module's own ``training_step`` and adds the terms to the loss that it returns.
 
-    The module's class is not touched: three methods of the instance are wrapped when a fit begins and
-    restored when it ends. What the terms learn (projectors) is a submodule of the module meanwhile, so that
+    The module's class is not touched: a few methods of the instance are wrapped when a fit begins
+    and restored when it ends. What the terms learn (projectors) is a submodule of the module meanwhile, so that
     every strategy treats it like the module's own parameters, but no state dict shows it; it is saved as the
     callback's state.
 
@@ -215,11 +221,8 @@ class Attachment(Callback):
 
     def _measure_run(self, trainer: Trainer) -> None:
         needed = self.distiller.needs_end or isinstance(self.task_weight, Schedule)
-        if needed and any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "A schedule is over the run, and with GradientAccumulationScheduler its length is not known before. "
-                "Accumulate the same number of batches throughout: Trainer(accumulate_grad_batches=...)."
-            )
+        if needed:
+            refuse_changing_accumulation(trainer)
         self._total_steps = float(trainer.estimated_stepping_batches) if needed else float("inf")
         self._epochs = _epochs_of(trainer)
         if needed and not 0.0 < self._total_steps < float("inf"):
@@ -342,8 +345,7 @@ class Attachment(Callback):
         self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
         """Returns what a training step returns, the module's own loss and the terms; None skips the batch."""
-        batch = args[0] if args else next(iter(kwargs.values()))
-        total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, batch)
+        total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, batch_of(args, kwargs))
         if self is not self._all[0]:
             del self._values["train/task"]
         if self is self._all[-1]:
@@ -381,8 +383,7 @@ class Attachment(Callback):
         raise RuntimeError(
             f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
             "Say which module it calls: Distillation(student=...), one of "
-            f"{', '.join(map(repr, children)) or 'its submodules'}. A compiled student has to be compiled, but not "
-            "called, before the fit; self.forward(x) bypasses hooks, self(x) does not."
+            f"{', '.join(map(repr, children)) or 'its submodules'}. self.forward(x) bypasses hooks, self(x) does not."
         )
 
     def _optimizing(self, configure_optimizers: Callable[[], Any]) -> Callable[[], Any]:
@@ -422,5 +423,4 @@ def _epochs_of(trainer: Trainer) -> float:
 
 def attachments_of(trainer: Trainer) -> list[Attachment]:
     """Returns what is attached to the module that a trainer trains, in the order of the callbacks."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    return [callback for callback in callbacks if isinstance(callback, Attachment)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, Attachment)]

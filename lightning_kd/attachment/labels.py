@@ -25,6 +25,11 @@ def label_sources(
     return found if index is None else {**found, "index": index}
 
 
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the batch that a ``training_step`` was called with, its first argument."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def labels_of(batch: Any, sources: Mapping[str, Label | None], needed: Mapping[str, bool]) -> dict[str, Any]:
     """Gets out of a batch what some term can use; what a loss only may use can be missing.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
 from lightning_kd.attachment.guest import GUEST
-from lightning_kd.attachment.labels import Label
+from lightning_kd.attachment.labels import Label, batch_of
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
@@ -290,7 +290,7 @@ class MutualAttachment(Attachment):
             self._check_called(theirs, peer.module)
             found.append(theirs)
             tasks.append(loss)
-        batch = args[0] if args else next(iter(kwargs.values()))
+        batch = batch_of(args, kwargs)
         total: Tensor | None = None
         values: dict[str, Tensor | float] = {}
         for peer, loss, theirs in zip(self._members, tasks, self._paired(found), strict=True):

@@ -3,10 +3,16 @@
 from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 
 WRAPPING = ("FSDPStrategy", "DeepSpeedStrategy")
 """Strategies that hold parameters in a wrapper; by name, since pytorch_lightning has classes of its own."""
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Returns the callbacks of a trainer."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
 
 
 def refuse_manual(pl_module: LightningModule) -> None:
@@ -33,7 +39,7 @@ def refuse_strategy(trainer: Trainer, reaches_in: bool) -> None:
 
 def refuse_earlier_average(trainer: Trainer, callback: Callback) -> None:
     """Refuses weight averaging before a callback: it pairs parameters by position in a copy made at its own setup."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    callbacks = callbacks_of(trainer)
     for earlier in callbacks[: callbacks.index(callback)]:
         if isinstance(earlier, WeightAveraging):
             raise ValueError(
@@ -44,10 +50,19 @@ def refuse_earlier_average(trainer: Trainer, callback: Callback) -> None:
 
 def refuse_two_swaps(trainer: Trainer, evaluated: Sequence[Callback]) -> None:
     """Refuses two averages that take the student's place in validation: each would get the other's weights."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    swapping = [*evaluated, *(each for each in callbacks if evaluated and isinstance(each, WeightAveraging))]
+    averages = [each for each in callbacks_of(trainer) if isinstance(each, WeightAveraging)]
+    swapping = [*evaluated, *averages] if evaluated else []
     if len(swapping) > 1:
         raise ValueError(
             f"{' and '.join(type(each).__name__ for each in swapping)} both take the student's place in validation. "
             "Let one of them do it: evaluate=False for the others."
+        )
+
+
+def refuse_changing_accumulation(trainer: Trainer) -> None:
+    """Refuses a schedule over a run whose length is not known before."""
+    if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks_of(trainer)):
+        raise ValueError(
+            "A schedule is over the run, and with GradientAccumulationScheduler its length is not known before. "
+            "Accumulate the same number of batches throughout: Trainer(accumulate_grad_batches=...)."
         )

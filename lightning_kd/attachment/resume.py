@@ -62,10 +62,7 @@ def restore(distiller: Distiller, state: Mapping[str, Any]) -> None:
 
 
 def refuse_other_run(distiller: Distiller, checkpoint: Mapping[str, Any], state_key: str, name: str) -> None:
-    """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters.
-
-    And the other way around: a run whose optimizer knows parameters that are not there any more.
-    """
+    """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters."""
     states = checkpoint.get("callbacks", {})
     here = learning(distiller)
     if here and not states.get(state_key):
