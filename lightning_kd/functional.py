@@ -3,14 +3,17 @@
 from lightning_kd.losses._bank import crd_nce
 from lightning_kd.losses.at import at
 from lightning_kd.losses.bdkd import bdkd
+from lightning_kd.losses.bpkd import bpkd
 from lightning_kd.losses.crd import crd
 from lightning_kd.losses.cwd import cwd
 from lightning_kd.losses.dist import dist
 from lightning_kd.losses.dkd import dkd
 from lightning_kd.losses.fitnet import fitnet
 from lightning_kd.losses.kd import kd
+from lightning_kd.losses.mgd import mgd
 from lightning_kd.losses.nkd import nkd
 from lightning_kd.losses.ofa import ofa
+from lightning_kd.losses.pkd import pkd
 from lightning_kd.losses.pkt import pkt
 from lightning_kd.losses.pld import pld
 from lightning_kd.losses.rkd import rkd
@@ -21,6 +24,7 @@ from lightning_kd.losses.vid import vid
 __all__ = [
     "at",
     "bdkd",
+    "bpkd",
     "crd",
     "crd_nce",
     "cwd",
@@ -28,8 +32,10 @@ __all__ = [
     "dkd",
     "fitnet",
     "kd",
+    "mgd",
     "nkd",
     "ofa",
+    "pkd",
     "pkt",
     "pld",
     "rkd",

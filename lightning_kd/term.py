@@ -160,7 +160,8 @@ class Term(nn.Module):
             self._bridged = True
         if hasattr(self.loss, "build"):
             with torch.no_grad():
-                levels = self._compared(student, teacher)
+                assert self.projector is not None
+                levels = self._compared(_cast(student, self.projector), teacher)
                 self.deeper.extend(copy.deepcopy(self.loss) for _ in levels[1:])
                 for loss, (s, t) in zip(self._losses(), levels, strict=True):
                     loss.build(s, t)  # type: ignore[operator]  # as the first of them, which has one
@@ -304,6 +305,14 @@ class Term(nn.Module):
 
 def _each(selected: Selected) -> Iterator[Tensor]:
     return iter([selected] if isinstance(selected, Tensor) else selected)
+
+
+def _cast(selected: Selected, module: nn.Module) -> Selected:
+    # A sample may come from under autocast, which is over here; the shapes are what matters.
+    dtype = next((parameter.dtype for parameter in module.parameters()), None)
+    if dtype is None:
+        return selected
+    return selected.to(dtype) if isinstance(selected, Tensor) else Levels(level.to(dtype) for level in selected)
 
 
 def _shapes(selected: Selected) -> str:

@@ -26,19 +26,26 @@ from lightning_kd import Distillation, DistillationModule, Term, losses, schedul
 LOGITS = ("output", "output")
 MAPS = ("stem", "stem")
 VECTORS = ("pool", "pool")
+DENSE = ("stem", "stem")
+"""Maps with a label for each pixel, and the teacher's channels as classes."""
 WIRING = {
     "AT": (losses.AT, MAPS),
     "BDKD": (losses.BDKD, LOGITS),
+    "BPKD": (lambda: losses.BPKD(width=1), DENSE),
     "CRD": (lambda: losses.CRD(dim=8), VECTORS),
     "CTKD": (lambda: losses.CTKD(losses.KD()), LOGITS),
+    "CWD": (losses.CWD, MAPS),
     "DIST": (losses.DIST, LOGITS),
     "DKD": (losses.DKD, LOGITS),
     "DTS": (lambda: losses.DTS(losses.KD()), LOGITS),
     "FitNet": (losses.FitNet, MAPS),
     "KD": (losses.KD, LOGITS),
+    "MGD": (lambda: losses.MGD(alpha=1e-3), MAPS),
     "NKD": (losses.NKD, LOGITS),
     "OFA": (losses.OFA, LOGITS),
+    "PKD": (losses.PKD, MAPS),
     "PKT": (losses.PKT, VECTORS),
+    "Pixelwise": (lambda: losses.Pixelwise(losses.DKD(), samples=40), DENSE),
     "PLD": (losses.PLD, LOGITS),
     "RKD": (losses.RKD, VECTORS),
     "SampleTemperature": (lambda: losses.SampleTemperature(losses.KD()), LOGITS),
@@ -150,9 +157,18 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
             return TEACHERS[name]({"it": logits}, **kwargs)
         hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
-    loss, (student_path, teacher_path) = WIRING[name]
-    terms = {"it": Term(loss(), weight=0.5, student=student_path, teacher=teacher_path)}
+    loss, paths = WIRING[name]
+    projector = None
+    if paths is DENSE:
+        projector = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Upsample(scale_factor=2))
+        kwargs = {"target": areas} | kwargs
+    terms = {"it": Term(loss(), weight=0.5, student=paths[0], teacher=paths[1], projector=projector)}
     return Distillation(teacher or Net(6), terms, **{"student": "model"} | kwargs)
+
+
+def areas(batch: Any) -> Tensor:
+    """Labels of pixels: the left half of the image is the image's class, the right half the next."""
+    return batch[1][:, None, None] + (torch.arange(8, device=batch[1].device) >= 4).long().expand(8, 8)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from lightning_kd.losses.at import AT
 from lightning_kd.losses.bdkd import BDKD
+from lightning_kd.losses.bpkd import BPKD
 from lightning_kd.losses.crd import CRD
 from lightning_kd.losses.ctkd import CTKD
 from lightning_kd.losses.cwd import CWD
@@ -10,9 +11,11 @@ from lightning_kd.losses.dkd import DKD
 from lightning_kd.losses.dts import DTS
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.kd import KD
+from lightning_kd.losses.mgd import MGD
 from lightning_kd.losses.nkd import NKD
 from lightning_kd.losses.ofa import OFA
 from lightning_kd.losses.pixelwise import Pixelwise
+from lightning_kd.losses.pkd import PKD
 from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.rkd import RKD
@@ -24,6 +27,7 @@ from lightning_kd.losses.vid import VID
 __all__ = [
     "AT",
     "BDKD",
+    "BPKD",
     "CRD",
     "CTKD",
     "CWD",
@@ -31,8 +35,10 @@ __all__ = [
     "DKD",
     "DTS",
     "KD",
+    "MGD",
     "NKD",
     "OFA",
+    "PKD",
     "PKT",
     "PLD",
     "RKD",

@@ -40,8 +40,8 @@ class CWD(nn.Module):
         loss = T^2 * KL(p_t || p_s), averaged over samples and channels
 
     It serves the logits of a segmentation, where a channel is a class, and features, where the term's projector maps
-    the student's channels to the teacher's. Published weights: 3 on logits and 50 on features, temperature 4, in the
-    paper's code; 5 on logits, temperature 1, in mmrazor; 10 on the levels of a detector's neck.
+    the student's channels to the teacher's. Usual weights, at temperature 1: 5 on logits, 10 on the levels of a
+    detector's neck.
 
     Args:
         temperature: T > 0. May be changed between steps.
@@ -55,7 +55,7 @@ class CWD(nn.Module):
         ValueError: If the shapes differ, or there is one position only.
 
     Source:
-        Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, arXiv 2011.13256, equations 3 and 4.
+        Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, arXiv 2011.13256.
 
     Example:
         >>> import torch

@@ -24,11 +24,8 @@ class Case:
     teacher: tuple[int, ...] = (8, 10)
     # why a property does not hold, by its name; where absent, it is tested
     not_true: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def dense(self) -> bool:
-        """Whether its labels are one for each pixel."""
-        return self.student == PIXELS
+    dense: bool = False
+    """Whether there is a label for each pixel of the student."""
 
 
 MAP = (8, 6, 4, 4)
@@ -70,6 +67,14 @@ def _sample_temperature(m: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor
     return torch.stack(each).mean()
 
 
+def _bpkd(module: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return functional.bpkd(s, t, y, width=1)
+
+
+def _mgd(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
+    return functional.mgd(module.generation(s), t)
+
+
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda module, *args: function(*args)
 
@@ -77,6 +82,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 CASES = {
     "AT": Case(losses.AT, _plain(functional.at), (8, 3, 4, 4), MAP),
     "BDKD": Case(losses.BDKD, _plain(functional.bdkd)),
+    "BPKD": Case(lambda: losses.BPKD(width=1), _bpkd, PIXELS, PIXELS, dense=True),
     "CRD": Case(
         lambda: losses.CRD(dim=16),
         _crd,
@@ -91,9 +97,12 @@ CASES = {
     "DTS": Case(lambda: losses.DTS(losses.DKD()), _dts),
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
     "KD": Case(losses.KD, _plain(functional.kd)),
+    # without holes: what it draws is in its own test
+    "MGD": Case(lambda: losses.MGD(ratio=0.0), _mgd, MAP, MAP, {"zero": LEARNS}),
     "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "OFA": Case(losses.OFA, _plain(functional.ofa), not_true={"zero": CROSS_ENTROPY}),
-    "Pixelwise": Case(lambda: losses.Pixelwise(losses.DKD()), _plain(functional.dkd), PIXELS, PIXELS),
+    "Pixelwise": Case(lambda: losses.Pixelwise(losses.DKD()), _plain(functional.dkd), PIXELS, PIXELS, dense=True),
+    "PKD": Case(losses.PKD, _plain(functional.pkd), MAP, MAP, {"duplicates": "deviations over n - 1"}),
     "PKT": Case(losses.PKT, _plain(functional.pkt), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
@@ -119,8 +128,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def _inputs(case: Case, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    shape = (case.student[0], *case.student[2:]) if case.dense else case.student[:1]
-    target = torch.randint(case.student[1], shape)
+    if case.dense:  # two areas side by side
+        batch, _, height, width = case.student
+        target = torch.randint(10, (batch, 1, 2)).repeat(1, height, 1).repeat_interleave(width // 2, 2)
+    else:
+        target = torch.randint(case.student[1], case.student[:1])
     return (
         (scale * torch.randn(case.student)).to(dtype),
         (scale * torch.randn(case.teacher)).to(dtype),
@@ -305,7 +317,7 @@ def test_what_is_not_a_number_stays_so(name: str, side: int):
 @those(lambda case: "target" in inspect.signature(case.make().forward).parameters)
 @pytest.mark.parametrize("value", [-100, 10])
 def test_labels_out_of_range_are_refused(name: str, value: int):
-    if name in ("CRD", "Standardized"):
+    if name in ("BPKD", "CRD", "Standardized"):
         return
     case = CASES[name]
     student, teacher, target = _inputs(case)
@@ -407,7 +419,12 @@ def test_temperature_is_a_plain_number_that_is_checked_and_read(name: str):
 
 @pytest.mark.parametrize(
     ("make", "names"),
-    [(losses.DIST, ("beta", "gamma")), (losses.DKD, ("alpha", "beta")), (losses.RKD, ("distance", "angle"))],
+    [
+        (losses.BPKD, ("edge", "body")),
+        (losses.DIST, ("beta", "gamma")),
+        (losses.DKD, ("alpha", "beta")),
+        (losses.RKD, ("distance", "angle")),
+    ],
 )
 def test_weights_of_parts_are_checked(make: Callable[..., nn.Module], names: tuple[str, str]):
     for name in names:
@@ -450,7 +467,7 @@ def _masked(name: str) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tens
     """Return the loss of two maps under a mask, the two maps, and a mask of twice their resolution."""
     case = CASES[name]
     if len(case.student) == 2:  # logits, here of pixels
-        case = dataclasses.replace(case, student=PIXELS, teacher=PIXELS)
+        case = dataclasses.replace(case, student=PIXELS, teacher=PIXELS, dense=True)
         case = dataclasses.replace(case, make=AROUND_KD.get(name, case.make))
     s, t, y = _inputs(case)
     loss = _built(case, s, t)
@@ -504,7 +521,7 @@ def test_a_mask_of_nothing_is_zero(name: str, scale: float):
 
 @pytest.mark.parametrize("name", AROUND_KD)
 def test_wrappers_refuse_masks_that_what_they_wrap_would_ignore(name: str):
-    s, t, y = _inputs(dataclasses.replace(CASES[name], student=PIXELS, teacher=PIXELS))
+    s, t, y = _inputs(dataclasses.replace(CASES[name], student=PIXELS, teacher=PIXELS, dense=True))
     inside = f"{name}(Pixelwise(DKD()))" if name == "CTKD" else f"Pixelwise({name}(DKD()))"
     with pytest.raises(ValueError, match=f"DKD takes no mask.*use {re.escape(inside)}"):
         CASES[name].make()(s, t, y, y > 0)
@@ -519,7 +536,7 @@ def test_masks_are_checked(name: str):
 
 
 def test_alignment_is_declared(name: str):
-    assert getattr(getattr(losses, name), "align", "none") in ("none", "size", "shape")
+    assert getattr(CASES[name].make(), "align", "none") in ("none", "size", "shape")
 
 
 def test_documentation(name: str):
