@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
-from lightning_kd.teachers.base import made_by
+from lightning_kd.teachers.base import labels_asked, made_by
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
 """Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""
+
+LabelsOf = Callable[[], Mapping[str, Any]]
+"""Gives what there is of a batch, by name."""
 
 
 @dataclass
@@ -47,7 +50,8 @@ class Distiller(nn.Module):
         terms: The terms by name.
         teacher: A trained model, which becomes a ``teachers.Frozen``, or any ``teachers.Teacher``.
         teacher_input: Makes the teacher's arguments out of the student's: called with those, it returns a
-            tensor, a tuple of positional arguments or a dict of keyword arguments. Unless given, they are equal.
+            tensor, a tuple of positional arguments or a dict of keyword arguments. Unless given, they are equal. A
+            keyword-only parameter of it is a label of the batch: ``def noisy(images, *, target)``.
         student_input: Likewise for the student, where it is to see another (stronger) view than it was called with.
         knowledge: Names that a task offers for paths, as a function of the model.
 
@@ -111,11 +115,12 @@ class Distiller(nn.Module):
         self.knowledge = knowledge
         self._taps: Taps | None = None
         self._calls: list[Call] | None = None
+        self._labels: LabelsOf = dict
         self._handles: list[Any] = []
         self._depth = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None, "_calls": None, "_handles": []}
+        return {**self.__dict__, "_taps": None, "_calls": None, "_labels": dict, "_handles": []}
 
     def set_teacher(self, teacher: Teacher) -> None:
         """Gives it a teacher, before it is attached: past nn.Module's registration, so that it is no submodule."""
@@ -157,10 +162,14 @@ class Distiller(nn.Module):
     def labels(self) -> dict[str, bool]:
         """What is read of a batch, by name, and whether somebody cannot do without."""
         found = {"mask": False, **self.teacher.labels}  # read wherever there is one: a term that ignores it is refused
-        for _, term in self.named_terms():
-            for name, required in term.labels.items():
-                found[name] = found.get(name, False) or required
+        asking = [self._labels_of_inputs, *(term.labels for _, term in self.named_terms())]
+        for name, required in (each for asked in asking for each in asked.items()):
+            found[name] = found.get(name, False) or required
         return found
+
+    @property
+    def _labels_of_inputs(self) -> dict[str, bool]:
+        return {**labels_asked(self.student_input), **labels_asked(self.teacher_input)}
 
     @property
     def attached(self) -> bool:
@@ -218,10 +227,13 @@ class Distiller(nn.Module):
             self.teacher.unbind()
 
     @contextmanager
-    def watch(self) -> Iterator[list[Call]]:
+    def watch(self, labels: LabelsOf = dict) -> Iterator[list[Call]]:
         """Watches the student's calls until the context ends.
 
         Calls under ``no_grad`` do not count: nothing could be learned from them.
+
+        Args:
+            labels: Gives what there is of the batch, by name, for inputs that ask for it.
 
         Yields:
             The calls, filled as they happen.
@@ -236,12 +248,14 @@ class Distiller(nn.Module):
             raise RuntimeError("The distiller is watching already: one `with distiller.watch()` at a time.")
         calls: list[Call] = []
         self._calls = calls
+        self._labels = labels
         self._depth = 0
         try:
             yield calls
             taps.check(self._read)
         finally:
             self._calls = None
+            self._labels = dict
             taps.close()
             taps.forget()
 
@@ -256,9 +270,10 @@ class Distiller(nn.Module):
                 return None
             if not torch.is_grad_enabled():
                 return None
-            own = made_by(self.student_input, args, kwargs) if self.student_input else None
+            labels = self._labels() if self._labels_of_inputs else {}
+            own = made_by(self.student_input, args, kwargs, labels) if self.student_input else None
             try:
-                args, kwargs = self.teacher_arguments(args, kwargs)
+                args, kwargs = self.teacher_arguments(args, kwargs, labels)
                 knowledge = self.teacher(*args, **kwargs)
             except Exception as error:
                 what = "the student's arguments" if self.teacher_input is None else "what teacher_input returned"
@@ -274,10 +289,10 @@ class Distiller(nn.Module):
         return _eager(answer)
 
     def teacher_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns what the teacher is called with where the student is called with ``args`` and ``kwargs``."""
-        return made_by(self.teacher_input, args, kwargs) if self.teacher_input else (args, kwargs)
+        return made_by(self.teacher_input, args, kwargs, labels) if self.teacher_input else (args, kwargs)
 
     def _after_call(self, student: nn.Module) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:

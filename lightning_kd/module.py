@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from lightning_kd.attachment import Attachment, attachments_of
+from lightning_kd.attachment.labels import labels_of
 from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
@@ -152,16 +153,20 @@ class DistillationModule(LightningModule):
         assert self.attachment is not None
         distiller = self.attachment.distiller
         if isinstance(teacher, Ensemble):
-            return self.task(_AsModel(teacher, distiller), batch)
+            return self.task(_AsModel(teacher, distiller, self._labels(batch)), batch)
 
         def as_in_training(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return teacher.arguments(*distiller.teacher_arguments(args, kwargs))
+            return teacher.arguments(*distiller.teacher_arguments(args, kwargs, self._labels(batch)))
 
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:
             return self.task(teacher.model.eval(), batch)
         finally:
             handle.remove()
+
+    def _labels(self, batch: Any) -> dict[str, Any]:
+        assert self.attachment is not None
+        return labels_of(batch, self.attachment.labels, self.attachment.distiller.labels)
 
     def on_test_start(self) -> None:
         """Brings the teacher to the student's device."""
@@ -222,13 +227,14 @@ class DistillationModule(LightningModule):
 class _AsModel(nn.Module):
     """An ensemble that is called like the student."""
 
-    def __init__(self, teacher: Ensemble, distiller: Distiller) -> None:
+    def __init__(self, teacher: Ensemble, distiller: Distiller, labels: Mapping[str, Any]) -> None:
         super().__init__()
         self.teacher = teacher
         self.distiller = distiller
+        self.labels = labels
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self.distiller.teacher_arguments(args, kwargs)
+        args, kwargs = self.distiller.teacher_arguments(args, kwargs, self.labels)
         self.teacher.bind(nn.Identity(), [OUTPUT])
         try:
             return self.teacher(*args, **kwargs)[OUTPUT][0]

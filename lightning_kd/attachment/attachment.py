@@ -24,7 +24,7 @@ from lightning_kd.attachment.refusals import (
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_run, restore, saved
 from lightning_kd.copying import unshare
-from lightning_kd.distiller import Call, Distiller
+from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
@@ -309,7 +309,7 @@ class Attachment(Callback):
         trainer.precision_plugin.convert_module(pl_module).to(device)
         self._move_teacher(device)
         assert self._own_step is not None
-        calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller)
+        calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller, self._labels_of)
         self._check_called(calls, pl_module)
         reshard(pl_module)  # no backward does it
         with isolate_rng():  # data order and dropout are those of the student trained alone
@@ -328,24 +328,34 @@ class Attachment(Callback):
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
             self._begin_step()
-            with self.distiller.watch() as calls:
+            labels = functools.cache(lambda: self._labels_of(batch_of(args, kwargs)))
+            with self.distiller.watch(labels) as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(task_loss, Tensor):  # the module skips this batch, or Lightning says what is wrong
                 return result
             self._check_called(calls, pl_module)
-            total = self._total(trainer, task_loss, calls, args, kwargs)
+            total = self._total(trainer, task_loss, calls, labels, args, kwargs)
             if total is None:
                 return None
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return training_step_and_terms
 
+    def _labels_of(self, batch: Any) -> dict[str, Any]:
+        return labels_of(batch, self.labels, self.distiller.labels)
+
     def _total(
-        self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        trainer: Trainer,
+        task_loss: Tensor,
+        calls: list[Call],
+        labels: LabelsOf,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Returns what a training step returns, the module's own loss and the terms; None skips the batch."""
-        total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, batch_of(args, kwargs))
+        total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, labels)
         if self is not self._all[0]:
             del self._values["train/task"]
         if self is self._all[-1]:
@@ -356,12 +366,18 @@ class Attachment(Callback):
         """Is called before the module's own step."""
 
     def _weigh(
-        self, trainer: Trainer, distiller: Distiller, task_loss: Tensor, calls: list[Call], batch: Any, name: str = ""
+        self,
+        trainer: Trainer,
+        distiller: Distiller,
+        task_loss: Tensor,
+        calls: list[Call],
+        labels: LabelsOf,
+        name: str = "",
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Returns the total of the losses of one network, and what is logged of them."""
         moment = self._moment(trainer)
         distiller.at(moment)
-        losses = distiller(calls, **labels_of(batch, self.labels, self.distiller.labels))
+        losses = distiller(calls, **labels())
         named = {name + key: loss for key, loss in losses.items()}
         self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)))
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight

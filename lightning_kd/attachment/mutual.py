@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
 from lightning_kd.attachment.guest import GUEST
-from lightning_kd.attachment.labels import Label, batch_of
+from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
 from lightning_kd.copying import own_copy
-from lightning_kd.distiller import Call, Distiller
+from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Peers
 from lightning_kd.wiring import find_module
@@ -197,7 +197,7 @@ class MutualAttachment(Attachment):
         for peer in self._members:
             step = self._own_step if peer.module is pl_module else peer.module.training_step
             trainer.precision_plugin.convert_module(peer.module).to(trainer.strategy.root_device)
-            calls = rehearse(trainer, peer.module, step, peer.network, peer.distiller)
+            calls = rehearse(trainer, peer.module, step, peer.network, peer.distiller, self._labels_of)
             self._check_called(calls, peer.module)
             found.append(calls)
         with isolate_rng():
@@ -273,7 +273,13 @@ class MutualAttachment(Attachment):
         self._random = _collect_rng_states()
 
     def _total(
-        self, trainer: Trainer, task_loss: Tensor, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        trainer: Trainer,
+        task_loss: Tensor,
+        calls: list[Call],
+        labels: LabelsOf,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         found, tasks = [calls], [task_loss]
         for peer in self._others:
@@ -290,14 +296,13 @@ class MutualAttachment(Attachment):
             self._check_called(theirs, peer.module)
             found.append(theirs)
             tasks.append(loss)
-        batch = batch_of(args, kwargs)
         total: Tensor | None = None
         values: dict[str, Tensor | float] = {}
         for peer, loss, theirs in zip(self._members, tasks, self._paired(found), strict=True):
             prefix = "" if peer is self._members[0] else f"{peer.name}/"
             if prefix:
                 self._follow_the_students_terms(peer)
-            own, measured = self._weigh(trainer, peer.distiller, loss, theirs, batch, prefix)
+            own, measured = self._weigh(trainer, peer.distiller, loss, theirs, labels, prefix)
             values |= measured
             total = own if total is None else total + own
         assert total is not None

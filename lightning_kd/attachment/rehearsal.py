@@ -30,6 +30,7 @@ def rehearse(
     training_step: Callable[..., Any],
     student: nn.Module,
     distiller: Distiller,
+    labels: Callable[[Any], Mapping[str, Any]],
 ) -> list[Call]:
     """Runs ``training_step`` on two samples until the student has returned; nothing is changed by it.
 
@@ -41,6 +42,7 @@ def rehearse(
         training_step: The module's own.
         student: The student inside of it, to which the distiller is attached.
         distiller: The distiller.
+        labels: Gives of a batch what its inputs ask for, by name.
 
     Returns:
         The student's first call, or none if the step made none.
@@ -56,7 +58,7 @@ def rehearse(
         try:
             batch = first_samples(trainer, pl_module)
             stack.enter_context(trainer.precision_plugin.train_step_context())
-            calls = stack.enter_context(distiller.watch())
+            calls = stack.enter_context(distiller.watch(lambda: labels(batch)))
             with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
             training_step(batch, *([0] if with_index else []))
         except _RehearsalEndedError:

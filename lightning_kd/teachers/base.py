@@ -1,5 +1,6 @@
 """What a teacher is."""
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -104,11 +105,45 @@ def in_type_of(
     return args, kwargs
 
 
+def labels_asked(make: Callable[..., Any] | None) -> dict[str, bool]:
+    """Returns what a function that makes arguments asks for of a batch, and whether it cannot do without.
+
+    That are its keyword-only parameters: ``def noisy(images, *, target)``.
+    """
+    if make is None:
+        return {}
+    try:
+        parameters = inspect.signature(make.forward if isinstance(make, nn.Module) else make).parameters.values()
+    except ValueError:  # a function of torch that is not written in Python
+        return {}
+    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def made_by(
-    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], labels: Mapping[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments that a function makes out of others: a tensor, a tuple of positional ones or a dict."""
-    made = make(*args, **kwargs)
+    """Returns the arguments that a function makes out of others: a tensor, a tuple of positional ones or a dict.
+
+    Args:
+        make: The function.
+        args: The positional arguments that it is given.
+        kwargs: The keyword arguments that it is given.
+        labels: What there is of the batch, by name, of which it is given what it asks for.
+
+    Raises:
+        ValueError: If it asks for a label that the batch has not.
+    """
+    asked = {}
+    for name, required in labels_asked(make).items():
+        if labels and labels.get(name) is not None:
+            asked[name] = labels[name]
+        elif required and name not in kwargs:
+            raise ValueError(
+                f"{getattr(make, '__name__', type(make).__name__)}, which makes a model's arguments, asks for {name!r} "
+                "(a keyword-only parameter is a label of the batch), and there is none. Say how to get it, with "
+                "target= or labels= of the callback, or labels() of the task; teachers.Frozen(input=...) gets none."
+            )
+    made = make(*args, **kwargs, **asked)
     if isinstance(made, dict):
         return (), made
     return (made if isinstance(made, tuple) else (made,)), {}

@@ -607,3 +607,38 @@ def test_a_callback_that_learned_for_another_student_says_so() -> None:
     with pytest.raises(RuntimeError) as error:
         fit(other, callback)
     assert "make a new one" in error.value.__notes__[0]
+
+
+def test_inputs_may_ask_for_labels() -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def privileged(x: Tensor, *, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        seen.append(("teacher", (target, mask)))
+        return (x + target[:, None],)
+
+    def harder(x: Tensor, *, noise: Tensor) -> Tensor:
+        seen.append(("student", noise))
+        return x + noise
+
+    batch = torch.randn(4, 6), torch.arange(4)
+    batches = DataLoader(TensorDataset(*batch), batch_size=4)
+    noise = {"noise": lambda batch: torch.full_like(batch[0], 0.5)}
+    # Rehearsed, too: it needs a projector.
+    fit(Base(), hint(teacher_input=privileged, student_input=harder, labels=noise), batches=batches)
+    assert [side for side, _ in seen] == ["student", "teacher"] * 2
+    assert torch.equal(seen[-1][1][0], batch[1])
+    assert seen[-1][1][1] is None
+    assert torch.equal(seen[-2][1], torch.full((4, 6), 0.5))
+
+
+def test_an_input_that_asks_for_what_is_not_there() -> None:
+    def harder(x: Tensor, *, noise: Tensor) -> Tensor:
+        return x + noise
+
+    with pytest.raises(ValueError, match=r"harder, which makes a model's arguments, asks for 'noise'.*labels="):
+        fit(Base(), kd(student_input=harder))
+
+
+def test_labels_have_one_way_in() -> None:
+    with pytest.raises(ValueError, match="give target by that name"):
+        kd(labels={"target": 1})
