@@ -4,11 +4,14 @@ from lightning_kd.losses._bank import crd_nce
 from lightning_kd.losses.at import at
 from lightning_kd.losses.bdkd import bdkd
 from lightning_kd.losses.bpkd import bpkd
+from lightning_kd.losses.bsd import bsd
+from lightning_kd.losses.cirkd import cirkd
 from lightning_kd.losses.crd import crd
 from lightning_kd.losses.cwd import cwd
 from lightning_kd.losses.dist import dist
 from lightning_kd.losses.dkd import dkd
 from lightning_kd.losses.fitnet import fitnet
+from lightning_kd.losses.ifvd import ifvd
 from lightning_kd.losses.kd import kd
 from lightning_kd.losses.mgd import mgd
 from lightning_kd.losses.nkd import nkd
@@ -17,6 +20,7 @@ from lightning_kd.losses.pkd import pkd
 from lightning_kd.losses.pkt import pkt
 from lightning_kd.losses.pld import pld
 from lightning_kd.losses.rkd import rkd
+from lightning_kd.losses.skd import skd
 from lightning_kd.losses.sp import sp
 from lightning_kd.losses.standardize import standardize
 from lightning_kd.losses.vid import vid
@@ -25,12 +29,15 @@ __all__ = [
     "at",
     "bdkd",
     "bpkd",
+    "bsd",
+    "cirkd",
     "crd",
     "crd_nce",
     "cwd",
     "dist",
     "dkd",
     "fitnet",
+    "ifvd",
     "kd",
     "mgd",
     "nkd",
@@ -39,6 +46,7 @@ __all__ = [
     "pkt",
     "pld",
     "rkd",
+    "skd",
     "sp",
     "standardize",
     "vid",

@@ -3,6 +3,8 @@
 from lightning_kd.losses.at import AT
 from lightning_kd.losses.bdkd import BDKD
 from lightning_kd.losses.bpkd import BPKD
+from lightning_kd.losses.bsd import BSD
+from lightning_kd.losses.cirkd import CIRKD
 from lightning_kd.losses.crd import CRD
 from lightning_kd.losses.ctkd import CTKD
 from lightning_kd.losses.cwd import CWD
@@ -10,6 +12,7 @@ from lightning_kd.losses.dist import DIST
 from lightning_kd.losses.dkd import DKD
 from lightning_kd.losses.dts import DTS
 from lightning_kd.losses.fitnet import FitNet
+from lightning_kd.losses.ifvd import IFVD
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.mgd import MGD
 from lightning_kd.losses.nkd import NKD
@@ -20,6 +23,7 @@ from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.rkd import RKD
 from lightning_kd.losses.sample_temperature import SampleTemperature
+from lightning_kd.losses.skd import SKD
 from lightning_kd.losses.sp import SP
 from lightning_kd.losses.standardize import Standardized
 from lightning_kd.losses.vid import VID
@@ -28,12 +32,15 @@ __all__ = [
     "AT",
     "BDKD",
     "BPKD",
+    "BSD",
+    "CIRKD",
     "CRD",
     "CTKD",
     "CWD",
     "DIST",
     "DKD",
     "DTS",
+    "IFVD",
     "KD",
     "MGD",
     "NKD",
@@ -42,6 +49,7 @@ __all__ = [
     "PKT",
     "PLD",
     "RKD",
+    "SKD",
     "SP",
     "VID",
     "FitNet",

@@ -71,6 +71,10 @@ def _bpkd(module: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return functional.bpkd(s, t, y, width=1)
 
 
+def _ifvd(module: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return functional.ifvd(s, t, y, 10)
+
+
 def _mgd(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
     return functional.mgd(module.generation(s), t)
 
@@ -83,6 +87,8 @@ CASES = {
     "AT": Case(losses.AT, _plain(functional.at), (8, 3, 4, 4), MAP),
     "BDKD": Case(losses.BDKD, _plain(functional.bdkd)),
     "BPKD": Case(lambda: losses.BPKD(width=1), _bpkd, PIXELS, PIXELS, dense=True),
+    "BSD": Case(losses.BSD, _plain(functional.bsd), PIXELS, PIXELS, dense=True),
+    "CIRKD": Case(losses.CIRKD, _plain(functional.cirkd), (8, 3, 4, 4), MAP),
     "CRD": Case(
         lambda: losses.CRD(dim=16),
         _crd,
@@ -96,6 +102,7 @@ CASES = {
     "DKD": Case(losses.DKD, _plain(functional.dkd)),
     "DTS": Case(lambda: losses.DTS(losses.DKD()), _dts),
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
+    "IFVD": Case(lambda: losses.IFVD(10), _ifvd, (8, 3, 4, 4), MAP, dense=True),
     "KD": Case(losses.KD, _plain(functional.kd)),
     # without holes: what it draws is in its own test
     "MGD": Case(lambda: losses.MGD(ratio=0.0), _mgd, MAP, MAP, {"zero": LEARNS}),
@@ -107,6 +114,7 @@ CASES = {
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
     "SampleTemperature": Case(lambda: losses.SampleTemperature(losses.DKD()), _sample_temperature),
+    "SKD": Case(losses.SKD, _plain(functional.skd), (8, 3, 4, 4), MAP),
     "SP": Case(losses.SP, _plain(functional.sp), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "Standardized": Case(lambda: losses.Standardized(losses.DKD()), _standardized),
     "VID": Case(losses.VID, _vid, (8, 3, 4, 4), MAP, {"zero": LEARNS}),
