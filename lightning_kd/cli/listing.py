@@ -9,6 +9,7 @@ from types import ModuleType
 
 from lightning_kd.cli import configs
 from lightning_kd.cli.errors import unknown
+from lightning_kd.schedules import Moment
 
 KINDS = ("losses", "teachers", "tasks", "callbacks", "schedules", "projectors", "configs")
 
@@ -35,7 +36,7 @@ def members(kind: str) -> dict[str, str]:
         return {name: configs.summary(path) for name, path in configs.shipped().items()}
     # By name, since the core imports no task and no callback.
     module = importlib.import_module(f"lightning_kd.{kind}")
-    return {name: _one_line(module, name) for name in _public(module)}
+    return {name: _one_line(module, name) for name in _public(module) if _is_made(getattr(module, name, None))}
 
 
 def _public(module: ModuleType) -> list[str]:
@@ -44,6 +45,11 @@ def _public(module: ModuleType) -> list[str]:
         return sorted(name for name in offered if name[0].isupper())
     own = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, type)}
     return sorted(k for k, v in own.items() if v.__module__.startswith(module.__name__))
+
+
+def _is_made(member: object) -> bool:
+    """Tells what a configuration can name from what others derive from, or are told by the engine."""
+    return not inspect.isabstract(member) and member is not Moment
 
 
 def _one_line(module: ModuleType, name: str) -> str:

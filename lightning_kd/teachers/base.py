@@ -1,6 +1,7 @@
 """What a teacher is."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record
 
 
-class Teacher(nn.Module):
+class Teacher(nn.Module, ABC):
     """Where the other side's knowledge comes from: bound to paths, it answers the student's calls.
 
     A teacher is called with exactly the arguments that the student was called with, and returns for each
@@ -40,6 +41,7 @@ class Teacher(nn.Module):
         """Returns the model in which terms name their paths, or None if it can tell only in ``bind``."""
         return None
 
+    @abstractmethod
     def bind(self, student: nn.Module, paths: Collection[str]) -> None:
         """Prepares to answer for the given module paths.
 
@@ -50,15 +52,14 @@ class Teacher(nn.Module):
         Raises:
             ValueError: If a path is unknown.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def unbind(self) -> None:
         """Removes everything that ``bind`` left in the teacher's model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Returns the captured outputs by path."""
-        raise NotImplementedError
 
     def losses(self, answers: Sequence[Record], labels: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns losses by which its ``learner`` learns, of what it answered to the calls of a step; they weigh 1."""
