@@ -471,24 +471,27 @@ AROUND_KD = {
 MASKED = [name for name, case in CASES.items() if "mask" in inspect.signature(case.make().forward).parameters]
 
 
-def _masked(name: str) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor]:
+def _masked(
+    name: str, device: str = "cpu"
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor]:
     """Return the loss of two maps under a mask, the two maps, and a mask of twice their resolution."""
     case = CASES[name]
     if len(case.student) == 2:  # logits, here of pixels
         case = dataclasses.replace(case, student=PIXELS, teacher=PIXELS, dense=True)
         case = dataclasses.replace(case, make=AROUND_KD.get(name, case.make))
-    s, t, y = _inputs(case)
-    loss = _built(case, s, t)
+    s, t, y = (x.to(device) for x in _inputs(case))
+    loss = _built(case, s, t).to(device)
     labels = {"target": y} if "target" in inspect.signature(loss.forward).parameters else {}
 
     def call(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        torch.manual_seed(3)  # of what the loss draws
+        if not torch.compiler.is_compiling():
+            torch.manual_seed(3)  # of what the loss draws
         return loss(student, teacher, mask=mask, **labels)
 
     mask = torch.rand(len(s), *s.shape[2:]) < 0.6
     mask[0] = False
     mask[1] = True
-    return call, s, t, mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return call, s, t, mask.repeat_interleave(2, 1).repeat_interleave(2, 2).to(device)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -525,6 +528,33 @@ def test_a_mask_of_nothing_is_zero(name: str, scale: float):
     assert value.dtype == torch.float32
     assert value == 0
     assert not s.grad.any()
+
+
+# all pixels that count, however many: their number has to be known
+SYNCHRONISES = {"Pixelwise"}
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if name not in SYNCHRONISES])
+def test_a_mask_compiles_in_one_graph(name: str):
+    """What depends on the number of pixels that count would wait for the device."""
+    loss, s, t, mask = _masked(name)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(s, t, mask), loss(s, t, mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in MASKED if name not in SYNCHRONISES])
+def test_no_synchronisation_under_a_mask(name: str):
+    loss, s, t, mask = _masked(name, "cuda")
+    s.requires_grad_()
+    loss(s, t, mask).backward()  # what is made once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(s, t, mask).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert s.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", AROUND_KD)
