@@ -81,7 +81,8 @@ def logits(student: Tensor, teacher: Tensor, dim: int = 1, classes: int = 2, why
     same_shape(
         student,
         teacher,
-        "Let both models tell the same classes apart, or give the term a projector that maps them.",
+        "Let both models tell the same classes apart, or give the term a projector that maps them. Where only the "
+        "resolution differs, losses.Pixelwise(...) around the loss lets the term align it.",
     )
     if not (student.ndim >= 2 and -student.ndim <= dim < student.ndim):
         raise ValueError(

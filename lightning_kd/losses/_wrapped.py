@@ -1,6 +1,7 @@
 """What losses around losses share: the target is handed on, and the temperature is the wrapped loss's."""
 
 import inspect
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ class Wrapped(nn.Module):
         self.takes_mask = "mask" in parameters
         self.takes_target = parameter is not None
         self.needs_target = parameter is not None and parameter.default is inspect.Parameter.empty
+        self.align: Literal["none", "size", "shape"] = getattr(loss, "align", "none")
         self.per_sample = bool(getattr(loss, "per_sample", False))
 
     def call(

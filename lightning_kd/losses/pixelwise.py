@@ -1,7 +1,5 @@
 """Pixelwise: any loss on vectors, on the pixels of a map that count."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -55,8 +53,8 @@ class Pixelwise(Wrapped):
                 f"{type(loss).__name__} learns parameters for the shapes of whole batches: Pixelwise wraps losses that "
                 "have none, DKD() say."
             )
-        align = getattr(loss, "align", "none")
-        self.align: Literal["size", "shape"] = "shape" if align == "shape" else "size"
+        if self.align == "none":
+            self.align = "size"
         self.per_sample = False  # the temperatures would be of pixels that are not there any more
         self.samples = None if samples is None else int(_check.positive("samples", samples))
 
