@@ -10,6 +10,7 @@ from lightning_kd.losses.crd import crd
 from lightning_kd.losses.cwd import cwd
 from lightning_kd.losses.dist import dist
 from lightning_kd.losses.dkd import dkd
+from lightning_kd.losses.fgd import fgd
 from lightning_kd.losses.fitnet import fitnet
 from lightning_kd.losses.ifvd import ifvd
 from lightning_kd.losses.kd import kd
@@ -36,6 +37,7 @@ __all__ = [
     "cwd",
     "dist",
     "dkd",
+    "fgd",
     "fitnet",
     "ifvd",
     "kd",

@@ -214,6 +214,11 @@ def _channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.shape[1] == x.shape[2] != x.shape[3]
 
 
+def _one_shape_of_image(a: Tensor, b: Tensor) -> bool:
+    """Tells whether two maps, read with their channels first, are of images with one ratio of height to width."""
+    return a.ndim == b.ndim == 4 and a.shape != b.shape and a.shape[2] * b.shape[3] == b.shape[2] * a.shape[3]
+
+
 def _size(x: Tensor) -> tuple[int, ...]:
     """Returns the shape without batch and channels."""
     return tuple(x.shape[1:-1] if x.ndim == 3 else x.shape[2:])
@@ -244,7 +249,7 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
     shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
     if student.shape[:1] != teacher.shape[:1]:
         raise ValueError(f"{shapes} differ in their batch size: the two models did not see the same samples.")
-    if _channels_last(student) or _channels_last(teacher):
+    if (_channels_last(student) or _channels_last(teacher)) and not _one_shape_of_image(student, teacher):
         raise ValueError(
             f"{shapes}: maps are (B, C, H, W), and one of these seems to be (B, H, W, C), as the layers of Swin return "
             "them. Give the term its projector: nn.Sequential(projectors.ChannelsFirst(), projectors.MapToMap(...)) "

@@ -40,6 +40,7 @@ WIRING = {
     "DIST": (losses.DIST, LOGITS),
     "DKD": (losses.DKD, LOGITS),
     "DTS": (lambda: losses.DTS(losses.KD()), LOGITS),
+    "FGD": (losses.FGD, MAPS),
     "FitNet": (losses.FitNet, MAPS),
     "IFVD": (lambda: losses.IFVD(6), DENSE),
     "KD": (losses.KD, LOGITS),
@@ -162,12 +163,18 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
         hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
     loss, paths = WIRING[name]
+    labels = {"boxes": one_box} if name == "FGD" else None
     projector = None
     if paths is DENSE:
         projector = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Upsample(scale_factor=2))
         kwargs = {"target": areas} | kwargs
     terms = {"it": Term(loss(), weight=0.5, student=paths[0], teacher=paths[1], projector=projector)}
-    return Distillation(teacher or Net(6), terms, **{"student": "model"} | kwargs)
+    return Distillation(teacher or Net(6), terms, **{"student": "model", "labels": labels} | kwargs)
+
+
+def one_box(batch: Any) -> list[Tensor]:
+    """Return the same box for every sample."""
+    return [torch.tensor([[0.1, 0.2, 0.6, 0.9]])] * len(batch[0])
 
 
 def areas(batch: Any) -> Tensor:

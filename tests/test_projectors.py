@@ -155,6 +155,15 @@ def test_channels_last_maps_are_refused(s: tuple[int, ...], t: tuple[int, ...], 
     assert f"student {s} and teacher {t}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("s", "t"),
+    [((2, 32, 32, 40), (2, 64, 32, 40)), ((2, 32, 32, 40), (2, 64, 16, 20)), ((2, 64, 16, 20), (2, 16, 16, 20))],
+)
+def test_oblong_maps_with_as_many_channels_as_rows_are_bridged(s: tuple[int, ...], t: tuple[int, ...]) -> None:
+    projector, _ = bridge(torch.zeros(s), torch.zeros(t))
+    assert projector(torch.zeros(s)).shape == t
+
+
 def test_equal_shapes_are_compared_element_by_element_in_either_layout() -> None:
     x = torch.randn(2, 7, 7, 96)
     assert bridge(x, x)[0](x) is x

@@ -11,6 +11,7 @@ from lightning_kd.losses.cwd import CWD
 from lightning_kd.losses.dist import DIST
 from lightning_kd.losses.dkd import DKD
 from lightning_kd.losses.dts import DTS
+from lightning_kd.losses.fgd import FGD
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.ifvd import IFVD
 from lightning_kd.losses.kd import KD
@@ -40,6 +41,7 @@ __all__ = [
     "DIST",
     "DKD",
     "DTS",
+    "FGD",
     "IFVD",
     "KD",
     "MGD",
