@@ -107,6 +107,9 @@ class DistillationModule(LightningModule):
                 task_weight=task_weight,
                 prog_bar=True,
             )
+            asked = self.attachment.distiller.teacher.root(student)
+            if asked is not None:
+                task.meet(student, asked)
         self.val_metrics = task.metrics()
         self.test_metrics = task.metrics()
         self.agreement = task.agreement() if self.teacher is not None else None
@@ -125,6 +128,10 @@ class DistillationModule(LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the student."""
         return self.student(*args, **kwargs)
+
+    def on_train_epoch_start(self) -> None:
+        """Tells the task."""
+        self.task.begin_epoch(self.current_epoch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the task's own loss; the terms are added by the attachment."""

@@ -31,6 +31,12 @@ class TaskAdapter(nn.Module, ABC):
     """Makes the teacher's arguments out of the student's, where the task's models are called otherwise to teach than to
     learn; ``teacher_input`` of the module comes before it."""
 
+    def meet(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Is told which models meet, before they are called: to refuse a pair, or for its ``teacher_input``."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Is told that an epoch of the training begins, for models that change with it."""
+
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model on a batch, for training and evaluation; returns what it returns."""
         return model(self.inputs(batch))

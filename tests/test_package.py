@@ -153,6 +153,7 @@ def test_imports_are_declared_dependencies(path: Path) -> None:
         "sklearn": "scikit-learn",
         "yaml": "jsonargparse",
         "PIL": "torchvision",
+        "mmcv": "mmcv-lite",
         "numpy": "torchmetrics",
     }
     undeclared = {name for name in needed if canonicalize_name(import_names.get(name, name)) not in declared}
