@@ -13,8 +13,9 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Align = Literal["none", "size", "shape"]
-"""What a loss needs of its two tensors: nothing, the same resolution, or the same shape."""
+Align = Literal["none", "map", "size", "shape"]
+"""What a loss needs of its two tensors: nothing, the same resolution if they are maps, the same resolution, or the same
+shape."""
 
 _PREFIX_TOKENS = (0, 1, 2, 4, 5, 8)  # none; class; class + distillation; class and/or registers
 
@@ -230,7 +231,8 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
     Args:
         student: A sample of the student's tensor.
         teacher: A sample of the teacher's tensor, for the same batch.
-        align: ``"shape"`` for the same channels and resolution, ``"size"`` for the same resolution only.
+        align: ``"shape"`` for the same channels and resolution, ``"size"`` for the same resolution only, ``"map"`` for
+            the same resolution of maps, and whatever else there is as it is.
 
     Returns:
         The student's projector, and what is to be done with the teacher's tensor (it never has parameters).
@@ -244,6 +246,8 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
         >>> projector(torch.zeros(2, 8, 4, 4)).shape
         torch.Size([2, 16, 2, 2])
     """
+    if align == "map" and not (student.ndim == teacher.ndim == 4 and student.shape[:2] == teacher.shape[:2]):
+        align = "none"
     if align == "none" or (align == "shape" and student.shape == teacher.shape):
         return nn.Identity(), nn.Identity()
     shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"

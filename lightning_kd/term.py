@@ -91,7 +91,8 @@ class Term(nn.Module):
     @property
     def needs_sample(self) -> bool:
         """Whether the term has to see a sample of both tensors before its parameters can exist."""
-        return not self._built and (getattr(self.loss, "align", "none") != "none" or hasattr(self.loss, "build"))
+        aligned = getattr(self.loss, "align", "none") not in ("none", "map")  # which need no parameters
+        return not self._built and (aligned or hasattr(self.loss, "build"))
 
     @property
     def needs_end(self) -> bool:

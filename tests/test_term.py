@@ -376,3 +376,21 @@ def test_a_loss_that_knows_no_mask_is_refused_where_there_is_one() -> None:
     assert Term(losses.DIST())(s, t, {"mask": None}) > 0
     vectors = [x.mean((2, 3)) for x in s], [x.mean((2, 3)) for x in t]
     assert Term(losses.DIST())(*vectors, {"mask": mask}) > 0
+
+
+@pytest.mark.parametrize("loss", [losses.KD(), losses.Standardized(losses.KD()), losses.CTKD(losses.KD())])
+def test_maps_of_logits_are_brought_to_the_teachers_resolution_without_a_sample(loss: nn.Module) -> None:
+    term = Term(loss)
+    assert not term.needs_sample
+    for side in (4, 8, 6):
+        s, t = torch.randn(2, 3, side, side, requires_grad=True), torch.randn(2, 3, 8, 8)
+        larger = s if side == 8 else nn.functional.interpolate(s, (8, 8), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(term([s], [t], {}), loss(larger, t))
+    with pytest.raises(ValueError, match=r"student \(2, 4, 8, 8\) and teacher \(2, 3, 8, 8\) must have the same shape"):
+        term([torch.randn(2, 4, 8, 8, requires_grad=True)], [t], {})
+
+
+def test_classes_in_another_dimension_are_not_resized() -> None:
+    s, t = [torch.randn(2, 4, 4, 3, requires_grad=True)], [torch.randn(2, 8, 8, 3)]
+    with pytest.raises(ValueError, match="must have the same shape"):
+        Term(losses.KD(dim=-1))(s, t, {})

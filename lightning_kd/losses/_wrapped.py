@@ -33,7 +33,7 @@ class Wrapped(nn.Module):
         self.takes_mask = "mask" in parameters
         self.takes_target = parameter is not None
         self.needs_target = parameter is not None and parameter.default is inspect.Parameter.empty
-        self.align: Literal["none", "size", "shape"] = getattr(loss, "align", "none")
+        self.align: Literal["none", "map", "size", "shape"] = getattr(loss, "align", "none")
         self.per_sample = bool(getattr(loss, "per_sample", False))
 
     def call(

@@ -120,6 +120,7 @@ class KD(nn.Module):
         self.activation: Activation = activation
         self.beta = beta
         self.dim = dim
+        self.align: Literal["none", "map"] = "map" if dim == 1 else "none"
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the divergence of two logits of one shape."""
