@@ -68,6 +68,8 @@ class AveragePrecision(WrapperMetric):
     Source: Lin et al., Microsoft COCO, arXiv 1405.0312; https://cocodataset.org/#detection-eval.
     """
 
+    higher_is_better = True
+
     def __init__(self) -> None:
         super().__init__()
         try:

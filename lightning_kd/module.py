@@ -187,7 +187,7 @@ class DistillationModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Returns the task's predictions for a batch."""
-        return self.task.predict(self.task(self.student, batch))
+        return self.task.predict_batch(self.task(self.student, batch), batch)
 
     def configure_optimizers(self) -> Any:
         """Makes the optimizer of the student's parameters; the terms' own are added by the attachment."""
@@ -227,7 +227,9 @@ class DistillationModule(LightningModule):
     def _log_metrics(self, metrics: MetricCollection, stage: str) -> None:
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         # Every rank has computed them of all batches; their mean is what they are.
-        self.log_dict(values, prog_bar=stage == "val", sync_dist=True)
+        whole = {name for name in values if name.count("/") == 1}  # the others are of single classes
+        self.log_dict({n: values[n] for n in values if n in whole}, prog_bar=stage == "val", sync_dist=True)
+        self.log_dict({n: values[n] for n in values if n not in whole}, sync_dist=True)
         metrics.reset()
 
 

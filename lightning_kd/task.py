@@ -31,6 +31,9 @@ class TaskAdapter(nn.Module, ABC):
     """Makes the teacher's arguments out of the student's, where the task's models are called otherwise to teach than to
     learn; ``teacher_input`` of the module comes before it."""
 
+    main_metric: str = ""
+    """The metric by which models are compared, of those in ``metrics()``; the first of them unless said."""
+
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
         """Is told which models meet, before they are called: to refuse a pair, or for its ``teacher_input``."""
 
@@ -89,6 +92,10 @@ class TaskAdapter(nn.Module, ABC):
     def predict(self, output: Any) -> Any:
         """Turns what ``forward`` returned into what a user wants to have predicted."""
         return output
+
+    def predict_batch(self, output: Any, batch: Any) -> Any:
+        """Likewise with the batch at hand, for predictions that depend on it, on the images' size for one."""
+        return self.predict(output)
 
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Returns names that terms may use for paths of the model, such as ``{"logits": "output"}``."""

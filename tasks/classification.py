@@ -39,6 +39,8 @@ class Classification(TaskAdapter):
         1.0986
     """
 
+    main_metric = "accuracy"
+
     def __init__(self, num_classes: int, multilabel: bool = False, label_smoothing: float = 0.0) -> None:
         super().__init__()
         given: object = num_classes

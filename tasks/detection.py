@@ -43,6 +43,8 @@ class Detection(TaskAdapter):
         [{'boxes': tensor([[0., 0., 0., 0.]]), 'scores': tensor([1.]), 'labels': tensor([2])}]
     """
 
+    main_metric = "mAP"
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         given: object = num_classes

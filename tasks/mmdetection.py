@@ -51,6 +51,8 @@ class MMDetection(TaskAdapter):
         ['loss_bbox', 'loss_cls']
     """
 
+    main_metric = "mAP"
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         given: object = num_classes

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,19 @@ from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.module import DistillationModule
 
-LINKED_TO_NUM_CLASSES = (
-    "model.task.init_args.num_classes",
-    "model.student.init_args.num_classes",
-    "model.teacher.init_args.num_classes",
-    "model.teacher.init_args.model.init_args.num_classes",
-)
+CLASSES = ("num_classes", "classes", "num_labels")
+"""What networks call the number of classes: torchvision and timm, segmentation_models_pytorch, Hugging Face."""
+
+LINKED = {
+    "num_classes": (
+        "task.init_args.num_classes",
+        "teacher.init_args.num_classes",
+        *(f"{network}.init_args.{name}" for network in ("student", "teacher.init_args.model") for name in CLASSES),
+    ),
+    "ignore_index": ("task.init_args.ignore_index",),
+    "class_names": ("task.init_args.class_names",),
+}
+"""What the data say, once: it is filled in wherever the model has an argument of that name, and the data have it."""
 
 SWITCHES = {
     "enable_checkpointing": Checkpoint,
@@ -89,12 +97,13 @@ class DistillationCLI(LightningCLI):
             parsers["predict"].add_argument("--output", type=str | None, default="predictions.pt", help=told)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the teacher's training, and write ``num_classes`` once: in the data."""
+        """Add the teacher's training, and write ``num_classes`` and its like once: in the data."""
         parser.add_argument(
             "--teacher_fit", type=teacher.TeacherFit | None, default=None, help=teacher.TeacherFit.__doc__
         )
-        for target in LINKED_TO_NUM_CLASSES:
-            parser.link_arguments("data.num_classes", target, apply_on="instantiate")
+        for said, targets in LINKED.items():
+            for target in targets:
+                parser.link_arguments(f"data.{said}", f"model.{target}", apply_on="instantiate")
 
     @property
     def own_config(self) -> Any:
@@ -178,8 +187,9 @@ class DistillationCLI(LightningCLI):
         """The student's class and arguments, with what was linked filled in, and those of its peers."""
         recipe: Recipe = plain(self.own_config["model"]["student"])
         classes = getattr(self.datamodule, "num_classes", None)
-        if classes is not None and accepts(recipe["class_path"], "num_classes"):
-            recipe["init_args"]["num_classes"] = int(classes)
+        if classes is not None:
+            for name in filter(partial(accepts, recipe["class_path"]), CLASSES):
+                recipe["init_args"][name] = int(classes)
         return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
 
     def _loggers(self, folder: Path) -> list[Logger]:

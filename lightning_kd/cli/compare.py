@@ -106,8 +106,9 @@ def compare(configs: dict[str, Settings], seeds: list[int] | None, students: lis
     tested: dict[str, Tested] = {}
 
     def row(name: str, role: str, each_seed: dict[int, Tested], baseline: str = "") -> Row:
-        tested[name] = next(iter(each_seed.values()))
-        return Row(name, role, {seed: t.metrics for seed, t in each_seed.items()}, baseline)
+        first = tested[name] = next(iter(each_seed.values()))
+        metrics = {seed: t.metrics for seed, t in each_seed.items()}
+        return Row(name, role, metrics, baseline, main=first.main, higher=first.higher)
 
     for name, settings in configs.items():
         trained = teacher.trained(settings["model"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.cli.report import MAIN, PERCENT, Row, mean_std, metric_names
+from lightning_kd.cli.report import Row, higher_is_better, in_percent, mean_std, metric_names
 
 COLOURS = {"teacher": "#3b4252", "alone": "#9aa5b1", "given": "#b48ead"}
 DISTILLED = ("#2a78b5", "#2f9e6e", "#d0782a", "#a2497b", "#7a6ff0")
@@ -31,7 +31,7 @@ def save(rows: Sequence[Row], path: Path) -> None:
 
 
 def _panel(axis: Any, rows: Sequence[Row], students: Sequence[Row], metric: str) -> None:
-    scale = 100 if metric in PERCENT else 1
+    scale = 100 if in_percent(rows, metric) else 1
     colours = iter(DISTILLED * len(students))
     for height, row in enumerate(students):
         colour = COLOURS.get(row.role) or next(colours)
@@ -56,10 +56,10 @@ def _panel(axis: Any, rows: Sequence[Row], students: Sequence[Row], metric: str)
             )  # fmt: skip
     axis.set_ylim(len(students) - 0.4, -0.65)
     axis.margins(x=0.12)
-    better = "higher is better" if metric in (MAIN, "agreement") else "lower is better"
+    better = {True: "  (higher is better)", False: "  (lower is better)", None: ""}[higher_is_better(rows, metric)]
     name = metric.replace("_", " ") + (" with the teacher" if metric == "agreement" else "")
     unit = ", %" if scale == 100 else ""
-    axis.set_xlabel(f"{name}{unit}  ({better})", fontsize=9)
+    axis.set_xlabel(f"{name}{unit}{better}", fontsize=9)
     axis.grid(axis="x", color="#e6e9ee", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(length=0, labelsize=9)

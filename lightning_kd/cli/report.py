@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MAIN = "accuracy"
-PERCENT = ("accuracy", "agreement")
 COSTS = {
     "parameters": ("parameters", 1.0, ",.0f"),
     "flops": ("MFLOPs", 1e-6, ",.2f"),
@@ -29,6 +27,8 @@ class Row:
         metrics: By seed, the test metrics.
         baseline: Name of the row of the same student alone.
         costs: What the network costs: the keys of ``COSTS``.
+        main: The metric that counts most; the first unless said.
+        higher: Of metrics, whether more is better; None, or not there, where that is not known.
     """
 
     name: str
@@ -36,17 +36,36 @@ class Row:
     metrics: dict[int, dict[str, float]]
     baseline: str = ""
     costs: dict[str, float] = field(default_factory=dict)
+    main: str = ""
+    higher: dict[str, bool | None] = field(default_factory=dict)
 
     def values(self, metric: str) -> list[float]:
         """The metric under each seed, where it was measured."""
         return [m[metric] for m in self.metrics.values() if metric in m]
 
 
-def metric_names(rows: Iterable[Row]) -> list[str]:
-    """All metrics that were measured, the main one first; the loss, where a task has no metrics."""
-    names = [name for row in rows for m in row.metrics.values() for name in m]
+def metric_names(rows: Sequence[Row], details: bool = False) -> list[str]:
+    """All metrics that were measured, the main one first; the loss, where a task has no metrics.
+
+    Args:
+        rows: Where they were measured.
+        details: Whether to name those of single classes, too, which have a slash in their name.
+    """
+    names = [name for row in rows for m in row.metrics.values() for name in m if details or "/" not in name]
     seen = dict.fromkeys([name for name in names if name != "loss"] or names)
-    return sorted(seen, key=lambda name: (name != MAIN, PERCENT.index(name) if name in PERCENT else len(PERCENT)))
+    main = next((row.main for row in rows if row.main), "")
+    return sorted(seen, key=lambda name: (name != main, name != "agreement")) if main in seen else list(seen)
+
+
+def higher_is_better(rows: Iterable[Row], metric: str) -> bool | None:
+    """Whether more of a metric is better; None where that is not known."""
+    return next((row.higher[metric] for row in rows if metric in row.higher), None)
+
+
+def in_percent(rows: Sequence[Row], metric: str) -> bool:
+    """Whether a metric is a fraction of what is right: more is better, and it was never above 1."""
+    values = [value for row in rows for value in row.values(metric) if not math.isnan(value)]
+    return bool(higher_is_better(rows, metric)) and all(0.0 <= value <= 1.0 for value in values)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -62,10 +81,11 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 def markdown(rows: Sequence[Row]) -> str:
     """The table, aligned for a terminal, in Markdown."""
     names = metric_names(rows)
-    head = ["", *(f"{n.replace('_', ' ')}{', %' if n in PERCENT else ''}" for n in names)]
+    percent = {name for name in names if in_percent(rows, name)}
+    head = ["", *(f"{n.replace('_', ' ')}{', %' if n in percent else ''}" for n in names)]
     lines = [[*head, *(title for title, _, _ in COSTS.values())]]
     for row in rows:
-        metrics = [_spread(row.values(n), 100 if n in PERCENT else 1, 2 if n in PERCENT else 4) for n in names]
+        metrics = [_spread(row.values(n), 100 if n in percent else 1, 2 if n in percent else 4) for n in names]
         with_itself = "agreement" if row.role == "teacher" and row.values("agreement") == [1.0] else None
         metrics = ["" if n == with_itself else m for n, m in zip(names, metrics, strict=True)]
         costs = [format(row.costs[k] * scale, form) if k in row.costs else "" for k, (_, scale, form) in COSTS.items()]
@@ -101,35 +121,38 @@ def _caption(rows: Sequence[Row]) -> str:
 def verdict(rows: Sequence[Row]) -> str:
     """What distillation gained, per recipe, in one honest sentence each."""
     by_name = {row.name: row for row in rows}
-    return "\n".join(_sentence(row, by_name[row.baseline]) for row in rows if row.role == "distilled")
+    return "\n".join(_sentence(row, by_name[row.baseline], rows) for row in rows if row.role == "distilled")
 
 
-def _sentence(row: Row, alone: Row) -> str:
+def _sentence(row: Row, alone: Row, rows: Sequence[Row]) -> str:
     metric = metric_names([row])[0]
-    scale, unit = (100, " points") if metric in PERCENT else (1, "")
+    scale, unit, digits = (100, " points", 2) if in_percent(rows, metric) else (1, "", 4)
     gains = [scale * (row.metrics[s][metric] - alone.metrics[s][metric]) for s in row.metrics if s in alone.metrics]
     mean, std = mean_std(gains)
-    said = f"{row.name}: {mean:+.2f}{unit} of {metric} against the {alone.name}"
+    said = f"{row.name}: {mean:+.{digits}f}{unit} of {metric} against the {alone.name}"
     if len(gains) == 1:
         return f"{said}, with one seed: whether that is more than chance cannot be told. Try --seeds 0 1 2."
-    higher = metric in PERCENT  # of other tasks' metrics it is not known which way is better
-    better = f"better in {sum(g > 0 for g in gains)}" if higher else f"lower in {sum(g < 0 for g in gains)}"
+    higher = higher_is_better(rows, metric)
+    wins = sum(g > 0 if higher else g < 0 for g in gains)
+    better = f"lower in {wins}" if higher is None else f"better in {wins}"
     from scipy import stats  # noqa: PLC0415 - of an extra
 
     # Student's t of the paired differences: of three seeds, two standard errors would promise too much.
     half = float(stats.t.ppf(0.975, len(gains) - 1)) * std / math.sqrt(len(gains))
-    interval = f"95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
-    said += f" (± {std:.2f} over {len(gains)} seeds, {better}; {interval})"
+    interval = f"95 % interval {mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
+    said += f" (± {std:.{digits}f} over {len(gains)} seeds, {better}; {interval})"
     if abs(mean) <= half:
         return f"{said}: no difference is shown, it may be chance."
-    return f"{said}: {('a gain' if mean > 0 else 'a loss') if higher else 'a difference'}."
+    if higher is None:
+        return f"{said}: a difference."
+    return f"{said}: {'a gain' if (mean > 0) == higher else 'a loss'}."
 
 
 def save(rows: Sequence[Row], text: str, folder: Path) -> None:
     """Write ``comparison.md``, ``comparison.csv`` (a line per row) and ``runs.csv`` (a line per run)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(text, encoding="utf-8")
-    names = metric_names(rows)
+    names = metric_names(rows, details=True)
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "role", "seeds", *(f"{n}_{part}" for n in names for part in ("mean", "std")), *COSTS])

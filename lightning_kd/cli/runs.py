@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.recipe import Inputs, random_inputs
 from lightning_kd.cli.teacher import fingerprint
+from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import load_weights
 
 Settings = dict[str, Any]
@@ -72,13 +74,15 @@ class Tested:
         stat = weights.stat()
         key = fingerprint(settings | {"weights": [str(weights), stat.st_size, stat.st_mtime_ns]})
         self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
-        if not kept.is_file():
+        if not kept.is_file() or "higher" not in json.loads(kept.read_text()):
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part")
             part.write_text(json.dumps(self._measure()))
             os.replace(part, kept)
         content = json.loads(kept.read_text())
         self.metrics: dict[str, float] = content["metrics"]
+        self.main: str = content["main"]
+        self.higher: dict[str, bool | None] = content["higher"]
         self._inputs: Inputs = content["inputs"]
 
     def _cli(self) -> DistillationCLI:
@@ -98,9 +102,21 @@ class Tested:
         measured = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
         handle.remove()
         metrics = {k.removeprefix("test/"): float(v) for k, v in measured.items()}
-        return {"metrics": metrics, "inputs": seen}
+        task = cli.model.task
+        return {"metrics": metrics, "inputs": seen, "main": task.main_metric, "higher": _higher(task, metrics)}
 
     def network(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
         """The network, and one input for it."""
         student: nn.Module = self._cli().model.student
         return student.eval(), random_inputs(self._inputs, batch=1)
+
+
+def _higher(task: TaskAdapter, logged: Iterable[str]) -> dict[str, bool | None]:
+    """Of each logged metric, whether more is better, as torchmetrics says; None where it does not."""
+    metrics = dict(task.metrics().items(keep_base=True))
+    own = {name: metric.higher_is_better for name, metric in metrics.items()}
+    # One that computes several values is not logged under its own name.
+    of_several = {higher for name, higher in own.items() if name not in logged}
+    other = of_several.pop() if len(of_several) == 1 else None
+    known = {"loss": False, "agreement": True} | own
+    return {name: known.get(name, other) for name in logged}

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 DECIDING = ("limit_train_batches", "gradient_clip_val")
 """What of the trainer, besides the epochs, decides how well a teacher learns."""
 
-QUIET = ("accelerator", "devices", "precision", "enable_progress_bar", "enable_model_summary", "limit_val_batches")
+QUIET = (
+    "accelerator",
+    "devices",
+    "precision",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "limit_val_batches",
+    "check_val_every_n_epoch",
+)
 """What of the trainer is carried over, and decides only how the training is done, or shown."""
 
 DISTILLING = ("teacher", "terms", "task_weight", "teacher_input", "student_input")
@@ -98,7 +106,9 @@ def ensure(cli: DistillationCLI) -> None:
 def plain_config(cli: DistillationCLI) -> dict[str, Any]:
     """The parsed configuration as plain types, without what is linked."""
     parser = cli._parser(cli.subcommand)
-    loaded: dict[str, Any] = json.loads(parser.dump(cli.own_config, format="json", skip_validation=True))
+    # With what is null, which may override a default: `encoder_weights: null` downloads nothing.
+    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_none=False)
+    loaded: dict[str, Any] = json.loads(dumped)
     return loaded
 
 
@@ -181,10 +191,10 @@ def check(path: Path, settings: dict[str, Any]) -> None:
             f"{record}, the record of how the teacher was trained, cannot be read ({error}). Delete it to take the "
             "teacher as it is, or delete both to train again"
         ) from error
-    if before == settings:
-        return
     then, now = _flat(before), _flat(settings)
     differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in sorted(then | now) if then.get(k) != now.get(k)]
+    if not differ:
+        return
     raise UsageError(
         f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train again, "
         "name another checkpoint in the configuration, or take it as it is with --teacher_fit null"

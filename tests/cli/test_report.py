@@ -10,8 +10,9 @@ def rows(distilled: list[float]) -> list[Row]:
     def metrics(values: list[float]) -> dict[int, dict[str, float]]:
         return {seed: {"accuracy": v, "agreement": 0.9, "loss": 1.0} for seed, v in enumerate(values)}
 
+    higher = {"accuracy": True, "agreement": True}
     return [
-        Row("teacher", "teacher", {0: {"accuracy": 0.95, "agreement": 1.0}}),
+        Row("teacher", "teacher", {0: {"accuracy": 0.95, "agreement": 1.0}}, main="accuracy", higher=higher),
         Row("student alone", "alone", metrics([0.90, 0.91, 0.92])),
         Row("kd", "distilled", metrics(distilled), baseline="student alone", costs={"parameters": 1234.0}),
     ]
@@ -56,3 +57,42 @@ def test_the_csv_files_hold_rows_and_runs(tmp_path: Path) -> None:
     assert float(kd["accuracy_std"]) == pytest.approx(0.02)
     with (tmp_path / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 7
+
+
+def of(metric: str, values: list[float], alone: list[float], higher: bool | None) -> list[Row]:
+    def each(measured: list[float]) -> dict[int, dict[str, float]]:
+        return {seed: {"a": 0.5, metric: v, f"{metric}/sky": v} for seed, v in enumerate(measured)}
+
+    about: dict[str, bool | None] = {metric: higher}
+    return [
+        Row("alone", "alone", each(alone), main=metric, higher=about),
+        Row("kd", "distilled", each(values), baseline="alone", main=metric, higher=about),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("higher", "said"),
+    [
+        (True, "better in 3"),
+        (True, ": a gain."),
+        (False, ": a loss."),
+        (False, "better in 0"),
+        (None, ": a difference."),
+    ],
+)
+def test_what_is_better_depends_on_the_metric(higher: bool | None, said: str) -> None:
+    assert said in verdict(of("error", [2.0, 2.1, 2.2], [1.0, 1.11, 1.2], higher))
+
+
+def test_fractions_of_what_is_right_are_in_percent_and_nothing_else_is() -> None:
+    assert "miou, %" in markdown(of("miou", [0.5], [0.25], True))
+    assert "error, %" not in markdown(of("error", [0.5], [0.25], False))
+    assert "psnr, %" not in markdown(of("psnr", [30.0], [0.25], True))
+
+
+def test_single_classes_are_in_the_files_only(tmp_path: Path) -> None:
+    rows = of("miou", [0.5], [0.25], True)
+    assert markdown(rows).splitlines()[0].split("|")[2].strip() == "miou, %"  # the main one is the first
+    assert "sky" not in markdown(rows)
+    save(rows, "text", tmp_path)
+    assert "miou/sky_mean" in (tmp_path / "comparison.csv").read_text()

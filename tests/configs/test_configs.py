@@ -30,12 +30,13 @@ def test_every_config_says_what_it_is_and_names_no_machine(name: str) -> None:
 def test_every_config_runs_from_nothing_and_keeps_the_invariants(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    if name.startswith(("bccd", "cifar10")):
+    if name.startswith(("bccd", "camvid", "cifar10")):
         monkeypatch.setenv("LIGHTNING_KD_DATA", str(request.getfixturevalue("data_dir").resolve()))
     monkeypatch.chdir(tmp_path)
     short = [
         "--trainer.max_epochs", "1",
         "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
+        "--trainer.check_val_every_n_epoch", "1",
         "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
     ]  # fmt: skip
     trained = re.findall(r"checkpoint: (\S+\.ckpt)", CONFIGS[name].read_text())

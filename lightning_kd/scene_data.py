@@ -1,0 +1,60 @@
+"""Scenes of handwritten digits as data of a segmentation, with nothing to download."""
+
+from __future__ import annotations
+
+from lightning_kd.scenes import compose
+from lightning_kd.task import UNLABELLED
+from lightning_kd.tensor_data import TensorDataModule, TensorImages
+
+
+class DigitScenes(TensorDataModule):
+    """Scenes composed of scikit-learn's handwritten digits, with a mask of the digit that each pixel shows.
+
+    Batches are images ``(N, 3, size, size)`` float32 and masks ``(N, size, size)`` int64: 0 is background, ``d + 1``
+    the digit ``d``. The scenes of a split are always the same, and no drawn digit is in two splits.
+
+    Args:
+        batch_size: Scenes in a batch.
+        train_size: Scenes to train on.
+        val_size: Scenes to validate on.
+        test_size: Scenes for the test.
+        size: Height and width, in pixels.
+        num_workers: Processes that load; 0 is fastest for tensors in memory.
+        labelled: Fraction of the training scenes that have a mask; all pixels of the others are labelled -100.
+
+    Raises:
+        ValueError: If ``labelled`` is not in (0, 1].
+        ModuleNotFoundError: Without scikit-learn.
+    """
+
+    num_classes = 11
+    class_names = ("background", *map(str, range(10)))
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        train_size: int = 600,
+        val_size: int = 100,
+        test_size: int = 300,
+        size: int = 64,
+        num_workers: int = 0,
+        labelled: float = 1.0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, mean=(0.5,) * 3, std=(0.25,) * 3)
+        if not 0.0 < labelled <= 1.0:
+            raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
+        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
+        self.size = size
+        self.labelled = labelled
+
+    def setup(self, stage: str) -> None:
+        """Compose the scenes."""
+        if self.splits:
+            return
+        for seed, (split, count) in enumerate(self.sizes.items()):
+            scenes = compose(count, seed, split, self.size)
+            masks = scenes.masks.long()
+            if split == "train":
+                # They are independent of each other: the first are as good as any.
+                masks[max(1, round(self.labelled * count)) :] = UNLABELLED
+            self.splits[split] = TensorImages(scenes.images, masks)
