@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kd.boxes import detections
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import Saved, build
 
 Outputs = list[Tensor]
-Run = Callable[[tuple[Tensor, ...]], Outputs]
+Run = Callable[[tuple[Any, ...]], Outputs]
 
 
 def main(arguments: list[str]) -> None:
@@ -30,8 +31,8 @@ def main(arguments: list[str]) -> None:
         "--format",
         required=True,
         metavar="FORMAT",
-        help="onnx (any batch size; checked with onnxruntime), torchscript (PyTorch has deprecated it; for old "
-        "runtimes), or state_dict (weights only, for the plain class)",
+        help="onnx (any batch size, of a detector one image of any size; checked with onnxruntime), torchscript "
+        "(PyTorch has deprecated it; for old runtimes), or state_dict (weights only, for the plain class)",
     )
     parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
     parser.add_argument("--peer", type=int, default=0, metavar="N", help="write the student's N-th peer instead of it")
@@ -66,17 +67,32 @@ def main(arguments: list[str]) -> None:
 
 
 def _difference(saved: Saved, run: Run) -> float:
-    """Largest difference of the outputs relative to their size, for two batch sizes."""
+    """Largest difference of the outputs relative to their size, for two batch sizes; of a detector for one image."""
     worst = 0.0
-    for batch in (1, 3):
+    for batch in (1,) if saved.takes_lists else (1, 3):
         inputs = saved.example(batch)
         with torch.no_grad():
-            expected, received = outputs(saved.model(*inputs)), run(inputs)
+            value, received = saved.model(*inputs), run(inputs)
+        expected = outputs(value)
+        if detections(value):
+            worst = max(worst, _unmatched(expected, received))
+            continue
         if [e.shape for e in expected] != [r.shape for r in received]:
             return float("inf")
         for e, r in zip(expected, received, strict=True):
             worst = max(worst, float((e - r).abs().max() / e.abs().max().clamp(min=1.0)))
     return worst
+
+
+def _unmatched(expected: Outputs, received: Outputs) -> float:
+    """Largest distance of something found to the next that the other found: equal scores may come in any order."""
+    mine, theirs = (torch.cat([each.flatten(1) if each.ndim > 1 else each[:, None] for each in found], dim=1).double()
+                    for found in (expected, received))  # fmt: skip
+    if not len(mine) or not len(theirs):
+        return 0.0 if len(mine) == len(theirs) else float("inf")
+    scale = torch.cat([mine, theirs]).abs().amax(0).clamp(min=1.0)
+    distance = torch.cdist(mine / scale, theirs / scale, p=float("inf"))
+    return float(torch.maximum(distance.amin(0).amax(), distance.amin(1).amax()))
 
 
 def outputs(value: Any) -> Outputs:
@@ -87,6 +103,8 @@ def outputs(value: Any) -> Outputs:
 def _onnx(saved: Saved, path: Path) -> Run:
     runtime = _late("onnxruntime")
     _late("onnxscript")
+    if saved.takes_lists:
+        return _onnx_of_one_image(saved, path, runtime)
     inputs = saved.example(2)
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
@@ -104,7 +122,23 @@ def _onnx(saved: Saved, path: Path) -> Run:
     return run
 
 
+def _onnx_of_one_image(saved: Saved, path: Path, runtime: Any) -> Run:
+    """Traced for a list of one image of any size: how many boxes are found torch.export cannot follow."""
+    names = ["image", "boxes", "scores", "labels"]
+    any_size = {"image": {1: "height", 2: "width"}} | {name: {0: "found"} for name in names[1:]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tracer that PyTorch has deprecated, about constants of torchvision
+        torch.onnx.export(
+            saved.model, saved.example(1), str(path), dynamo=False, opset_version=17,
+            input_names=names[:1], output_names=names[1:], dynamic_axes=any_size,
+        )  # fmt: skip
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda inputs: [torch.from_numpy(each) for each in session.run(None, {"image": inputs[0][0].numpy()})]
+
+
 def _torchscript(saved: Saved, path: Path) -> Run:
+    if saved.takes_lists:
+        raise UsageError("--format torchscript: a network that takes lists of images cannot be traced; use onnx")
     with warnings.catch_warnings():
         # Said in --help, and asked for all the same.
         warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=FutureWarning)

@@ -19,7 +19,7 @@ _INITIAL_WEIGHTS = {"weights": None, "pretrained": False, "encoder_weights": Non
 
 Recipe = dict[str, Any]
 Inputs = list[tuple[list[int], str]]
-"""Of each input, its shape without the batch, and the name of its type."""
+"""Of each input, its shape without the batch, and the name of its type; ``list[...]`` of images that detectors take."""
 
 
 def plain(value: Any) -> Any:
@@ -127,7 +127,12 @@ class Saved:
             raise UsageError(f"{path}: the weights do not fit {class_path}: {error}") from error
         self.model.eval()
 
-    def example(self, batch: int) -> tuple[Tensor, ...]:
+    @property
+    def takes_lists(self) -> bool:
+        """Whether the network takes lists of images, as detectors do."""
+        return any(name.startswith("list[") for _, name in self.inputs)
+
+    def example(self, batch: int) -> tuple[Any, ...]:
         """Random inputs of the shapes that the student was trained on."""
         if not self.inputs:
             raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
@@ -135,17 +140,51 @@ class Saved:
 
 
 def _dtype_name(name: str) -> str:
-    if not isinstance(getattr(torch, name), torch.dtype):
+    if not isinstance(getattr(torch, _of_items(name)), torch.dtype):
         raise ValueError(f"{name!r} is no type of tensors")
     return name
 
 
-def random_inputs(inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
-    """Tensors of those shapes and types, the same in every call."""
+def _of_items(name: str) -> str:
+    return name.removeprefix("list[").removesuffix("]")
+
+
+def inputs_of(arguments: tuple[Any, ...]) -> Inputs:
+    """What a network was given: tensors or lists of them; empty, if it was something else.
+
+    The targets that detectors take in training, a list of dicts, are no inputs.
+
+    Example:
+        >>> inputs_of((torch.zeros(8, 3, 32, 32),))
+        [([3, 32, 32], 'float32')]
+        >>> inputs_of(([torch.zeros(3, 60, 80), torch.zeros(3, 64, 64)], [{}, {}]))
+        [([3, 60, 80], 'list[float32]')]
+    """
+    found: Inputs = []
+    for given in arguments:
+        several = list(given) if isinstance(given, list | tuple) else []
+        if isinstance(given, Tensor):
+            found.append((list(given.shape[1:]), _name(given)))
+        elif several and all(isinstance(each, Tensor) for each in several):
+            found.append((list(several[0].shape), f"list[{_name(several[0])}]"))
+        elif not (several and found and all(isinstance(each, dict) for each in several)):
+            return []
+    return found
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def random_inputs(inputs: Inputs, batch: int) -> tuple[Any, ...]:
+    """Tensors of those shapes and types, the same in every call; images in a list are in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
-    made = []
+    made: list[Any] = []
     for shape, name in inputs:
-        dtype: torch.dtype = getattr(torch, name)
+        dtype: torch.dtype = getattr(torch, _of_items(name))
+        if name.startswith("list["):
+            made.append(list(torch.rand(batch, *shape, generator=generator).to(dtype)))
+            continue
         noise = torch.randn(batch, *shape, generator=generator)
         made.append(noise.to(dtype) if dtype.is_floating_point else noise.abs().to(dtype))
     return tuple(made)

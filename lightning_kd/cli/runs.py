@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_kd.cli.command import DistillationCLI
-from lightning_kd.cli.recipe import Inputs, random_inputs
+from lightning_kd.cli.recipe import Inputs, inputs_of, random_inputs
 from lightning_kd.cli.teacher import fingerprint
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import load_weights
@@ -96,7 +96,7 @@ class Tested:
 
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
             if not seen:
-                seen.extend((list(a.shape[1:]), str(a.dtype)[6:]) for a in args if isinstance(a, Tensor))
+                seen.extend(inputs_of(args))
 
         handle = cli.model.student.register_forward_pre_hook(see)
         measured = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
@@ -105,7 +105,7 @@ class Tested:
         task = cli.model.task
         return {"metrics": metrics, "inputs": seen, "main": task.main_metric, "higher": _higher(task, metrics)}
 
-    def network(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def network(self) -> tuple[nn.Module, tuple[Any, ...]]:
         """The network, and one input for it."""
         student: nn.Module = self._cli().model.student
         return student.eval(), random_inputs(self._inputs, batch=1)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kd.cli.recipe import KEY, Inputs, Recipe
+from lightning_kd.cli.recipe import KEY, Inputs, Recipe, inputs_of
 
 
 class SaveRecipe(Callback):
@@ -35,8 +35,7 @@ class SaveRecipe(Callback):
         self._handle = student.register_forward_pre_hook(self._see)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and all(isinstance(arg, Tensor) for arg in args):
-            self.inputs = [(list(arg.shape[1:]), str(arg.dtype).removeprefix("torch.")) for arg in args]
+        self.inputs = inputs_of(args)
         self.on_fit_end()
 
     def on_fit_end(self, *_: Any) -> None:
