@@ -1,0 +1,139 @@
+"""Segmentation from the command line to what is delivered; exact resume; few labels with teachers that take turns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_kd.tasks import Segmentation
+
+from lightning_kd import DistillationModule, Term, losses, teachers
+from lightning_kd.cli import main
+from lightning_kd.scene_data import DigitScenes
+
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+TINY = {"batch_size": 4, "train_size": 8, "val_size": 4, "test_size": 6}
+
+
+def student() -> torch.nn.Module:
+    model: torch.nn.Module = smp.FPN(
+        "tu-mobilenetv3_small_050",
+        encoder_weights=None,
+        classes=11,
+        decoder_pyramid_channels=32,
+        decoder_segmentation_channels=32,
+        decoder_dropout=0.0,
+    )
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["smp", "torchvision"])
+def test_a_student_is_trained_exported_and_predicts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network: dict[str, Any] = {
+        "class_path": "segmentation_models_pytorch.FPN",
+        "init_args": {"encoder_name": "tu-mobilenetv3_small_050", "encoder_weights": None},
+    }
+    if kind == "torchvision":
+        network = {"class_path": "lightning_kd.models.Torchvision", "init_args": {"name": "lraspp_mobilenet_v3_large"}}
+    config = {
+        "trainer": {"max_epochs": 1, "enable_progress_bar": False},
+        "data": {"class_path": "lightning_kd.scene_data.DigitScenes", "init_args": TINY},
+        "model": {"task": {"class_path": "lightning_kd.tasks.Segmentation"}, "student": network},
+    }
+    Path("c.yaml").write_text(json.dumps(config))
+    assert main(["fit", "--config", "c.yaml", "--traceback"]) == 0
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    assert main(["predict", "--config", "c.yaml", "--ckpt_path", str(checkpoint), "--output", "masks.pt"]) == 0
+    masks = torch.load("masks.pt", weights_only=True)
+    assert masks.shape == (6, 64, 64)
+    assert masks.dtype == torch.uint8
+    assert main(["export", str(checkpoint), "--format", "onnx", "--output", "s.onnx", "--traceback"]) == 0
+    session = onnxruntime.InferenceSession("s.onnx", providers=["CPUExecutionProvider"])
+    data = DigitScenes(**TINY)
+    data.setup("test")
+    images, _ = data.on_after_batch_transfer(data.splits["test"].__getitems__(list(range(6))), 0)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert (torch.from_numpy(logits).argmax(1) == masks).float().mean() > 0.999
+
+
+def distilled(folder: Path, epochs: int, resume: Path | None = None) -> dict[str, torch.Tensor]:
+    seed_everything(0)
+    terms = {
+        "cwd": Term(losses.CWD(), student="logits", teacher="logits", weight=3.0),
+        "hint": Term(losses.FitNet(), student="features.3", teacher="features.3"),
+    }
+    teacher = smp.Unet("resnet18", encoder_weights=None, classes=11)
+    module = DistillationModule(Segmentation(11), student(), teacher, terms)
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = Trainer(max_epochs=epochs, callbacks=[keep], limit_val_batches=0, **QUIET)
+    data = DigitScenes(**TINY)
+    data.setup("fit")
+    data.train_dataloader = data.val_dataloader  # type: ignore[method-assign]  # the same order in every epoch
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return module.state_dict()
+
+
+@pytest.mark.slow
+def test_resume_is_exact(tmp_path: Path) -> None:
+    whole = distilled(tmp_path / "whole", 2)
+    distilled(tmp_path / "half", 1)
+    resumed = distilled(tmp_path / "half", 2, tmp_path / "half" / "epoch=0.ckpt")
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+@pytest.mark.slow
+def test_two_averages_take_turns_on_images_without_masks() -> None:
+    torch.manual_seed(0)
+    data = DigitScenes(**TINY, labelled=0.25)
+    terms = {"consistency": Term(losses.KD(temperature=1.0), student="logits", teacher="logits")}
+    module = DistillationModule(Segmentation(11, ignore_index=255), student(), teachers.EMA(0.5, count=2), terms)
+    trainer = Trainer(max_epochs=2, limit_val_batches=0, enable_checkpointing=False, log_every_n_steps=1, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert float(trainer.callback_metrics["train/consistency"]) > 0
+
+
+# Run as a script, once per process.
+SCRIPT = """
+import segmentation_models_pytorch as smp, torch
+from lightning import Trainer, seed_everything
+from lightning_kd import DistillationModule, Term, losses
+from lightning_kd.scene_data import DigitScenes
+from lightning_kd.tasks import Segmentation
+
+if __name__ == "__main__":
+    seed_everything(0)
+    make = lambda name: smp.FPN(name, encoder_weights=None, classes=11)
+    terms = {
+        "cwd": Term(losses.CWD(), student="logits", teacher="logits"),
+        "hint": Term(losses.FitNet(), student="features.3", teacher="features.3"),
+    }
+    module = DistillationModule(Segmentation(11), make("tu-mobilenetv3_small_050"), make("resnet18"), terms)
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, datamodule=DigitScenes(batch_size=4, train_size=16, val_size=4, test_size=4))
+    assert all(float(trainer.callback_metrics[f"train/{key}"]) > 0 for key in ("task", "cwd", "hint"))
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    each = trainer.strategy.all_gather(weights)
+    assert torch.equal(each[0], each[1])
+    each = trainer.strategy.all_gather(trainer.callback_metrics["val/miou"])  # of all images, on both
+    assert torch.equal(each[0], each[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_student(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
