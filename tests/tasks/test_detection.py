@@ -1,7 +1,11 @@
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import onnxruntime
 import pytest
 import torch
 from lightning_kd.tasks import Detection
@@ -17,6 +21,7 @@ from torchvision.models.detection import (
 
 from lightning_kd import Distillation, DistillationModule, Distiller, Term, detectors, losses
 from lightning_kd.box_data import DigitScenes, collate
+from lightning_kd.cli import main
 
 CLASSES = 10
 KINDS = ("FCOS", "RetinaNet", "FasterRCNN")
@@ -311,3 +316,106 @@ def test_the_teacher_runs_no_further_than_its_features(scenes: DigitScenes) -> N
 
 def test_the_student_loads_into_torchvisions_own_class() -> None:
     assert type(detector()) is torchvision_detection.FCOS
+
+
+# The command line
+
+
+SHORT = [
+    *("--data.init_args.train_size", "8", "--data.init_args.val_size", "2", "--data.init_args.test_size", "3"),
+    *("--data.init_args.batch_size", "2", "--model.teacher.init_args.model.init_args.backbone", "mobilenet_v3_small"),
+    *("--trainer.max_epochs", "1", "--teacher_fit.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
+]
+
+
+@pytest.mark.slow
+def test_compare_predict_and_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", "scenes_detection_cwd", *SHORT]
+    assert main(["compare", *config, "--seeds", "0", "--traceback"]) == 0
+    assert {"mAP", "mAP50"} <= set(
+        Path("comparisons/scenes_detection_cwd/runs.csv").read_text().split("\n")[0].split(",")
+    )
+    assert main(["fit", *config, "--traceback"]) == 0
+    (checkpoint,) = map(str, Path("runs").rglob("*.ckpt"))
+    assert main(["predict", *config, "--ckpt_path", checkpoint, "--output", "found.pt", "--traceback"]) == 0
+    batches = torch.load("found.pt", weights_only=True)
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert set(batches[0][0]) == {"boxes", "scores", "labels"}
+    for kind in ("onnx", "state_dict"):
+        assert main(["export", checkpoint, "--format", kind, "--traceback"]) == 0
+    student = detectors.FCOS(
+        num_classes=10, backbone="mobilenet_v3_small", channels=32, convs=2, min_size=64, max_size=64
+    )
+    student.load_state_dict(torch.load(Path(checkpoint).with_suffix(".state_dict.pt"), weights_only=True))
+    file = Path(checkpoint).with_suffix(".onnx")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    image = torch.rand(3, 80, 72)  # of another size than it was traced with
+    with torch.no_grad():
+        (expected,) = student.eval()([image])
+    boxes, scores, labels = (torch.from_numpy(each) for each in session.run(None, {"image": image.numpy()}))
+    torch.testing.assert_close(scores.sort().values, expected["scores"].sort().values)
+    assert boxes.shape == expected["boxes"].shape
+    assert labels.shape == expected["labels"].shape
+    assert main(["export", checkpoint, "--format", "torchscript"]) == 2
+    assert "use onnx" in capsys.readouterr().err
+
+
+SCRIPT = """
+import sys
+import lightning as L
+import torch
+from lightning_kd import DistillationModule, Term, detectors, losses
+from lightning_kd.box_data import DigitScenes, collate
+from torch.utils.data import DataLoader
+from lightning_kd.tasks import Detection
+
+class InOrder(DigitScenes):
+    def train_dataloader(self):
+        return DataLoader(self.splits["train"], batch_size=2, collate_fn=collate)  # Lightning restores no shuffling
+
+if __name__ == "__main__":
+    kind, out, resume = sys.argv[1:4]
+    L.seed_everything(0)
+    size = dict(num_classes=10, backbone="mobilenet_v3_small", convs=1, min_size=64, max_size=64)
+    student, teacher = detectors.FCOS(channels=32, **size), detectors.FCOS(channels=64, **size)
+    terms = {name: Term(loss, student="features", teacher="features") for name, loss in
+             {"cwd": losses.CWD(), "fgd": losses.FGD()}.items()}
+    module = DistillationModule(Detection(10), student, teacher, terms)
+    data = InOrder(train_size=8, val_size=3, test_size=2, batch_size=2)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    keep = L.pytorch.callbacks.ModelCheckpoint(out + ".d", filename="{epoch}", save_top_k=-1)
+    devices = dict(strategy="ddp", devices=2) if kind == "ddp" else dict(devices=1)
+    run = L.Trainer(accelerator="cpu", max_epochs=2, callbacks=[keep], **devices, **quiet)
+    run.fit(module, datamodule=data, ckpt_path=None if resume == "-" else resume, weights_only=True)
+    if run.is_global_zero:
+        logged = {key: float(value) for key, value in run.callback_metrics.items()}
+        torch.save({"state": module.state_dict(), "logged": logged}, out)
+"""
+
+
+def in_a_process(kind: str, folder: Path, resume: str = "-") -> dict[str, Any]:
+    (folder / "train.py").write_text(SCRIPT)
+    out = folder / f"{kind}.pt"
+    command = [sys.executable, "train.py", kind, str(out), resume]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+@pytest.mark.slow
+def test_resume_is_exact(tmp_path: Path) -> None:
+    whole = in_a_process("whole", tmp_path)
+    resumed = in_a_process("resumed", tmp_path, str(tmp_path / "whole.pt.d" / "epoch=0.ckpt"))
+    torch.testing.assert_close(resumed["state"], whole["state"], rtol=0, atol=0)
+    assert str(resumed["logged"]) == str(whole["logged"])  # text, as no number equals itself where none is found
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    logged = in_a_process("ddp", tmp_path)["logged"]
+    assert all(logged[f"train/{name}"] > 0 for name in ("loss", "task", "cwd", "fgd"))
+    assert 0 <= logged["val/mAP"] <= 1
