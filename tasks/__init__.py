@@ -2,9 +2,10 @@
 
 from lightning_kd.tasks.classification import Classification
 from lightning_kd.tasks.detection import Detection
+from lightning_kd.tasks.label_assisted import LabelAssisted
 from lightning_kd.tasks.mmdetection import MMDetection
 from lightning_kd.tasks.segmentation import Segmentation
 
 from lightning_kd.task import TaskAdapter
 
-__all__ = ["Classification", "Detection", "MMDetection", "Segmentation", "TaskAdapter"]
+__all__ = ["Classification", "Detection", "LabelAssisted", "MMDetection", "Segmentation", "TaskAdapter"]
