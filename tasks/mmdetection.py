@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd import boxes as shared
-from lightning_kd import mmcv_ext
 from lightning_kd.extras import late_import
+from lightning_kd.models import mmcv_ext
 from lightning_kd.task import TaskAdapter
 
 
@@ -43,7 +43,7 @@ class MMDetection(TaskAdapter):
         ValueError: If the model is no detector of mmdet or has another number of classes, or a target is malformed.
 
     Example:
-        >>> from lightning_kd.mmdet_model import MMDetModel
+        >>> from lightning_kd.models.mmdet import MMDetModel
         >>> task = MMDetection(num_classes=3)
         >>> model = MMDetModel("retinanet/retinanet_r18_fpn_1x_coco", num_classes=3)
         >>> target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([2])}
@@ -154,7 +154,7 @@ class MMDetection(TaskAdapter):
         if not hasattr(model, "data_preprocessor") or not hasattr(model, "extract_feat"):
             raise ValueError(
                 f"MMDetection calls detectors of mmdet, and the model is a {type(model).__name__}. Make one with "
-                "lightning_kd.mmdet_model.MMDetModel(config), or take Detection for torchvision's."
+                "lightning_kd.models.mmdet.MMDetModel(config), or take Detection for torchvision's."
             )
         head = getattr(model, "bbox_head", None) or getattr(getattr(model, "roi_head", None), "bbox_head", None)
         last = head[-1] if isinstance(head, nn.ModuleList) else head
@@ -178,7 +178,7 @@ class ToTeacher:
         teacher: Another one.
 
     Example:
-        >>> from lightning_kd.mmdet_model import MMDetModel
+        >>> from lightning_kd.models.mmdet import MMDetModel
         >>> student, teacher = (MMDetModel("retinanet/retinanet_r18_fpn_1x_coco") for _ in range(2))
         >>> ToTeacher(student, teacher)(torch.zeros(1, 3, 64, 64), [])["mode"]
         'predict'

@@ -21,8 +21,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.wrappers import ClasswiseWrapper
 
-from lightning_kd.boundary_f1 import BoundaryF1
 from lightning_kd.extras import late_import
+from lightning_kd.metrics.boundary_f1 import BoundaryF1
 from lightning_kd.task import UNLABELLED, TaskAdapter
 
 

@@ -19,9 +19,11 @@ from torchvision.models.detection import (
     ssdlite320_mobilenet_v3_large,
 )
 
-from lightning_kd import Distillation, DistillationModule, Distiller, Term, detectors, losses
-from lightning_kd.box_data import DigitScenes, collate
+from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses
 from lightning_kd.cli import main
+from lightning_kd.data.box_images import collate
+from lightning_kd.data.box_scenes import BoxScenes
+from lightning_kd.models import detectors
 
 CLASSES = 10
 KINDS = ("FCOS", "RetinaNet", "FasterRCNN")
@@ -36,14 +38,14 @@ def detector(kind: str = "FCOS", backbone: str = "mobilenet_v3_small", channels:
 
 
 @pytest.fixture(scope="module")
-def scenes() -> DigitScenes:
-    data = DigitScenes(train_size=6, val_size=2, test_size=4, batch_size=2)
+def scenes() -> BoxScenes:
+    data = BoxScenes(train_size=6, val_size=2, test_size=4, batch_size=2)
     data.setup("fit")
     return data
 
 
 @pytest.fixture
-def batch(scenes: DigitScenes) -> Batch:
+def batch(scenes: BoxScenes) -> Batch:
     return collate([scenes.splits["train"][i] for i in range(3)])
 
 
@@ -253,7 +255,7 @@ def small(kind: str, teacher: bool = False) -> nn.Module:
         ("FasterRCNN", "FasterRCNN", "objectness"),
     ],
 )
-def test_the_module_door(student: str, teacher: str, path: str, scenes: DigitScenes) -> None:
+def test_the_module_door(student: str, teacher: str, path: str, scenes: BoxScenes) -> None:
     loss = losses.FitNet() if path.startswith("features") else nn.MSELoss()
     seen = Term(Seen(), student='backbone["0"]', teacher='backbone["0"]', projector=nn.Conv2d(32, 64, 1))
     terms = {"kd": Term(loss, student=path, teacher=path), "seen": seen}
@@ -274,7 +276,7 @@ def test_the_module_door(student: str, teacher: str, path: str, scenes: DigitSce
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_callback_door_on_an_unmodified_module(kind: str, scenes: DigitScenes) -> None:
+def test_the_callback_door_on_an_unmodified_module(kind: str, scenes: BoxScenes) -> None:
     teacher, module = small(kind, teacher=True), Plain(small(kind))
     hint = Term(losses.FitNet(), student="backbone[:]", teacher="backbone[:]")
     run = trainer(Distillation(teacher, {"hint": hint}, student="model"), limit_val_batches=0)
@@ -284,7 +286,7 @@ def test_the_callback_door_on_an_unmodified_module(kind: str, scenes: DigitScene
     assert not any(m._forward_hooks for m in (*module.modules(), *teacher.modules()))
 
 
-def test_both_doors_train_alike(scenes: DigitScenes) -> None:
+def test_both_doors_train_alike(scenes: BoxScenes) -> None:
     def terms() -> dict[str, Term]:
         return {"hint": Term(losses.FitNet(), student="backbone[:]", teacher="backbone[:]")}
 
@@ -303,7 +305,7 @@ def test_both_doors_train_alike(scenes: DigitScenes) -> None:
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
-def test_the_teacher_runs_no_further_than_its_features(scenes: DigitScenes) -> None:
+def test_the_teacher_runs_no_further_than_its_features(scenes: BoxScenes) -> None:
     teacher, ran = small("FCOS", teacher=True), []
     teacher.head.register_forward_hook(lambda *_: ran.append(1))
     terms = {"hint": Term(losses.FitNet(), student="features", teacher="features")}
@@ -367,12 +369,14 @@ SCRIPT = """
 import sys
 import lightning as L
 import torch
-from lightning_kd import DistillationModule, Term, detectors, losses
-from lightning_kd.box_data import DigitScenes, collate
+from lightning_kd import DistillationModule, Term, losses
+from lightning_kd.models import detectors
+from lightning_kd.data.box_images import collate
+from lightning_kd.data.box_scenes import BoxScenes
 from torch.utils.data import DataLoader
 from lightning_kd.tasks import Detection
 
-class InOrder(DigitScenes):
+class InOrder(BoxScenes):
     def train_dataloader(self):
         return DataLoader(self.splits["train"], batch_size=2, collate_fn=collate)  # Lightning restores no shuffling
 

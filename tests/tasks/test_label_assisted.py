@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kd import DistillationModule, Term, losses, teachers
-from lightning_kd.scene_data import DigitScenes
+from lightning_kd.data import MaskScenes
 
 
 class Net(nn.Sequential):
@@ -26,7 +26,7 @@ class Net(nn.Sequential):
 def fit(module: DistillationModule) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
-    trainer.fit(module, datamodule=DigitScenes(batch_size=8, train_size=16, val_size=8, test_size=2, size=32))
+    trainer.fit(module, datamodule=MaskScenes(batch_size=8, train_size=16, val_size=8, test_size=2, size=32))
     return trainer
 
 

@@ -13,8 +13,9 @@ from lightning_kd.tasks.mmdetection import ToTeacher
 from torch import Tensor, nn
 
 from lightning_kd import Distillation, DistillationModule, Term, losses
-from lightning_kd.box_data import DigitScenes, collate
-from lightning_kd.mmdet_model import MMDetModel
+from lightning_kd.data.box_images import collate
+from lightning_kd.data.box_scenes import BoxScenes
+from lightning_kd.models.mmdet import MMDetModel
 
 CLASSES = 10
 RESNET = {
@@ -56,14 +57,14 @@ def detector(kind: str = "RetinaNet", **given: Any) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def scenes() -> DigitScenes:
-    data = DigitScenes(train_size=4, val_size=2, test_size=4, batch_size=2)
+def scenes() -> BoxScenes:
+    data = BoxScenes(train_size=4, val_size=2, test_size=4, batch_size=2)
     data.setup("fit")
     return data
 
 
 @pytest.fixture
-def batch(scenes: DigitScenes) -> Batch:
+def batch(scenes: BoxScenes) -> Batch:
     return collate([scenes.splits["train"][i] for i in range(3)])
 
 
@@ -151,7 +152,7 @@ def test_in_evaluation_there_are_boxes_and_no_loss(kind: str, batch: Batch, task
 
 
 @pytest.mark.slow
-def test_a_detector_that_learned_a_scene_finds_it(scenes: DigitScenes, task: MMDetection) -> None:
+def test_a_detector_that_learned_a_scene_finds_it(scenes: BoxScenes, task: MMDetection) -> None:
     """Colours, scales and places agree between learning, finding and measuring."""
     batch = collate([scenes.splits["train"][0]])
     model = detector("RetinaNet")
@@ -268,7 +269,7 @@ def test_the_teacher_sees_the_pixels_as_it_is_used_to(student: str, teacher: str
     torch.testing.assert_close(got["inputs"], wanted["inputs"], rtol=1e-5, atol=1e-3)
 
 
-def test_the_teacher_gets_no_labels_and_runs_as_far_as_its_deepest_tap(scenes: DigitScenes) -> None:
+def test_the_teacher_gets_no_labels_and_runs_as_far_as_its_deepest_tap(scenes: BoxScenes) -> None:
     student, teacher = detector("RetinaNet"), detector("GFL")
     calls: dict[str, int] = {"neck": 0, "bbox_head": 0, "student": 0}
     for name in ("neck", "bbox_head"):
@@ -302,7 +303,7 @@ def test_the_teacher_gets_no_labels_and_runs_as_far_as_its_deepest_tap(scenes: D
         ("FasterRCNN", "FasterRCNN", {"kd": "objectness", "reg": "proposals"}),
     ],
 )
-def test_the_module_door(student: str, teacher: str, paths: dict[str, str], scenes: DigitScenes) -> None:
+def test_the_module_door(student: str, teacher: str, paths: dict[str, str], scenes: BoxScenes) -> None:
     kinds = {"kd": lambda: losses.KD(activation="sigmoid"), "reg": nn.MSELoss}
     model, expert = detector(student), detector(teacher)
     know_something_else(expert)
@@ -319,7 +320,7 @@ def test_the_module_door(student: str, teacher: str, paths: dict[str, str], scen
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("RetinaNet", "RetinaNet"), ("FCOS", "GFL")])
-def test_the_callback_door_on_an_unmodified_module(student: str, teacher: str, scenes: DigitScenes) -> None:
+def test_the_callback_door_on_an_unmodified_module(student: str, teacher: str, scenes: BoxScenes) -> None:
     module, expert = Plain(detector(student)), detector(teacher)
     terms = {
         "hint": Term(losses.FitNet(), student="neck[:]", teacher="neck[:]"),
@@ -335,7 +336,7 @@ def test_the_callback_door_on_an_unmodified_module(student: str, teacher: str, s
         assert not each._forward_hooks
 
 
-def test_both_doors_train_alike(scenes: DigitScenes) -> None:
+def test_both_doors_train_alike(scenes: BoxScenes) -> None:
     states = []
     for door in ("callback", "module"):
         student, teacher = detector("RetinaNet"), detector("GFL")
@@ -352,7 +353,7 @@ def test_both_doors_train_alike(scenes: DigitScenes) -> None:
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
-def test_a_head_that_changes_with_the_epochs_hears_of_them(scenes: DigitScenes) -> None:
+def test_a_head_that_changes_with_the_epochs_hears_of_them(scenes: BoxScenes) -> None:
     student = detector("TOOD")
     student.bbox_head.initial_epoch = 1
     ways: list[str] = []
@@ -379,7 +380,7 @@ def test_detectors_copy_and_pickle(batch: Batch, task: MMDetection) -> None:
     assert again.num_classes == CLASSES
 
 
-def test_resume_is_exact(tmp_path: Path, scenes: DigitScenes) -> None:
+def test_resume_is_exact(tmp_path: Path, scenes: BoxScenes) -> None:
     states = []
     for epochs in (2, 1, 2):
         L.seed_everything(0, verbose=False)

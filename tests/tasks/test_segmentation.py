@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from lightning_kd import DistillationModule, Term, losses
-from lightning_kd.scene_data import DigitScenes
+from lightning_kd.data import MaskScenes
 
 CLASSES = 4
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -252,8 +252,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def scenes() -> DigitScenes:
-    data = DigitScenes(batch_size=4, train_size=8, val_size=4, test_size=4)
+def scenes() -> MaskScenes:
+    data = MaskScenes(batch_size=4, train_size=8, val_size=4, test_size=4)
     data.setup("fit")
     return data
 
@@ -264,7 +264,7 @@ def teacher() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_real_models_are_distilled_with_kd_and_features(name: str, scenes: DigitScenes, teacher: nn.Module) -> None:
+def test_real_models_are_distilled_with_kd_and_features(name: str, scenes: MaskScenes, teacher: nn.Module) -> None:
     make, feature, of_teacher = MODELS[name]
     student = make()
     module = DistillationModule(
@@ -304,7 +304,7 @@ class Plain(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def test_an_unmodified_module_is_distilled_by_the_callback(scenes: DigitScenes, teacher: nn.Module) -> None:
+def test_an_unmodified_module_is_distilled_by_the_callback(scenes: MaskScenes, teacher: nn.Module) -> None:
     task = Segmentation(11)
     callback = Distillation(
         teacher,

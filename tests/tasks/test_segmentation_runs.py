@@ -16,7 +16,7 @@ from lightning_kd.tasks import Segmentation
 
 from lightning_kd import DistillationModule, Term, losses, teachers
 from lightning_kd.cli import main
-from lightning_kd.scene_data import DigitScenes
+from lightning_kd.data import MaskScenes
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 TINY = {"batch_size": 4, "train_size": 8, "val_size": 4, "test_size": 6}
@@ -46,7 +46,7 @@ def test_a_student_is_trained_exported_and_predicts(kind: str, tmp_path: Path, m
         network = {"class_path": "lightning_kd.models.Torchvision", "init_args": {"name": "lraspp_mobilenet_v3_large"}}
     config = {
         "trainer": {"max_epochs": 1, "enable_progress_bar": False},
-        "data": {"class_path": "lightning_kd.scene_data.DigitScenes", "init_args": TINY},
+        "data": {"class_path": "lightning_kd.data.MaskScenes", "init_args": TINY},
         "model": {"task": {"class_path": "lightning_kd.tasks.Segmentation"}, "student": network},
     }
     Path("c.yaml").write_text(json.dumps(config))
@@ -58,7 +58,7 @@ def test_a_student_is_trained_exported_and_predicts(kind: str, tmp_path: Path, m
     assert masks.dtype == torch.uint8
     assert main(["export", str(checkpoint), "--format", "onnx", "--output", "s.onnx", "--traceback"]) == 0
     session = onnxruntime.InferenceSession("s.onnx", providers=["CPUExecutionProvider"])
-    data = DigitScenes(**TINY)
+    data = MaskScenes(**TINY)
     data.setup("test")
     images, _ = data.on_after_batch_transfer(data.splits["test"].__getitems__(list(range(6))), 0)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
@@ -75,7 +75,7 @@ def distilled(folder: Path, epochs: int, resume: Path | None = None) -> dict[str
     module = DistillationModule(Segmentation(11), student(), teacher, terms)
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = Trainer(max_epochs=epochs, callbacks=[keep], limit_val_batches=0, **QUIET)
-    data = DigitScenes(**TINY)
+    data = MaskScenes(**TINY)
     data.setup("fit")
     data.train_dataloader = data.val_dataloader  # type: ignore[method-assign]  # the same order in every epoch
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -93,7 +93,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_averages_take_turns_on_images_without_masks() -> None:
     torch.manual_seed(0)
-    data = DigitScenes(**TINY, labelled=0.25)
+    data = MaskScenes(**TINY, labelled=0.25)
     terms = {"consistency": Term(losses.KD(temperature=1.0), student="logits", teacher="logits")}
     module = DistillationModule(Segmentation(11, ignore_index=255), student(), teachers.EMA(0.5, count=2), terms)
     trainer = Trainer(max_epochs=2, limit_val_batches=0, enable_checkpointing=False, log_every_n_steps=1, **QUIET)
@@ -106,7 +106,7 @@ SCRIPT = """
 import segmentation_models_pytorch as smp, torch
 from lightning import Trainer, seed_everything
 from lightning_kd import DistillationModule, Term, losses
-from lightning_kd.scene_data import DigitScenes
+from lightning_kd.data import MaskScenes
 from lightning_kd.tasks import Segmentation
 
 if __name__ == "__main__":
@@ -121,7 +121,7 @@ if __name__ == "__main__":
         max_steps=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, datamodule=DigitScenes(batch_size=4, train_size=16, val_size=4, test_size=4))
+    trainer.fit(module, datamodule=MaskScenes(batch_size=4, train_size=16, val_size=4, test_size=4))
     assert all(float(trainer.callback_metrics[f"train/{key}"]) > 0 for key in ("task", "cwd", "hint"))
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     each = trainer.strategy.all_gather(weights)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lightning_kd.scenes import compose
+from lightning_kd.data.scenes import compose
+from lightning_kd.data.tensor_images import TensorDataModule, TensorImages
 from lightning_kd.task import UNLABELLED
-from lightning_kd.tensor_data import TensorDataModule, TensorImages
 
 
-class DigitScenes(TensorDataModule):
+class MaskScenes(TensorDataModule):
     """Scenes composed of scikit-learn's handwritten digits, with a mask of the digit that each pixel shows.
 
     Batches are images ``(N, 3, size, size)`` float32 and masks ``(N, size, size)`` int64: 0 is background, ``d + 1``

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_kd.mmdet_model import MMDetModel
+from lightning_kd.models.mmdet import MMDetModel
 
 RETINANET = "retinanet/retinanet_r18_fpn_1x_coco"
 NARROW = {

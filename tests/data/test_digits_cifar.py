@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lightning_kd.data import CIFAR10_CLASSES, Cifar10, Digits
-from lightning_kd.tensor_data import random_shift
+from lightning_kd.data.tensor_images import random_shift
 
 
 def test_digits_split_is_whole_disjoint_and_stratified() -> None:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from lightning_kd import mmcv_ext
+from lightning_kd.models import mmcv_ext
 
 mmcv_ext.install()
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from lightning_kd.image_mask_folder import ImageMaskFolder
-from lightning_kd.scene_data import DigitScenes
+from lightning_kd.data import MaskScenes
+from lightning_kd.data.image_mask_folder import ImageMaskFolder
 
 CAMVID = {"num_classes": 11, "ignore_index": 11}
 
@@ -164,14 +164,14 @@ def test_a_batch_that_is_larger_than_the_data_is_told(folder: Path) -> None:
         first(ImageMaskFolder(str(folder), 2, batch_size=5))
 
 
-@pytest.mark.parametrize("make", [lambda x: ImageMaskFolder("x", 2, labelled=x), lambda x: DigitScenes(labelled=x)])
+@pytest.mark.parametrize("make", [lambda x: ImageMaskFolder("x", 2, labelled=x), lambda x: MaskScenes(labelled=x)])
 def test_a_fraction_of_labels_is_one(make: Any) -> None:
     with pytest.raises(ValueError, match="fraction of the training images"):
         make(0.0)
 
 
 def test_scenes_are_data_for_a_segmentation() -> None:
-    data = DigitScenes(batch_size=4, train_size=8, val_size=4, test_size=4, labelled=0.25)
+    data = MaskScenes(batch_size=4, train_size=8, val_size=4, test_size=4, labelled=0.25)
     data.setup("fit")
     assert (data.splits["train"].labels == -100).all(dim=(1, 2)).tolist() == [False] * 2 + [True] * 6
     images, masks = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)

@@ -11,8 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from lightning_kd import scenes
-from lightning_kd.box_data import CocoJson, DigitScenes, VocFolder
+from lightning_kd.data import BoxScenes, CocoJson, VocFolder, scenes
 
 OBJECTS = {
     "a": [("cat", (2, 3, 20, 30), 0), ("dog", (5, 5, 60, 40), 1)],
@@ -228,7 +227,7 @@ def test_arguments(voc: Path, coco: Path) -> None:
 
 
 def test_digit_scenes_are_those_of_the_composition() -> None:
-    data = DigitScenes(train_size=3, val_size=2, test_size=2, size=48, batch_size=2)
+    data = BoxScenes(train_size=3, val_size=2, test_size=2, size=48, batch_size=2)
     data.setup("fit")
     assert set(data.splits) == {"train", "val"}  # composed when they are needed
     images, targets = first_batch(data.val_dataloader())

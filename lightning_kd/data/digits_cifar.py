@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_kd.data.tensor_images import RandomShift, TensorDataModule, TensorImages, hide_labels
 from lightning_kd.extras import late_import
 from lightning_kd.paths import cache_root, data_root, expand_path
-from lightning_kd.tensor_data import RandomShift, TensorDataModule, TensorImages, hide_labels
 
 __all__ = ["Cifar10", "Digits", "RandomShift"]
 

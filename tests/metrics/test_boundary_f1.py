@@ -3,7 +3,7 @@ import torch
 from scipy.ndimage import binary_dilation
 from torch import Tensor
 
-from lightning_kd.boundary_f1 import BoundaryF1, boundaries
+from lightning_kd.metrics.boundary_f1 import BoundaryF1, boundaries
 
 SQUARE = torch.ones(3, 3).numpy()
 

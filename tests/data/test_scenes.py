@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision.ops import box_iou, masks_to_boxes
 
-from lightning_kd.scenes import SPLITS, compose
+from lightning_kd.data.scenes import SPLITS, compose
 
 
 def test_scenes_are_decided_by_their_arguments() -> None:
@@ -79,7 +79,7 @@ def test_wrong_arguments_are_refused(wrong: dict[str, object], told: str) -> Non
 def test_without_scikit_learn_the_error_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['sklearn'] = None\n"
-        "from lightning_kd.scenes import compose\n"
+        "from lightning_kd.data.scenes import compose\n"
         "try: compose(1, 0)\n"
         "except ModuleNotFoundError as error: print(error)"
     )

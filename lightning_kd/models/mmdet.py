@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_kd import mmcv_ext
 from lightning_kd.extras import late_import
+from lightning_kd.models import mmcv_ext
 from lightning_kd.teachers.weights import load_weights
 
 

@@ -1,0 +1,21 @@
+"""Data of the shipped configurations, and readers of the usual folders."""
+
+from lightning_kd.data.box_scenes import BoxScenes
+from lightning_kd.data.coco import CocoJson
+from lightning_kd.data.digits_cifar import CIFAR10_CLASSES, Cifar10, Digits
+from lightning_kd.data.image_mask_folder import ImageMaskFolder
+from lightning_kd.data.mask_scenes import MaskScenes
+from lightning_kd.data.tensor_images import RandomShift
+from lightning_kd.data.voc import VocFolder
+
+__all__ = [
+    "CIFAR10_CLASSES",
+    "BoxScenes",
+    "Cifar10",
+    "CocoJson",
+    "Digits",
+    "ImageMaskFolder",
+    "MaskScenes",
+    "RandomShift",
+    "VocFolder",
+]

@@ -1,0 +1,156 @@
+"""Images with boxes, as batches of lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_kd.boxes import IGNORE
+from lightning_kd.extras import late_import
+
+Sample = tuple[Tensor, dict[str, Tensor]]
+"""An image ``(3, H, W)``, floats in [0, 1], and its target; see :class:`lightning_kd.tasks.Detection`."""
+
+
+class Record(NamedTuple):
+    """What is known of an image before it is read.
+
+    Attributes:
+        path: Of the image.
+        boxes: ``(n, 4)``, x1 y1 x2 y2 in pixels.
+        labels: ``(n,)``, classes from 0.
+        ignore: ``(n,)``, True for boxes that neither teach nor count.
+    """
+
+    path: Path
+    boxes: Tensor
+    labels: Tensor
+    ignore: Tensor
+
+    @classmethod
+    def of(cls, path: Path, boxes: list[list[float]], labels: list[int], ignore: list[bool]) -> Record:
+        """Makes one of lists, which may be empty."""
+        return cls(
+            path,
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(ignore, dtype=torch.bool),
+        )
+
+
+class ImageBoxes(Dataset[Sample]):
+    """Images from files, with boxes that follow their transforms.
+
+    Args:
+        records: Of each image.
+        transforms: Of ``torchvision.transforms.v2``, applied to image and boxes one after the other.
+
+    Raises:
+        ValueError: If a file is no image, or is cut short; the message names it.
+    """
+
+    def __init__(self, records: Sequence[Record], transforms: Sequence[Callable[..., Any]] = ()) -> None:
+        self.records = list(records)
+        self.transforms = list(transforms)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image and its target; boxes that a transform moved out of the image are gone."""
+        tv_tensors = late_import("torchvision.tv_tensors", "torchvision", "detection")
+        v2 = late_import("torchvision.transforms.v2.functional", "torchvision", "detection")
+        record = self.records[index]
+        image = tv_tensors.Image(_read(record.path))
+        boxes = tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=image.shape[-2:])
+        target = {"boxes": boxes, "labels": record.labels, IGNORE: record.ignore}
+        for transform in self.transforms:
+            image, target = transform(image, target)
+        found = v2.clamp_bounding_boxes(target["boxes"]).as_subclass(Tensor)
+        keep = (found[:, 2:] > found[:, :2]).all(dim=1)
+        target = {"boxes": found[keep], "labels": target["labels"][keep], IGNORE: target[IGNORE][keep]}
+        return v2.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), target
+
+
+def _read(path: Path) -> Tensor:
+    pillow = late_import("PIL.Image", "Pillow", "detection")
+    v2 = late_import("torchvision.transforms.v2.functional", "torchvision", "detection")
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}, which the annotations name")
+    try:
+        with pillow.open(path) as image:
+            pixels: Tensor = v2.pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises of a damaged file
+        raise ValueError(f"{path} cannot be read as an image: {error}. Replace the file or leave it out") from error
+    return pixels
+
+
+class BoxDataModule(LightningDataModule):
+    """Loaders over three sets of images with boxes; a batch is a list of images and a list of targets.
+
+    A subclass fills ``splits`` (``train``, ``val``, ``test``) in ``setup`` and has ``num_classes``.
+
+    Args:
+        batch_size: Images in a batch.
+        num_workers: Processes that load.
+    """
+
+    num_classes: int
+
+    def __init__(self, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.splits: dict[str, Dataset[Sample]] = {}
+
+    def _loader(self, split: str) -> DataLoader[Sample]:
+        training = split == "train"
+        images = len(self.splits[split])  # type: ignore[arg-type]  # ours have a length
+        if training and images < self.batch_size:
+            raise ValueError(
+                f"the training data gives no batch: {images} images, and incomplete batches of "
+                f"batch_size={self.batch_size} are dropped. Lower batch_size"
+            )
+        return DataLoader(
+            self.splits[split],
+            batch_size=self.batch_size,
+            shuffle=training,
+            drop_last=training,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled batches of the training split; an incomplete last one is dropped."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the validation split, in order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the test split, in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the test split, in order."""
+        return self._loader("test")
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """A batch of samples: images may differ in size, and targets in how many boxes they have.
+
+    Example:
+        >>> images, targets = collate([(torch.zeros(3, 8, 8), {}), (torch.zeros(3, 9, 8), {})])
+        >>> [tuple(image.shape) for image in images]
+        [(3, 8, 8), (3, 9, 8)]
+    """
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

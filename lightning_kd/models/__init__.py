@@ -1,0 +1,8 @@
+"""Models that the shipped configurations name, and makers of those of other libraries."""
+
+from lightning_kd.models.cifar_resnet import CifarResNet
+from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
+from lightning_kd.models.mmdet import MMDetModel
+from lightning_kd.models.torchvision import Torchvision
+
+__all__ = ["FCOS", "CifarResNet", "FasterRCNN", "MMDetModel", "RetinaNet", "Torchvision", "pyramid"]
