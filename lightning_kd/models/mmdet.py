@@ -76,6 +76,7 @@ class MMDetModel(nn.Module):
         if weights is not None:
             with torch.serialization.safe_globals(_unread()):
                 load_weights(model, os.path.expandvars(weights))
+        model.train()  # by which mmdet puts what is frozen into evaluation mode; Lightning does not call it
         return model
 
 

@@ -133,6 +133,7 @@ def test_weights_are_loaded(kind: str, trained: nn.Module, tmp_path: Path) -> No
     model = narrow(weights=str(tmp_path / "weights.pth"))
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
     assert not all(p.requires_grad for p in model.parameters())  # frozen_stages=1 of the file holds again
+    assert not any(m.training for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))  # norm_eval
 
 
 def test_weights_of_other_classes_are_refused_with_the_shapes(trained: nn.Module, tmp_path: Path) -> None:

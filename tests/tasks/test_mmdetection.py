@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +395,48 @@ def test_resume_is_exact(tmp_path: Path, scenes: BoxScenes) -> None:
         run.save_checkpoint(tmp_path / "one.ckpt") if epochs == 1 else None
         states.append(module.state_dict())
     torch.testing.assert_close(states[2], states[0], rtol=0, atol=0)
+
+
+SCRIPT = """
+import importlib.util, sys
+import lightning as L
+import torch
+
+if __name__ == "__main__":
+    spec = importlib.util.spec_from_file_location("cases", {cases!r})
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    strategy, devices, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    data = cases.DigitScenes(train_size=4, val_size=2, test_size=2, batch_size=4 // devices)
+    data.setup("fit")
+    student, teacher = cases.detector("GFL"), cases.detector("RetinaNet")
+    student.backbone.norm_eval = True  # statistics of half a batch would be others
+    student.train()
+    terms = {{"hint": cases.Term(cases.losses.FitNet(), student="features", teacher="features")}}
+    module = cases.DistillationModule(cases.MMDetection(10), student, teacher, terms, torch.optim.SGD, task_weight=0.0)
+    loader = torch.utils.data.DataLoader(data.splits["train"], 4 // devices, collate_fn=cases.collate)
+    run = cases.trainer(strategy=strategy, devices=devices, limit_val_batches=0, max_epochs=2)
+    run.fit(module, loader, loader)
+    if run.is_global_zero:
+        logged = {{key: float(value) for key, value in run.callback_metrics.items()}}
+        torch.save({{"state": module.state_dict(), "logged": logged}}, out)
+"""
+
+
+def train_in_processes(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
+    script, out = folder / "train.py", folder / f"{strategy}.pt"
+    script.write_text(SCRIPT.format(cases=str(Path(__file__))))
+    command = [sys.executable, str(script), strategy, str(devices), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "unused" not in done.stderr
+    result: dict[str, Any] = torch.load(out, weights_only=True)
+    return result
+
+
+@pytest.mark.slow
+def test_the_terms_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """Without mmdet's own losses: their averages, over the positives of a process, are mmdet's matter."""
+    one, two = train_in_processes(tmp_path, "auto", 1), train_in_processes(tmp_path, "ddp_spawn", 2)
+    assert all(two["logged"][f"train/{name}"] > 0 for name in ("task", "hint"))
+    torch.testing.assert_close(two["state"], one["state"])
