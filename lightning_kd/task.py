@@ -100,3 +100,12 @@ class TaskAdapter(nn.Module, ABC):
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Returns names that terms may use for paths of the model, such as ``{"logits": "output"}``."""
         return {}
+
+
+def check_given(num_classes: int | None) -> None:
+    """Raises ``TypeError`` where the number of classes, which the command line takes from the data, is not there."""
+    if num_classes is None:
+        raise TypeError(
+            "num_classes is missing. On the command line the task takes it from the data: set the attribute "
+            "num_classes, an integer, in your LightningDataModule."
+        )

@@ -13,7 +13,7 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_kd.task import UNLABELLED, TaskAdapter
+from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
 
 
 class Classification(TaskAdapter):
@@ -43,12 +43,7 @@ class Classification(TaskAdapter):
 
     def __init__(self, num_classes: int, multilabel: bool = False, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        given: object = num_classes
-        if given is None:  # what is linked on the command line and not there
-            raise TypeError(
-                "num_classes is missing. On the command line the task takes it from the data: set the attribute "
-                "num_classes, an integer, in your LightningDataModule."
-            )
+        check_given(num_classes)
         if num_classes < (1 if multilabel else 2):
             raise ValueError(
                 f"num_classes={num_classes}: a choice needs two classes. For one yes-or-no output use multilabel=True."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd import boxes as shared
-from lightning_kd.task import TaskAdapter
+from lightning_kd.task import TaskAdapter, check_given
 
 
 class Detection(TaskAdapter):
@@ -47,12 +47,7 @@ class Detection(TaskAdapter):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        given: object = num_classes
-        if given is None:  # what is linked on the command line and not there
-            raise TypeError(
-                "num_classes is missing. On the command line the task takes it from the data: set the attribute "
-                "num_classes, an integer, in your LightningDataModule."
-            )
+        check_given(num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: count the classes without the background, at least one.")
         self.num_classes = num_classes

@@ -23,7 +23,7 @@ from torchmetrics.wrappers import ClasswiseWrapper
 
 from lightning_kd.extras import late_import
 from lightning_kd.metrics.boundary_f1 import BoundaryF1
-from lightning_kd.task import UNLABELLED, TaskAdapter
+from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
 
 
 class Segmentation(TaskAdapter):
@@ -78,12 +78,7 @@ class Segmentation(TaskAdapter):
         boundary_tolerance: int = 2,
     ) -> None:
         super().__init__()
-        given: object = num_classes
-        if given is None:  # what is linked on the command line and not there
-            raise TypeError(
-                "num_classes is missing. On the command line the task takes it from the data: set the attribute "
-                "num_classes, an integer, in your LightningDataModule."
-            )
+        check_given(num_classes)
         if mode not in ("multiclass", "binary", "multilabel"):
             raise ValueError(f"mode is 'multiclass', 'binary' or 'multilabel'; got {mode!r}.")
         if (num_classes != 1) if mode == "binary" else (num_classes < (2 if mode == "multiclass" else 1)):
