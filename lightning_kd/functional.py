@@ -14,6 +14,7 @@ from lightning_kd.losses.fgd import fgd
 from lightning_kd.losses.fitnet import fitnet
 from lightning_kd.losses.ifvd import ifvd
 from lightning_kd.losses.kd import kd
+from lightning_kd.losses.ld import ld
 from lightning_kd.losses.mgd import mgd
 from lightning_kd.losses.nkd import nkd
 from lightning_kd.losses.ofa import ofa
@@ -41,6 +42,7 @@ __all__ = [
     "fitnet",
     "ifvd",
     "kd",
+    "ld",
     "mgd",
     "nkd",
     "ofa",

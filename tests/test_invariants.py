@@ -26,7 +26,7 @@ from lightning_kd import Distillation, DistillationModule, Term, losses, schedul
 LOGITS = ("output", "output")
 MAPS = ("stem", "stem")
 VECTORS = ("pool", "pool")
-DENSE = ("stem", "stem")
+DENSE = ["stem", "stem"]  # a list: tuples that are equal are one object
 """Maps with a label for each pixel, and the teacher's channels as classes."""
 WIRING = {
     "AT": (losses.AT, MAPS),
@@ -42,8 +42,9 @@ WIRING = {
     "DTS": (lambda: losses.DTS(losses.KD()), LOGITS),
     "FGD": (losses.FGD, MAPS),
     "FitNet": (losses.FitNet, MAPS),
-    "IFVD": (lambda: losses.IFVD(6), DENSE),
+    "IFVD": (lambda: losses.IFVD(8), DENSE),
     "KD": (losses.KD, LOGITS),
+    "LD": (lambda: losses.LD(bins=2), DENSE),
     "MGD": (lambda: losses.MGD(alpha=1e-3), MAPS),
     "NKD": (losses.NKD, LOGITS),
     "OFA": (losses.OFA, LOGITS),
@@ -145,13 +146,13 @@ TEACHERS: dict[str, Callable[..., Any]] = {
     "EMA copy": ema("copy", count=2, start_step=2),
     "EMA evaluated": ema(evaluate=True),
     "EMA scheduled": lambda terms, **kwargs: EMATeacher(terms, schedules.Cosine(0.5, 1.0), "model", **kwargs),
-    "Ensemble": lambda terms, **kwargs: Distillation(teachers.Ensemble([Net(6), Net(5)]), terms, "model", **kwargs),
+    "Ensemble": lambda terms, **kwargs: Distillation(teachers.Ensemble([Net(8), Net(5)]), terms, "model", **kwargs),
     "Ensemble routed": lambda terms, **kwargs: Distillation(
-        teachers.Ensemble([Net(6), Net(5)], weights=teachers.Router(2, 5)), terms, "model", **kwargs
+        teachers.Ensemble([Net(8), Net(5)], weights=teachers.Router(2, 5)), terms, "model", **kwargs
     ),
     "PastSelf": lambda terms, **kwargs: Distillation(teachers.PastSelf(), terms, "model", **kwargs),
-    "Peers": lambda terms, **kwargs: MutualDistillation([Net(6), Net(5)], terms, "model", **kwargs),
-    "Peers ensemble": lambda terms, **kwargs: MutualDistillation([Net(6)], terms, "model", "ensemble", **kwargs),
+    "Peers": lambda terms, **kwargs: MutualDistillation([Net(8), Net(5)], terms, "model", **kwargs),
+    "Peers ensemble": lambda terms, **kwargs: MutualDistillation([Net(8)], terms, "model", "ensemble", **kwargs),
 }
 
 
@@ -163,13 +164,13 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
         hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
     loss, paths = WIRING[name]
-    labels = {"boxes": one_box} if name == "FGD" else None
+    labels = {"boxes": one_box} if name in ("FGD", "LD") else None
     projector = None
     if paths is DENSE:
-        projector = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Upsample(scale_factor=2))
+        projector = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Upsample(scale_factor=2))
         kwargs = {"target": areas} | kwargs
     terms = {"it": Term(loss(), weight=0.5, student=paths[0], teacher=paths[1], projector=projector)}
-    return Distillation(teacher or Net(6), terms, **{"student": "model", "labels": labels} | kwargs)
+    return Distillation(teacher or Net(8), terms, **{"student": "model", "labels": labels} | kwargs)
 
 
 def one_box(batch: Any) -> list[Tensor]:
@@ -214,7 +215,7 @@ def test_every_teacher_is_tested() -> None:
 
 @pytest.mark.parametrize("name", losses.__all__)
 def test_the_teacher_stands_still_and_is_asked_once_per_training_batch(name: str) -> None:
-    teacher = Net(6)
+    teacher = Net(8)
     before, calls, modes = state_of(teacher), [], []
     teacher.stem.register_forward_hook(lambda module, args, output: calls.append(output.requires_grad))
     teacher.stem.register_forward_hook(lambda module, args, output: modes.append(module.training))
@@ -291,7 +292,7 @@ def test_resume_is_exact_for_everything_together(tmp_path: Path) -> None:
         }
         past = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
         return [
-            Distillation(Net(6), terms, student="model", task_weight=schedules.Cosine(1.0, 0.5)),
+            Distillation(Net(8), terms, student="model", task_weight=schedules.Cosine(1.0, 0.5)),
             EMATeacher({"past": past}, schedules.Cosine(0.5, 1.0), "model", count=2, evaluate=True),
             TemperatureScheduler("kd", schedules.Exponential(8.0, 1.0)),
             WeightScheduler("hint", schedules.Piecewise([(0.0, 2.0), (0.5, 1.0), (1.0, 3.0)]), by="epoch"),
@@ -325,7 +326,7 @@ class Reseed(Callback):
 
 
 def test_nothing_is_left_behind(name: str) -> None:
-    module, teacher = Plain(), Net(6)
+    module, teacher = Plain(), Net(8)
     callback = distillation(name, teacher)
     trainer(callback, epochs=1).fit(module, loader())
     never_distilled = Plain()
@@ -510,7 +511,7 @@ def test_a_term_that_is_not_finite_stops_the_run_with_its_name_step_and_ranges()
             self.calls += 1
             return (student - teacher).square().mean() / (0.0 if self.calls == 3 else 1.0)
 
-    callback = Distillation(Net(6), {"boom": Term(Explodes())}, student="model")
+    callback = Distillation(Net(8), {"boom": Term(Explodes())}, student="model")
     with pytest.raises(FloatingPointError, match=r"Step 2: the distillation term 'boom' is inf \(student in \[-?\d"):
         trainer(callback).fit(module := Plain(), loader())
     assert "training_step" not in vars(module)
@@ -552,7 +553,7 @@ def test_the_module_door_is_the_callback_door() -> None:
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
     seed_everything(0)
-    teacher, plain = Net(6), Validated()
+    teacher, plain = Net(8), Validated()
     module = DistillationModule(Classification(5), copy.deepcopy(plain.model), teacher, terms(), optimizer=sgd)
     histories = History(), History()
     for history, door, callbacks in (

@@ -15,6 +15,7 @@ from lightning_kd.losses.fgd import FGD
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.ifvd import IFVD
 from lightning_kd.losses.kd import KD
+from lightning_kd.losses.ld import LD
 from lightning_kd.losses.mgd import MGD
 from lightning_kd.losses.nkd import NKD
 from lightning_kd.losses.ofa import OFA
@@ -44,6 +45,7 @@ __all__ = [
     "FGD",
     "IFVD",
     "KD",
+    "LD",
     "MGD",
     "NKD",
     "OFA",

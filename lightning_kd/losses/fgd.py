@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check
+from lightning_kd.losses import _boxes, _check
 from lightning_kd.losses._numerics import full_precision, upcast
 
 
@@ -43,11 +43,7 @@ def _attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 def _things(boxes: Sequence[Tensor], x: Tensor) -> Tensor:
     """Return (B, H, W): in a box 1 / its area in cells, of several the largest; 0 in the background."""
-    if len(boxes) != len(x) or any(b.ndim != 2 or b.shape[1] != 4 for b in boxes):
-        raise ValueError(
-            f"boxes are a list of (n, 4) for each of the {len(x)} samples, x1 y1 x2 y2 in fractions of the input; got "
-            f"{[tuple(b.shape) for b in boxes]}."
-        )
+    _boxes.check(boxes, x)
     height, width = x.shape[2:]
     rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
     found = []

@@ -29,6 +29,7 @@ class Case:
 
 
 MAP = (8, 6, 4, 4)
+BINS = (8, 8, 4, 4)
 PIXELS = (8, 10, 4, 4)
 CROSS_ENTROPY = "a cross entropy: its value at equality is an entropy"
 LABEL = "its target part is smallest where the student is certain of the label"
@@ -111,6 +112,7 @@ CASES = {
     "IFVD": Case(lambda: losses.IFVD(10), _ifvd, (8, 3, 4, 4), MAP, dense=True),
     "KD": Case(losses.KD, _plain(functional.kd)),
     # without holes: what it draws is in its own test
+    "LD": Case(lambda: losses.LD(bins=2), lambda m, s, t, boxes: functional.ld(s, t, boxes, bins=2), BINS, BINS),
     "MGD": Case(lambda: losses.MGD(ratio=0.0), _mgd, MAP, MAP, {"zero": LEARNS}),
     "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "OFA": Case(losses.OFA, _plain(functional.ofa), not_true={"zero": CROSS_ENTROPY}),
