@@ -29,7 +29,7 @@ def ld(
             "have no distributions: compare those with FitNet()."
         )
     log_s, log_t = (
-        (upcast(x) / temperature).unflatten(1, (channels // bins, bins)).log_softmax(2)
+        (upcast(x) / temperature).reshape(len(x), channels // bins, bins, *x.shape[2:]).log_softmax(2)
         for x in (student, teacher.detach())
     )
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(2).mean(1)

@@ -591,7 +591,7 @@ def test_masks_are_checked(name: str):
 
 
 def test_alignment_is_declared(name: str):
-    assert getattr(CASES[name].make(), "align", "none") in ("none", "size", "shape")
+    assert getattr(CASES[name].make(), "align", "none") in ("none", "map", "size", "shape")
 
 
 def test_documentation(name: str):

@@ -105,10 +105,11 @@ def test_the_temperature_is_that_of_the_loss():
 
 
 def test_maps_of_other_resolutions_are_aligned_inside_of_other_wrappers_too():
-    assert losses.Pixelwise(losses.KD()).align == "size"
+    assert losses.Pixelwise(losses.KD()).align == "map"
     assert losses.Pixelwise(losses.FitNet()).align == "shape"
-    assert losses.CTKD(losses.Pixelwise(losses.KD())).align == "size"
-    assert losses.Standardized(losses.KD()).align == "none"
+    assert losses.Pixelwise(losses.RKD()).align == "size"
+    assert losses.CTKD(losses.Pixelwise(losses.KD())).align == "map"
+    assert losses.Standardized(losses.KD()).align == "map"
 
 
 def test_what_the_loss_says_of_itself(maps):

@@ -1,4 +1,5 @@
 import copy
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -367,6 +368,7 @@ def test_compare_predict_and_export(
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import lightning as L
 import torch
 from lightning_kd import DistillationModule, Term, losses
@@ -390,7 +392,7 @@ if __name__ == "__main__":
     module = DistillationModule(Detection(10), student, teacher, terms)
     data = InOrder(train_size=8, val_size=3, test_size=2, batch_size=2)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    keep = L.pytorch.callbacks.ModelCheckpoint(out + ".d", filename="{epoch}", save_top_k=-1)
+    keep = L.pytorch.callbacks.ModelCheckpoint(Path(out).parent / "kept", filename="{epoch}", save_top_k=-1)
     devices = dict(strategy="ddp", devices=2) if kind == "ddp" else dict(devices=1)
     run = L.Trainer(accelerator="cpu", max_epochs=2, callbacks=[keep], **devices, **quiet)
     run.fit(module, datamodule=data, ckpt_path=None if resume == "-" else resume, weights_only=True)
@@ -400,26 +402,23 @@ if __name__ == "__main__":
 """
 
 
-def in_a_process(kind: str, folder: Path, resume: str = "-") -> dict[str, Any]:
-    (folder / "train.py").write_text(SCRIPT)
-    out = folder / f"{kind}.pt"
-    command = [sys.executable, "train.py", kind, str(out), resume]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = torch.load(out, weights_only=True)
-    return found
-
-
 @pytest.mark.slow
-def test_resume_is_exact(tmp_path: Path) -> None:
-    whole = in_a_process("whole", tmp_path)
-    resumed = in_a_process("resumed", tmp_path, str(tmp_path / "whole.pt.d" / "epoch=0.ckpt"))
+def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    for kind, resume in (("whole", "-"), ("resumed", str(tmp_path / "kept" / "epoch=0.ckpt"))):
+        monkeypatch.setattr(sys, "argv", ["train.py", kind, str(tmp_path / f"{kind}.pt"), resume])
+        runpy.run_path(str(tmp_path / "train.py"), run_name="__main__")
+    whole, resumed = (torch.load(tmp_path / f"{kind}.pt", weights_only=True) for kind in ("whole", "resumed"))
     torch.testing.assert_close(resumed["state"], whole["state"], rtol=0, atol=0)
     assert str(resumed["logged"]) == str(whole["logged"])  # text, as no number equals itself where none is found
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    logged = in_a_process("ddp", tmp_path)["logged"]
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "train.py", "ddp", str(tmp_path / "ddp.pt"), "-"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logged = torch.load(tmp_path / "ddp.pt", weights_only=True)["logged"]
     assert all(logged[f"train/{name}"] > 0 for name in ("loss", "task", "cwd", "fgd"))
     assert 0 <= logged["val/mAP"] <= 1
