@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_kd.boxes import IGNORE
+from lightning_kd.data.splits import SplitDataModule
 from lightning_kd.extras import late_import
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -91,7 +91,7 @@ def _read(path: Path) -> Tensor:
     return pixels
 
 
-class BoxDataModule(LightningDataModule):
+class BoxDataModule(SplitDataModule):
     """Loaders over three sets of images with boxes; a batch is a list of images and a list of targets.
 
     A subclass fills ``splits`` (``train``, ``val``, ``test``) in ``setup`` and has ``num_classes``.
@@ -101,47 +101,8 @@ class BoxDataModule(LightningDataModule):
         num_workers: Processes that load.
     """
 
-    num_classes: int
-
     def __init__(self, batch_size: int, num_workers: int) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.splits: dict[str, Dataset[Sample]] = {}
-
-    def _loader(self, split: str) -> DataLoader[Sample]:
-        training = split == "train"
-        images = len(self.splits[split])  # type: ignore[arg-type]  # ours have a length
-        if training and images < self.batch_size:
-            raise ValueError(
-                f"the training data gives no batch: {images} images, and incomplete batches of "
-                f"batch_size={self.batch_size} are dropped. Lower batch_size"
-            )
-        return DataLoader(
-            self.splits[split],
-            batch_size=self.batch_size,
-            shuffle=training,
-            drop_last=training,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of the training split; an incomplete last one is dropped."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the validation split, in order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test split, in order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test split, in order."""
-        return self._loader("test")
+        super().__init__(batch_size, num_workers, collate)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from lightning_kd.data.splits import SplitDataModule
 from lightning_kd.extras import late_import
 from lightning_kd.paths import expand_path
 from lightning_kd.task import UNLABELLED
@@ -142,7 +142,7 @@ def _transformed(transform: Transform, image: Tensor, mask: Tensor) -> Sample:
     return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
-class ImageMaskFolder(LightningDataModule):
+class ImageMaskFolder(SplitDataModule):
     """Images and masks in folders, like CamVid's: ``train/`` beside ``trainannot/``, and so ``val`` and ``test``.
 
     Batches are images ``(N, 3, H, W)`` float32 and masks ``(N, H, W)`` int64.
@@ -193,7 +193,7 @@ class ImageMaskFolder(LightningDataModule):
         labelled: float = 1.0,
         multiple: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, _stacked)
         if not 0.0 < labelled <= 1.0:
             raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
         self.root = Path(expand_path(root))
@@ -204,13 +204,10 @@ class ImageMaskFolder(LightningDataModule):
         self.masks = masks
         self.mask_suffix = mask_suffix
         self.transforms = {"train": train_transform, "val": transform, "test": transform}
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
         self.labelled = labelled
         self.multiple = multiple
-        self.splits: dict[str, ImagesAndMasks] = {}
 
     def setup(self, stage: str) -> None:
         """Find the files of the splits that the stage needs."""
@@ -227,39 +224,6 @@ class ImageMaskFolder(LightningDataModule):
                 self.labelled if split == "train" else 1.0,
                 self.multiple,
             )
-
-    def _loader(self, split: str) -> DataLoader[Sample]:
-        training = split == "train"
-        if training and len(self.splits[split]) < self.batch_size:
-            raise ValueError(
-                f"the training data gives no batch: {len(self.splits[split])} images, and incomplete batches of "
-                f"batch_size={self.batch_size} are dropped. Lower batch_size"
-            )
-        return DataLoader(
-            self.splits[split],
-            batch_size=self.batch_size,
-            shuffle=training,
-            drop_last=training,
-            num_workers=self.num_workers,
-            collate_fn=_stacked,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of the training images; an incomplete last one is dropped."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the validation images, in order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test images, in order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test images, in order."""
-        return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Normalise images of bytes; those that a transform made floats are left alone."""

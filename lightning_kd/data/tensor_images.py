@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from lightning_kd.data.splits import SplitDataModule
 from lightning_kd.task import UNLABELLED
 
 Batch = tuple[Tensor, Tensor]
@@ -102,7 +102,7 @@ class RandomShift:
         return random_shift(images, self.padding, self.mirror)
 
 
-class TensorDataModule(LightningDataModule):
+class TensorDataModule(SplitDataModule):
     """Loaders over three :class:`TensorImages`; batches become normalised floats on the device.
 
     A subclass fills ``splits`` (``train``, ``val``, ``test``) in ``setup`` and sets ``num_classes``.
@@ -116,8 +116,6 @@ class TensorDataModule(LightningDataModule):
         mirror: Whether training images that are shifted are also mirrored, half of them.
     """
 
-    num_classes: int
-
     def __init__(
         self,
         batch_size: int,
@@ -127,47 +125,11 @@ class TensorDataModule(LightningDataModule):
         padding: int = 0,
         mirror: bool = False,
     ) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        super().__init__(batch_size, num_workers, _whole_batch)
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
         self.padding = padding
         self.mirror = mirror
-        self.splits: dict[str, TensorImages] = {}
-
-    def _loader(self, split: str) -> DataLoader[Batch]:
-        training = split == "train"
-        if training and len(self.splits[split]) < self.batch_size:
-            raise ValueError(
-                f"the training data gives no batch: {len(self.splits[split])} images, and incomplete batches of "
-                f"batch_size={self.batch_size} are dropped. Lower batch_size"
-            )
-        return DataLoader(
-            self.splits[split],
-            batch_size=self.batch_size,
-            shuffle=training,
-            drop_last=training,
-            num_workers=self.num_workers,
-            collate_fn=_whole_batch,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches of the training split; an incomplete last one is dropped."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the validation split, in order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the test split, in order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the test split, in order."""
-        return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch, and normalise any: uint8 ``(N, C, H, W)`` to float32 of the same shape."""
