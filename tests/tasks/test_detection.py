@@ -417,7 +417,7 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_two_processes(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "train.py", "ddp", str(tmp_path / "ddp.pt"), "-"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     logged = torch.load(tmp_path / "ddp.pt", weights_only=True)["logged"]
     assert all(logged[f"train/{name}"] > 0 for name in ("loss", "task", "cwd", "fgd"))

@@ -407,7 +407,7 @@ if __name__ == "__main__":
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)
     strategy, devices, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    data = cases.DigitScenes(train_size=4, val_size=2, test_size=2, batch_size=4 // devices)
+    data = cases.BoxScenes(train_size=4, val_size=2, test_size=2, batch_size=4 // devices)
     data.setup("fit")
     student, teacher = cases.detector("GFL"), cases.detector("RetinaNet")
     student.backbone.norm_eval = True  # statistics of half a batch would be others
@@ -427,7 +427,7 @@ def train_in_processes(folder: Path, strategy: str, devices: int) -> dict[str, A
     script, out = folder / "train.py", folder / f"{strategy}.pt"
     script.write_text(SCRIPT.format(cases=str(Path(__file__))))
     command = [sys.executable, str(script), strategy, str(devices), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "unused" not in done.stderr
     result: dict[str, Any] = torch.load(out, weights_only=True)
