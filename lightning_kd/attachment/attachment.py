@@ -22,7 +22,7 @@ from lightning_kd.attachment.refusals import (
     refuse_two_swaps,
 )
 from lightning_kd.attachment.rehearsal import rehearse
-from lightning_kd.attachment.resume import refuse_other_run, restore, saved
+from lightning_kd.attachment.resume import refuse_other_run, restore, saved, state_of
 from lightning_kd.copying import unshare
 from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
@@ -58,6 +58,12 @@ class Attachment(Callback):
         prog_bar: bool = False,
     ) -> None:
         super().__init__()
+        path: object = student  # what a caller without a type checker may pass
+        if not (path is None or isinstance(path, str)):
+            raise TypeError(
+                f"student is the dotted path of a module inside of the LightningModule, such as 'model', got "
+                f"{type(path).__name__}. The student is the one that training_step calls."
+            )
         self.distiller = distiller
         self.student = student
         self.labels = dict(labels or {})
@@ -78,6 +84,11 @@ class Attachment(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_undo": [], "_values": {}, "_ready": False, "_all": [], "_own_step": None}
+
+    @property
+    def state_key(self) -> str:
+        """What its state is called in a checkpoint; by its terms, so that a Trainer may have two of a kind."""
+        return self._generate_state_key(terms=list(self.distiller.terms))
 
     # The hooks, in the order in which Lightning calls them.
 
@@ -176,8 +187,14 @@ class Attachment(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume what cannot be resumed."""
-        if trainer.training:
-            refuse_other_run(self.distiller, checkpoint, self.state_key, type(self).__name__)
+        if not trainer.training:
+            return
+        keys = [each.state_key for each in attachments_of(trainer)]
+        states = checkpoint.get("callbacks", {})
+        state = state_of(states, self.state_key, keys)
+        refuse_other_run(self.distiller, state, type(self).__name__)
+        if state and self.state_key not in states:  # other terms than then: Lightning would not find it
+            self.load_state_dict(dict(state))
 
     # What they do.
 

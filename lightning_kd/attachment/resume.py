@@ -1,6 +1,6 @@
 """Resuming: what a checkpoint holds of a distillation, and whether it fits the one that goes on with it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -61,11 +61,24 @@ def restore(distiller: Distiller, state: Mapping[str, Any]) -> None:
     distiller.teacher.recall(remembered)
 
 
-def refuse_other_run(distiller: Distiller, checkpoint: Mapping[str, Any], state_key: str, name: str) -> None:
+def state_of(states: Mapping[str, Any], key: str, attached: Collection[str]) -> Mapping[str, Any]:
+    """Returns the state under a key, or, where the terms are others now, that of a callback of the kind that is gone.
+
+    Args:
+        states: The states of callbacks in a checkpoint, by their keys.
+        key: Of the callback that is asked for: its class, and its terms in braces.
+        attached: The keys of all callbacks that distil.
+    """
+    kind = key.partition("{")[0]
+    gone = [other for other in states if other.partition("{")[0] == kind and other not in attached]
+    found: Mapping[str, Any] = states.get(key) or (states[gone[0]] if len(gone) == 1 else {})
+    return found
+
+
+def refuse_other_run(distiller: Distiller, state: Mapping[str, Any], name: str) -> None:
     """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters."""
-    states = checkpoint.get("callbacks", {})
     here = learning(distiller)
-    if here and not states.get(state_key):
+    if here and not state:
         raise ValueError(
             f"The run that is resumed was trained without {name}, or with terms that learn nothing, and these terms "
             f"have parameters to learn: {', '.join(here)}. Resume it as it was, or {START_ANEW}."

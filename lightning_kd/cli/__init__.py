@@ -43,6 +43,7 @@ usage: lightning-kd {command} --config NAME_OR_FILE [--KEY VALUE ...]
   --help_all                  every option with its description (some 2,000 lines)
 """
 CKPT = "  --ckpt_path FILE            {}"
+NO_LAST = r".*there is no last checkpoint available"
 OWN_OPTIONS = {
     "fit": CKPT.format("go on with this run"),
     "predict": CKPT.format("the student") + "\n  --output FILE               write here; default: predictions.pt",
@@ -83,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", message=needed)
             # TensorBoard and CSV lie side by side on purpose.
             warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
+            if arguments[0] != "fit":  # a fresh student would be measured
+                warnings.filterwarnings("error", message=NO_LAST)
             _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         return 130
@@ -115,6 +118,8 @@ def _explains_itself(error: Exception) -> bool:
     told = (UsageError, MisconfigurationException, OSError, ModuleNotFoundError, ValueError, TypeError)
     if type(error) is RuntimeError:  # torch's, of a checkpoint of another network
         return str(error).startswith("Error(s) in loading state_dict")
+    if isinstance(error, UserWarning):
+        return re.match(NO_LAST, str(error)) is not None
     return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
 
 

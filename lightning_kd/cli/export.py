@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> None:
     """Export a checkpoint and check what was written against the network in Python."""
     parser = argparse.ArgumentParser(
         prog="lightning-kd export",
+        allow_abbrev=False,
         description="Write the student of a checkpoint, read it back, and compare its outputs with the network's.",
     )
     parser.add_argument("checkpoint", help="a .ckpt file that `lightning-kd fit` wrote")

@@ -16,7 +16,7 @@ KINDS = ("losses", "teachers", "tasks", "callbacks", "schedules", "projectors", 
 
 def main(arguments: list[str]) -> None:
     """Print the names of the kinds that are asked for; of all kinds, when none is."""
-    parser = argparse.ArgumentParser(prog="lightning-kd list", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lightning-kd list", description=__doc__, allow_abbrev=False)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
     asked = parser.parse_args(arguments).kinds
     for kind in asked:

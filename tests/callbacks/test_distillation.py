@@ -501,6 +501,7 @@ def test_an_error_in_training_step_is_the_users_own() -> None:
         ({"terms": {"loss": Term(losses.KD())}}, "cannot be a term's name"),
         ({"terms": {"kd": losses.KD()}}, "wrap the loss"),
         ({"teacher": "resnet50"}, "teacher is a module"),
+        ({"student": net(4)}, "student is the dotted path of a module .*got Sequential"),
         ({"task_weight": -1.0}, "task_weight"),
         ({"terms": [Term(losses.KD())]}, "terms are given by name"),
         ({"terms": {1: Term(losses.KD())}}, "cannot be a term's name"),
@@ -572,12 +573,34 @@ def _hints(*names: str, width: int = 16) -> Distillation:
         (None, _hints("a"), "parameters to learn: a"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Lightning's: other terms, another callback
 def test_resuming_with_other_terms_says_what_differs(before: Any, after: Any, message: str, tmp_path: Path) -> None:
     fit(Base(), *([before] if before else [])).save_checkpoint(tmp_path / "run.ckpt")
     options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     run = Trainer(callbacks=[after], max_epochs=2, accelerator="cpu", enable_checkpointing=False, **options)
     with pytest.raises(ValueError, match=message):
         run.fit(Base(), loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+
+
+def test_two_teachers_with_terms_of_their_own_resume_exactly(tmp_path: Path) -> None:
+    def both() -> list[Distillation]:
+        return [_hints("a"), _hints("b", width=12)]
+
+    def run(epochs: int, **options: Any) -> Base:
+        torch.manual_seed(0)
+        model = Base()
+        trainer = Trainer(
+            callbacks=both(), max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(model, loader(), weights_only=True, **options)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model
+
+    run(1)
+    resumed, whole = run(2, ckpt_path=tmp_path / "1.ckpt"), run(2)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
 
 
 def test_an_iterator_is_not_robbed_of_a_batch() -> None:

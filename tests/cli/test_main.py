@@ -182,6 +182,15 @@ def test_a_ckpt_path_that_is_no_checkpoint_is_told(
     assert "a.ckpt" in error
 
 
+def test_a_last_checkpoint_that_is_not_there_is_no_fresh_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = ["--model.teacher=null", "--model.terms=null", "--teacher_fit=null"]
+    assert main(["test", "--config", "digits_kd", *alone, "--ckpt_path", "last"]) == 2
+    assert "there is no last checkpoint available" in capsys.readouterr().err
+
+
 def test_a_record_of_a_teacher_that_is_broken_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt.json").write_text("{")
     with pytest.raises(UsageError, match=r"a\.ckpt\.json, the record of how the teacher was trained, cannot be read"):
