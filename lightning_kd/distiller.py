@@ -190,6 +190,9 @@ class Distiller(nn.Module):
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
         self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
         self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
+        for name, term in self.named_terms():
+            with _naming(name):
+                term.meet(self.teacher.model if isinstance(self.teacher, Frozen) else None)
         self._read = [
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
             for name, term in self.named_terms()

@@ -21,6 +21,7 @@ from lightning_kd.losses.ofa import ofa
 from lightning_kd.losses.pkd import pkd
 from lightning_kd.losses.pkt import pkt
 from lightning_kd.losses.pld import pld
+from lightning_kd.losses.qfl import qfl
 from lightning_kd.losses.rkd import rkd
 from lightning_kd.losses.skd import skd
 from lightning_kd.losses.sp import sp
@@ -49,6 +50,7 @@ __all__ = [
     "pkd",
     "pkt",
     "pld",
+    "qfl",
     "rkd",
     "skd",
     "sp",

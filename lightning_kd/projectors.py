@@ -13,6 +13,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_kd.teacher_layers import TeacherLayers as TeacherLayers  # noqa: PLC0414 - offered here
+
 Align = Literal["none", "map", "size", "shape"]
 """What a loss needs of its two tensors: nothing, the same resolution if they are maps, the same resolution, or the same
 shape."""

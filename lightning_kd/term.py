@@ -81,6 +81,12 @@ class Term(nn.Module):
         self._bridged = False
         self.at(Moment())
 
+    def meet(self, teacher: nn.Module | None) -> None:
+        """Tells projectors that work with layers of the teacher where they are; None where it is no frozen model."""
+        for part in self.projector.modules() if self.projector is not None else ():
+            if hasattr(part, "meet"):
+                part.meet(teacher)  # type: ignore[operator]  # what is called so is a method
+
     def mirrored(self) -> "Term":
         """Returns a term of the same kind with the sides' paths exchanged; it learns for itself."""
         fixed = self.projector if isinstance(self.projector, nn.Identity) else None

@@ -52,6 +52,7 @@ WIRING = {
     "PKT": (losses.PKT, VECTORS),
     "Pixelwise": (lambda: losses.Pixelwise(losses.DKD(), samples=40), DENSE),
     "PLD": (losses.PLD, LOGITS),
+    "QFL": (losses.QFL, LOGITS),
     "RKD": (losses.RKD, VECTORS),
     "SampleTemperature": (lambda: losses.SampleTemperature(losses.KD()), LOGITS),
     "SKD": (losses.SKD, MAPS),

@@ -23,6 +23,7 @@ from lightning_kd.losses.pixelwise import Pixelwise
 from lightning_kd.losses.pkd import PKD
 from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
+from lightning_kd.losses.qfl import QFL
 from lightning_kd.losses.rkd import RKD
 from lightning_kd.losses.sample_temperature import SampleTemperature
 from lightning_kd.losses.skd import SKD
@@ -52,6 +53,7 @@ __all__ = [
     "PKD",
     "PKT",
     "PLD",
+    "QFL",
     "RKD",
     "SKD",
     "SP",

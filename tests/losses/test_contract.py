@@ -120,6 +120,7 @@ CASES = {
     "PKD": Case(losses.PKD, _plain(functional.pkd), MAP, MAP, {"duplicates": "deviations over n - 1"}),
     "PKT": Case(losses.PKT, _plain(functional.pkt), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
+    "QFL": Case(losses.QFL, _plain(functional.qfl)),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
     "SampleTemperature": Case(lambda: losses.SampleTemperature(losses.DKD()), _sample_temperature),
     "SKD": Case(losses.SKD, _plain(functional.skd), (8, 3, 4, 4), MAP),

@@ -18,6 +18,7 @@ from lightning_kd import Distillation, DistillationModule, Term, losses
 from lightning_kd.data.box_images import collate
 from lightning_kd.data.box_scenes import BoxScenes
 from lightning_kd.models.mmdet import MMDetModel
+from lightning_kd.projectors import TeacherLayers
 
 CLASSES = 10
 RESNET = {
@@ -319,6 +320,40 @@ def test_the_module_door(student: str, teacher: str, paths: dict[str, str], scen
     assert all(logged[f"train/{name}"] > 0 for name in paths)
     assert all(torch.equal(value, before[key]) for key, value in expert.state_dict().items())
     assert set(module.state_dict()) == {f"student.{key}" for key in detector(student).state_dict()}
+
+
+# The features of a head, and the teacher's layers behind them: all that CrossKD has to be told.
+CROSSED = {
+    "RetinaNet": {"cls": ("cls_convs", "retina_cls"), "reg": ("reg_convs", "retina_reg")},
+    "GFL": {"cls": ("cls_convs", "gfl_cls"), "reg": ("reg_convs", "gfl_reg")},
+}
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+def test_the_students_features_go_through_the_teachers_head(kind: str, scenes: BoxScenes, tmp_path: Path) -> None:
+    head = SMALL[kind][1] | {"bbox_head.stacked_convs": 2}
+    student, teacher = (detector(kind, overrides=head) for _ in range(2))
+    know_something_else(teacher)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    terms = {
+        name: Term(
+            losses.QFL() if name == "cls" else losses.LD() if kind == "GFL" else nn.L1Loss(),
+            student=f"bbox_head.{convs}.0",
+            teacher=f"bbox_head.{last}",
+            projector=TeacherLayers([f"bbox_head.{convs}[1:]", f"bbox_head.{last}"]),
+        )
+        for name, (convs, last) in CROSSED[kind].items()
+    }
+    module = DistillationModule(MMDetection(CLASSES), student, teacher, terms, optimizer=sgd)
+    run = trainer(limit_val_batches=0, limit_train_batches=1)
+    run.fit(module, datamodule=scenes)
+    assert all(float(run.callback_metrics[f"train/{name}"]) > 0 for name in terms)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    saved = torch.load(tmp_path / "it.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {f"student.{key}" for key in student.state_dict()}
+    assert not any(callback.get("learned") for callback in saved["callbacks"].values())
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("RetinaNet", "RetinaNet"), ("FCOS", "GFL")])
