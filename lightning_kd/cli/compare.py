@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> None:
     for cli in clis:
         teacher.ensure(cli)
     configs = {name: settings_of(cli) for name, cli in zip(names, clis, strict=True)}
-    rows = compare(configs, options.seeds, students, output)
+    tasks = {name: teacher.own_task(teacher.plain_config(cli)) for name, cli in zip(names, clis, strict=True)}
+    rows = compare(configs, tasks, options.seeds, students, output)
     text = report.markdown(rows)
     verdict = report.verdict(rows)
     report.save(rows, f"{text}\n\n{verdict}\n", output)
@@ -97,8 +98,22 @@ def settings_of(cli: DistillationCLI) -> Settings:
     return {k: v for k, v in settings.items() if k in ("seed_everything", "trainer", "data", "model")}
 
 
-def compare(configs: dict[str, Settings], seeds: list[int] | None, students: list[Path], output: Path) -> list[Row]:
-    """Train and measure everything; a row each, with what it costs."""
+def compare(
+    configs: dict[str, Settings],
+    tasks: dict[str, Any],
+    seeds: list[int] | None,
+    students: list[Path],
+    output: Path,
+) -> list[Row]:
+    """Train and measure everything; a row each, with what it costs.
+
+    Args:
+        configs: What decides the runs, by the configuration's name.
+        tasks: Of each configuration the task of its teacher, where that is another than the student's.
+        seeds: Seeds; the configuration's own unless given.
+        students: Weights of students to measure, too.
+        output: Folder for the runs.
+    """
     runs = output / "runs"
     teachers: dict[str, Row] = {}
     alone: dict[str, Row] = {}
@@ -115,7 +130,10 @@ def compare(configs: dict[str, Settings], seeds: list[int] | None, students: lis
         for network, checkpoint in ((one["model"], one["checkpoint"]) for one in trained):
             key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
             if key not in teachers:
-                taught = settings | {"model": settings["model"] | {"student": network}}
+                # At the student's task it is measured in agreement with the ensemble that it may belong to.
+                taught = teacher.alone(settings) if tasks[name] else settings
+                own = {"student": network, "task": tasks[name] or settings["model"]["task"]}
+                taught = taught | {"model": taught["model"] | own}
                 title = f"teacher{_number(teachers)}"
                 teachers[key] = row(title, "teacher", {0: Tested(taught, Path(checkpoint), runs)})
         seeded = seeds or [settings["seed_everything"]]

@@ -53,11 +53,13 @@ class TeacherFit:
         max_epochs: Epochs to train for.
         lr: Learning rate.
         seed: Seed, the same for all students of this teacher; the next teacher of an ensemble has the next seed.
+        task: ``class_path`` and ``init_args`` of the teacher's task, where that is another than the student's.
     """
 
     max_epochs: PositiveInt
     lr: float
     seed: int = 0
+    task: dict[str, Any] | None = None
 
 
 def trained(model: Any) -> list[Any]:
@@ -115,15 +117,18 @@ def plain_config(cli: DistillationCLI) -> dict[str, Any]:
 def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, Any]:
     """The configuration of a teacher's own training: the same one, with the teacher in the student's place."""
     how = config["teacher_fit"]
-    model = config["model"]
     trainer = {k: v for k, v in config["trainer"].items() if k in DECIDING and v is not None}
     trainer["max_epochs"] = how["max_epochs"]
-    settings = alone(config) | {"seed_everything": seed, "trainer": trainer}
-    settings["model"] = settings["model"] | {"student": network}
-    settings["model"]["optimizer"] = _replace(model.get("optimizer"), lr=how["lr"])
+    model = alone(config)["model"] | {"student": network, "task": own_task(config) or config["model"]["task"]}
+    model["optimizer"] = _replace(model.get("optimizer"), lr=how["lr"])
     if model.get("lr_scheduler"):
-        settings["model"]["lr_scheduler"] = _replace(model["lr_scheduler"], T_max=how["max_epochs"])
-    return settings
+        model["lr_scheduler"] = _replace(model["lr_scheduler"], T_max=how["max_epochs"])
+    return alone(config) | {"seed_everything": seed, "trainer": trainer, "model": model}
+
+
+def own_task(config: dict[str, Any]) -> Any:
+    """The task of a configuration's teacher, where that is another than the student's."""
+    return (config.get("teacher_fit") or {}).get("task")
 
 
 def alone(config: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,18 @@ def test_what_was_trained_is_that_with_a_network_and_a_checkpoint(tmp_path: Path
     assert teacher.missing({"model": several, "teacher_fit": None}) == []
 
 
+def test_a_teacher_may_learn_a_task_of_its_own() -> None:
+    model = {"task": "a", "student": "small", "teacher": member("1.ckpt"), "terms": {}, "optimizer": {}}
+    config = {"data": {}, "trainer": {}, "model": model, "teacher_fit": {"max_epochs": 1, "lr": 0.1}}
+    assert teacher.own_training(config, "big", 0)["model"] == {
+        "task": "a",
+        "student": "big",
+        "optimizer": {"init_args": {}},
+    }
+    config["teacher_fit"]["task"] = "b"
+    assert teacher.own_training(config, "big", 0)["model"]["task"] == "b"
+
+
 def test_a_dev_run_trains_no_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
