@@ -8,11 +8,16 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from lightning_kd.drawing import FIRST, GREY, LEFT_OUT, Colour, Drawing, framed, palette
+
 Target = Mapping[str, Tensor]
 """Of one image: ``boxes`` (n, 4) as x1 y1 x2 y2 in pixels, ``labels`` (n,) from 0, and where known ``ignore`` (n,)."""
 
 IGNORE = "ignore"
 """Key of a target's boxes that neither teach nor count: crowds of COCO, difficult ones of Pascal VOC."""
+
+SHOWN = 0.5
+"""Score from which on a box is drawn."""
 
 
 def checked(target: Target, num_classes: int) -> Target:
@@ -47,7 +52,7 @@ def counted(target: Target) -> Target:
 
 
 def _rows(target: Target, keep: Tensor) -> Target:
-    return {name: target[name][keep] for name in ("boxes", "labels", IGNORE) if name in target}
+    return {name: target[name][keep] for name in ("boxes", "labels", "scores", IGNORE) if name in target}
 
 
 class AveragePrecision(WrapperMetric):
@@ -137,6 +142,39 @@ def fractions(
         y, x = new[0] / size[0] / height, new[1] / size[1] / width
         found.append((target["boxes"] * target["boxes"].new_tensor([x, y, x, y])).clamp(0.0, 1.0))
     return found
+
+
+def drawn(
+    images: Sequence[Tensor],
+    targets: Sequence[Target],
+    found: Sequence[Mapping[str, Tensor]] | None,
+    names: Sequence[str],
+) -> Drawing:
+    """Returns images with their boxes: what was found with a score above ``SHOWN``, or else the targets.
+
+    Args:
+        images: ``(3, H, W)`` uint8 each.
+        targets: Of each; boxes to be ignored are grey.
+        found: Of each, ``boxes``, ``scores`` and ``labels``; None for the targets.
+        names: Of the classes.
+    """
+    colours, pictures = palette(len(names)), []
+    used: dict[str, Colour] = {}
+    for image, given in zip(images, targets if found is None else found, strict=True):
+        each = {key: value.detach().cpu() for key, value in given.items()}
+        if found is not None:
+            each = _rows(each, each["scores"] >= SHOWN)
+            each = _rows(each, each["scores"].argsort())  # the best on top
+        labels = each["labels"].tolist()
+        grey = each.get(IGNORE, torch.zeros(len(labels))).bool().tolist()
+        kinds = [(LEFT_OUT, GREY) if g else (names[k], colours[k]) for k, g in zip(labels, grey, strict=True)]
+        scores = [""] * len(labels) if found is None else [f"{score:.2f}" for score in each["scores"].tolist()]
+        # Names are in the legend, by colours that can be told apart, unless there are many.
+        many = len(names) > len(FIRST)
+        texts = [f"{names[k]} {score}".strip() if many else score for k, score in zip(labels, scores, strict=True)]
+        pictures.append(framed(image, each["boxes"].float(), texts, [colour for _, colour in kinds]))
+        used.update(kinds)
+    return Drawing(pictures, {name: used[name] for name in (*names, LEFT_OUT) if name in used})
 
 
 def detections(found: Any) -> bool:

@@ -1,11 +1,13 @@
 """What a task adds to distillation: how its model is called, supervised, measured and tapped."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+
+from lightning_kd.drawing import Drawing
 
 UNLABELLED = -100
 """The class of a sample that has none: torch's cross-entropy leaves it out."""
@@ -97,6 +99,16 @@ class TaskAdapter(nn.Module, ABC):
         """Likewise with the batch at hand, for predictions that depend on it, on the images' size for one."""
         return self.predict(output)
 
+    def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing | None:
+        """Returns pictures of what was predicted, or of the truth, for ``lightning-kd compare``; None to have none.
+
+        Args:
+            images: Those of the batch, as they look: ``(3, H, W)`` uint8 each.
+            batch: As the model gets it.
+            prediction: What ``predict_batch`` returned; None asks for the truth.
+        """
+        return None
+
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Returns names that terms may use for paths of the model, such as ``{"logits": "output"}``."""
         return {}
@@ -109,3 +121,14 @@ def check_given(num_classes: int | None) -> None:
             "num_classes is missing. On the command line the task takes it from the data: set the attribute "
             "num_classes, an integer, in your LightningDataModule."
         )
+
+
+def checked_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Returns a name for each class: its number, where none are given.
+
+    Raises:
+        ValueError: If there are more or fewer names than classes.
+    """
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names: expected {num_classes} names, one per class; got {len(class_names)}.")
+    return list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]

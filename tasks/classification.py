@@ -1,6 +1,6 @@
 """Classification of whatever a model turns into logits: images, signals, tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
+from lightning_kd.drawing import Drawing, enlarged
+from lightning_kd.task import UNLABELLED, TaskAdapter, check_given, checked_names
 
 
 class Classification(TaskAdapter):
@@ -28,6 +29,7 @@ class Classification(TaskAdapter):
         num_classes: Number of classes C, or of labels in the multi-label case.
         multilabel: Whether targets are ``(B, C)`` of zeros and ones, and not class indices ``(B,)``.
         label_smoothing: Of the cross-entropy, in [0, 1); of multi-class targets only.
+        class_names: Names for pictures; default: their numbers.
 
     Raises:
         ValueError: If the arguments contradict each other, or logits or labels have another shape.
@@ -41,7 +43,13 @@ class Classification(TaskAdapter):
 
     main_metric = "accuracy"
 
-    def __init__(self, num_classes: int, multilabel: bool = False, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        multilabel: bool = False,
+        label_smoothing: float = 0.0,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         check_given(num_classes)
         if num_classes < (1 if multilabel else 2):
@@ -54,6 +62,7 @@ class Classification(TaskAdapter):
             )
         self.num_classes = num_classes
         self.multilabel = multilabel
+        self.class_names = checked_names(class_names, num_classes)
         self.label_smoothing = label_smoothing
 
     def loss(self, output: Any, batch: Any) -> Tensor:
@@ -117,6 +126,22 @@ class Classification(TaskAdapter):
         """Returns probabilities ``(B, C)`` in float32."""
         logits = self._checked(output).float()
         return logits.sigmoid() if self.multilabel else logits.softmax(dim=1)
+
+    def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing | None:
+        """Returns the images with their class as a caption; predicted ones with probability and ✓ or ✗.
+
+        Labels of which an image has several, or none, are not drawn.
+        """
+        target = self.target(batch)
+        if self.multilabel or target.is_floating_point() or bool((target == UNLABELLED).any()):
+            return None
+        captions = [self.class_names[k] for k in target.tolist()]
+        if prediction is not None:
+            probability, said = prediction.max(dim=1)
+            marks = ["✓" if right else "✗" for right in (said.cpu() == target.cpu()).tolist()]
+            each = zip(said.tolist(), probability.tolist(), marks, strict=True)
+            captions = [f"{mark} {self.class_names[k]}, {100 * p:.0f} %" for k, p, mark in each]
+        return Drawing([enlarged(image)[0] for image in images], captions=captions)
 
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Offers ``logits`` and the stages of timm models."""

@@ -1,7 +1,7 @@
 """Detection with the detectors of torchvision, or with modules that are called like them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd import boxes as shared
-from lightning_kd.task import TaskAdapter, check_given
+from lightning_kd.drawing import Drawing
+from lightning_kd.task import TaskAdapter, check_given, checked_names
 
 
 class Detection(TaskAdapter):
@@ -33,6 +34,7 @@ class Detection(TaskAdapter):
 
     Args:
         num_classes: Number of classes, without the background.
+        class_names: Names for pictures; default: their numbers.
 
     Raises:
         ValueError: If the model has another number of classes, draws its size at random, or a target is malformed.
@@ -45,12 +47,13 @@ class Detection(TaskAdapter):
 
     main_metric = "mAP"
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
         check_given(num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: count the classes without the background, at least one.")
         self.num_classes = num_classes
+        self.class_names = checked_names(class_names, num_classes)
         self._resizing = _Resizing()
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -86,6 +89,11 @@ class Detection(TaskAdapter):
         """Returns of each image the ``boxes`` in its pixels, their ``scores`` and their ``labels`` from 0."""
         self._checked(output)
         return [{**found, "labels": found["labels"] - 1} for found in output]
+
+    def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing:
+        """Returns the images with their boxes; what was found from a score of 0.5 on."""
+        targets = [shared.checked(target, self.num_classes) for target in self.target(batch)]
+        return shared.drawn(images, targets, prediction, self.class_names)
 
     def boxes(self, batch: Any) -> list[Tensor]:
         """Returns of each image its boxes, in fractions of what the network saw of the batch."""

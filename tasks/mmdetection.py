@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd import boxes as shared
+from lightning_kd.drawing import Drawing
 from lightning_kd.extras import late_import
 from lightning_kd.models import mmcv_ext
-from lightning_kd.task import TaskAdapter, check_given
+from lightning_kd.task import TaskAdapter, check_given, checked_names
 
 
 class MMDetection(TaskAdapter):
@@ -37,6 +38,7 @@ class MMDetection(TaskAdapter):
 
     Args:
         num_classes: Number of classes, without the background.
+        class_names: Names for pictures; default: their numbers.
 
     Raises:
         ModuleNotFoundError: Without mmdet.
@@ -53,12 +55,13 @@ class MMDetection(TaskAdapter):
 
     main_metric = "mAP"
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
         check_given(num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: count the classes without the background, at least one.")
         self.num_classes = num_classes
+        self.class_names = checked_names(class_names, num_classes)
         self._divisor = 1
         self._epoch = 0
         self._to_teacher: ToTeacher | None = None
@@ -112,6 +115,11 @@ class MMDetection(TaskAdapter):
         """Returns of each image the ``boxes`` in its pixels, their ``scores`` and their ``labels`` from 0."""
         found = [sample.pred_instances for sample in output]
         return [{"boxes": each.bboxes, "scores": each.scores, "labels": each.labels} for each in found]
+
+    def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing:
+        """Returns the images with their boxes; what was found from a score of 0.5 on."""
+        targets = [shared.checked(target, self.num_classes) for target in self.target(batch)]
+        return shared.drawn(images, targets, prediction, self.class_names)
 
     def boxes(self, batch: Any) -> list[Tensor]:
         """Returns of each image its boxes, in fractions of what the network saw of the batch."""

@@ -21,9 +21,10 @@ from torchmetrics.classification import (
 )
 from torchmetrics.wrappers import ClasswiseWrapper
 
+from lightning_kd.drawing import GREY, LEFT_OUT, Drawing, coloured, palette
 from lightning_kd.extras import late_import
 from lightning_kd.metrics.boundary_f1 import BoundaryF1
-from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
+from lightning_kd.task import UNLABELLED, TaskAdapter, check_given, checked_names
 
 
 class Segmentation(TaskAdapter):
@@ -86,8 +87,6 @@ class Segmentation(TaskAdapter):
                 f"num_classes={num_classes} with mode={mode!r}: binary has one output, num_classes=1; background and "
                 "object as two classes are multiclass, num_classes=2."
             )
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"class_names: expected {num_classes} names, one per class; got {len(class_names)}.")
         if criterion is not None and getattr(criterion, "ignore_index", ignore_index) != ignore_index:
             raise ValueError(
                 f"{type(criterion).__name__} has ignore_index={criterion.ignore_index} and the task {ignore_index}: "
@@ -109,7 +108,7 @@ class Segmentation(TaskAdapter):
             library = late_import("segmentation_models_pytorch", "segmentation-models-pytorch", "segmentation")
             # Pixels without a label are given to it as ignored ones, whichever they are.
             self.dice_loss = library.losses.DiceLoss(mode, ignore_index=self._left_out)
-        self.class_names = list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]
+        self.class_names = checked_names(class_names, num_classes)
         self.boundary_tolerance = boundary_tolerance
         self.main_metric = "iou" if mode == "binary" else "miou"
 
@@ -230,6 +229,39 @@ class Segmentation(TaskAdapter):
         if self.mode == "multiclass":
             return logits.argmax(dim=1)
         return (logits.squeeze(1) if self.mode == "binary" else logits).gt(0).long()
+
+    def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing:
+        """Returns the images under the colours of their classes; pixels that do not count are striped.
+
+        A class that is named ``background`` has no colour.
+        """
+        target = self.target(batch).cpu()
+        target = target.where(target != UNLABELLED, self._left_out)
+        colours = palette(self.num_classes)
+        pictures, seen = [], torch.zeros(self.num_classes, dtype=torch.bool)
+        left_out = False
+        for i, image in enumerate(images):
+            said = target[i] if prediction is None else prediction[i].cpu().long()
+            masks = self._masks(said)
+            ignored = target[i] == self._left_out
+            ignored = ignored.all(dim=0) if self.mode == "multilabel" else ignored
+            if ignored.shape == masks.shape[1:]:
+                masks &= ~ignored
+            seen |= masks.flatten(1).any(dim=1)
+            left_out |= bool(ignored.any())
+            pictures.append(coloured(image, masks, colours, ignored))
+        legend = {self.class_names[k]: colours[k] for k in seen.nonzero().flatten().tolist()}
+        legend.pop("background", None)
+        return Drawing(pictures, legend | ({LEFT_OUT: GREY} if left_out else {}))
+
+    def _masks(self, said: Tensor) -> Tensor:
+        """Returns where each class is drawn, bool ``(C, H, W)``."""
+        if self.mode != "multiclass":
+            return said.view(-1, *said.shape[-2:]) == 1
+        masks = said == torch.arange(self.num_classes).view(-1, 1, 1)
+        for k, name in enumerate(self.class_names):
+            masks[k] &= name != "background"
+        return masks
 
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Offers ``logits`` and ``features.<i>`` of the three libraries' models."""

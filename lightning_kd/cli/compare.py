@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.cli import costs, plot, report, teacher
+from lightning_kd.cli import costs, examples, plot, report, teacher
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.configs import find
 from lightning_kd.cli.errors import UsageError
@@ -61,12 +61,14 @@ def main(arguments: list[str]) -> None:
         teacher.ensure(cli)
     configs = {name: settings_of(cli) for name, cli in zip(names, clis, strict=True)}
     tasks = {name: teacher.own_task(teacher.plain_config(cli)) for name, cli in zip(names, clis, strict=True)}
-    rows = compare(configs, tasks, options.seeds, students, output)
+    rows, tested = compare(configs, tasks, options.seeds, students, output)
     text = report.markdown(rows)
     verdict = report.verdict(rows)
     report.save(rows, f"{text}\n\n{verdict}\n", output)
     plot.save(rows, output / "comparison.png")
-    print(f"\n{text}\n\n{verdict}\n\nsaved: {output}/comparison.md, .csv, .png and runs.csv")
+    print(f"\n{text}\n\n{verdict}\n")
+    drawn = examples.save(rows, tested, output / "examples.png")
+    print(f"saved: {output}/comparison.md, .csv, .png and runs.csv{', examples.png' if drawn else ''}")
 
 
 def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> DistillationCLI:
@@ -104,8 +106,8 @@ def compare(
     seeds: list[int] | None,
     students: list[Path],
     output: Path,
-) -> list[Row]:
-    """Train and measure everything; a row each, with what it costs.
+) -> tuple[list[Row], dict[str, Tested]]:
+    """Train and measure everything; a row each, with what it costs, and by its name the network of its first seed.
 
     Args:
         configs: What decides the runs, by the configuration's name.
@@ -158,7 +160,7 @@ def compare(
         others.append(row(str(path), "given", {0: Tested(first, path, runs)}))
     rows = [*teachers.values(), *alone.values(), *others]
     _add_costs(rows, tested)
-    return rows
+    return rows, tested
 
 
 def peers(settings: Settings) -> list[Any]:

@@ -85,13 +85,14 @@ class Tested:
         self.higher: dict[str, bool | None] = content["higher"]
         self._inputs: Inputs = content["inputs"]
 
-    def _cli(self) -> DistillationCLI:
+    def cli(self) -> DistillationCLI:
+        """Return data and module of the configuration, with these weights in its student."""
         cli = DistillationCLI(["--config", write(self.settings, self._file)], run=False)
         load_weights(cli.model.student, self.weights)
         return cli
 
     def _measure(self) -> dict[str, Any]:
-        cli = self._cli()
+        cli = self.cli()
         seen: Inputs = []
 
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -107,7 +108,7 @@ class Tested:
 
     def network(self) -> tuple[nn.Module, tuple[Any, ...]]:
         """The network, and one input for it."""
-        student: nn.Module = self._cli().model.student
+        student: nn.Module = self.cli().model.student
         return student.eval(), random_inputs(self._inputs, batch=1)
 
 

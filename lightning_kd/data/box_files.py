@@ -48,6 +48,11 @@ class BoxFiles(BoxDataModule):
         """How many classes there are."""
         return len(self.classes)
 
+    @property
+    def class_names(self) -> list[str]:
+        """The same, by the name under which the task takes them."""
+        return self.classes
+
     def find_classes(self) -> list[str]:
         """Looks the names up in the annotations."""
         raise NotImplementedError

@@ -24,6 +24,7 @@ class BoxScenes(BoxDataModule):
     """
 
     num_classes = 10
+    class_names = tuple(map(str, range(10)))
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Digits(TensorDataModule):
     """
 
     num_classes = 10
+    class_names = tuple(map(str, range(10)))
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class Cifar10(TensorDataModule):
     """
 
     num_classes = 10
+    class_names = CIFAR10_CLASSES
 
     def __init__(
         self,

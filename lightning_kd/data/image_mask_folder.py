@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lightning_kd.data.splits import SplitDataModule
+from lightning_kd.data.tensor_images import normalized
 from lightning_kd.extras import late_import
 from lightning_kd.paths import expand_path
 from lightning_kd.task import UNLABELLED
@@ -204,8 +205,8 @@ class ImageMaskFolder(SplitDataModule):
         self.masks = masks
         self.mask_suffix = mask_suffix
         self.transforms = {"train": train_transform, "val": transform, "test": transform}
-        self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
-        self.std = torch.tensor(std).view(-1, 1, 1) * 255
+        self.mean = mean
+        self.std = std
         self.labelled = labelled
         self.multiple = multiple
 
@@ -230,7 +231,7 @@ class ImageMaskFolder(SplitDataModule):
         images, masks = batch
         if images.is_floating_point():
             return images, masks
-        return (images - self.mean.to(images.device)) / self.std.to(images.device), masks
+        return normalized(images, self.mean, self.std), masks
 
 
 def _stacked(samples: list[Sample]) -> Sample:

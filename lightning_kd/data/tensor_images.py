@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -126,8 +127,8 @@ class TensorDataModule(SplitDataModule):
         mirror: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, _whole_batch)
-        self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
-        self.std = torch.tensor(std).view(-1, 1, 1) * 255
+        self.mean = mean
+        self.std = std
         self.padding = padding
         self.mirror = mirror
 
@@ -136,7 +137,13 @@ class TensorDataModule(SplitDataModule):
         images, labels = batch
         if self.padding and self.trainer is not None and self.trainer.training:
             images = random_shift(images, self.padding, self.mirror)
-        return (images - self.mean.to(images.device)) / self.std.to(images.device), labels
+        return normalized(images, self.mean, self.std), labels
+
+
+def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images ``(N, C, H, W)`` of bytes, as floats by the mean and deviation of pixels in [0, 1]."""
+    shift, scale = (torch.tensor(each, device=images.device).view(-1, 1, 1) * 255 for each in (mean, std))
+    return (images - shift) / scale
 
 
 def _whole_batch(batch: Any) -> Any:

@@ -341,6 +341,7 @@ def test_compare_predict_and_export(
     assert {"mAP", "mAP50"} <= set(
         Path("comparisons/scenes_detection_cwd/runs.csv").read_text().split("\n")[0].split(",")
     )
+    assert Path("comparisons/scenes_detection_cwd/examples.png").is_file()
     assert main(["fit", *config, "--traceback"]) == 0
     (checkpoint,) = map(str, Path("runs").rglob("*.ckpt"))
     assert main(["predict", *config, "--ckpt_path", checkpoint, "--output", "found.pt", "--traceback"]) == 0

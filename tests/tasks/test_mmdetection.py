@@ -251,6 +251,17 @@ def test_boxes_are_fractions_of_the_padded_batch(task: MMDetection) -> None:
         torch.testing.assert_close(found * 96, box["boxes"])
 
 
+def test_what_is_found_is_drawn(batch: Batch) -> None:
+    task, model = MMDetection(CLASSES, class_names=list("abcdefghij")), detector("RTMDet").eval()
+    images, targets = batch
+    pictures = [image.mul(255).to(torch.uint8) for image in images]
+    truth = task.draw(pictures, batch)
+    assert set(truth.legend) == {"abcdefghij"[k] for target in targets for k in target["labels"]}
+    with torch.no_grad():
+        found = task.predict_batch(task(model, batch), batch)
+    assert len(task.draw(pictures, batch, found).images) == len(images)
+
+
 # The teacher
 
 

@@ -1,0 +1,177 @@
+"""The picture of examples: some test images, the truth, and what every network of a comparison says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.cli.report import Row, in_percent, mean_std, metric_names
+from lightning_kd.cli.runs import Tested
+from lightning_kd.cli.teacher import fingerprint
+from lightning_kd.drawing import Colour, Drawing, enlarged, in_order, looks
+
+COUNT = 4
+"""Images, evenly spread over the test data."""
+
+WIDTH = 1.9
+"""Of a column, in inches."""
+
+
+class Example(NamedTuple):
+    """One test image.
+
+    Attributes:
+        images: It, as it looks.
+        batch: It alone, as the network gets it.
+    """
+
+    images: list[Tensor]
+    batch: Any
+
+
+Column = tuple[str, list[Tensor], list[str]]
+"""Title, pictures, captions."""
+
+
+def save(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
+    """Draw the examples, one row each, with a column for every network; its first seed stands for it.
+
+    Args:
+        rows: Of the table.
+        tested: By the rows' names, the networks.
+        path: Where to.
+
+    Returns:
+        Whether there was something to draw: a task that draws, and images.
+    """
+    columns: list[Column] = []
+    legend: dict[str, Colour] = {}
+    by_data: dict[str, list[Example]] = {}
+    first: list[Example] = []
+    for row in rows:
+        cli = tested[row.name].cli()
+        key = fingerprint({"data": tested[row.name].settings["data"]})
+        if key not in by_data:
+            by_data[key] = examples(cli)
+        mine = by_data[key]
+        if not columns:
+            first = mine
+            truth = list(drawings(cli, mine, predict=False))
+            if not truth:
+                return False
+            columns = [("image", [enlarged(image)[0] for each in mine for image in each.images], []), _column(truth)]
+            _add(legend, truth)
+        same = len(mine) == len(first) and all(
+            a.shape == b.shape and torch.equal(a, b)
+            for one, other in zip(mine, first, strict=True)
+            for a, b in zip(one.images, other.images, strict=True)
+        )
+        if same:  # else its data show other images: there is nothing to stand beside
+            found = list(drawings(cli, mine, predict=True))
+            columns.append(_column(found, _title(row, rows)))
+            _add(legend, found)
+    _plot(columns, legend, path)
+    return True
+
+
+def examples(cli: DistillationCLI) -> list[Example]:
+    """Returns images of the test data, each a batch of its own since their sizes may differ; [] if there are none."""
+    data: Any = cli.datamodule
+    data.trainer = cli.trainer
+    data.setup("test")
+    loader = data.test_dataloader()
+    dataset = getattr(loader, "dataset", None)
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return []
+    count, found = min(COUNT, len(dataset)), []
+    for i in range(count):
+        index = (2 * i + 1) * len(dataset) // (2 * count)
+        several = getattr(dataset, "__getitems__", None)
+        raw = loader.collate_fn(several([index]) if several else [dataset[index]])
+        # As the loader gives them: what the data module does on the device, it need not undo.
+        images = looks(cli.model.task.inputs(raw), getattr(data, "mean", None), getattr(data, "std", None))
+        if images is None:
+            return []
+        found.append(Example(images, data.on_after_batch_transfer(data.on_before_batch_transfer(raw, 0), 0)))
+    return found
+
+
+def drawings(cli: DistillationCLI, given: Sequence[Example], predict: bool) -> Iterator[Drawing]:
+    """Yields what the task draws of each example: what the network predicts, or else the truth."""
+    task, student = cli.model.task.eval(), cli.model.student.eval()
+    for images, batch in given:
+        found = None
+        if predict:
+            with torch.no_grad():
+                found = task.predict_batch(task(student, batch), batch)
+        drawn = task.draw(images, batch, found)
+        if drawn is not None:
+            yield drawn
+
+
+def _column(drawn: Sequence[Drawing], title: str = "truth") -> Column:
+    return title, [image for each in drawn for image in each.images], [line for each in drawn for line in each.captions]
+
+
+def _add(legend: dict[str, Colour], drawn: Sequence[Drawing]) -> None:
+    for each in drawn:
+        legend.update(each.legend)
+
+
+def _title(row: Row, rows: Sequence[Row]) -> str:
+    name = row.name.replace("_", " ")
+    metric = metric_names([row])[0]
+    if not row.values(metric):
+        return name
+    mean, _ = mean_std(row.values(metric))
+    value = f"{100 * mean:.1f} %" if in_percent(rows, metric) else f"{mean:.3g}"
+    return f"{name}\n{metric.replace('_', ' ')} {value}"
+
+
+def _plot(columns: Sequence[Column], legend: Mapping[str, Colour], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - of an extra
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    images = columns[0][1]
+    heights = [WIDTH * image.shape[-2] / image.shape[-1] for image in images]
+    captions = 0.22 if any(lines for _, _, lines in columns) else 0.0
+    width = WIDTH * len(columns)
+    longest = max((len(name) for name in legend), default=0)
+    per_line = min(max(1, int(width / (0.45 + 0.075 * longest))), max(1, len(legend)))
+    below = 0.17 * -(-len(legend) // per_line) + 0.1 if legend else 0.0
+    size = (width, sum(heights) + captions * len(images) + below + 0.32)
+    figure = Figure(figsize=size, layout="constrained", dpi=200)
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
+    axes = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for column, (title, pictures, lines) in enumerate(columns):
+        for row, picture in enumerate(pictures):
+            axis = axes[row, column]
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
+            axis.set_axis_off()
+            if row == 0:
+                _write_title(axis, title)
+            if lines:
+                axis.text(0.5, -0.03, lines[row], transform=axis.transAxes, ha="center", va="top", fontsize=8)
+    if legend:
+        patches = [
+            Patch(color=tuple(part / 255 for part in colour), label=name) for name, colour in in_order(legend).items()
+        ]
+        figure.legend(
+            handles=patches, loc="outside lower center", ncols=per_line, frameon=False, fontsize=8,
+            handlelength=1.0, handleheight=1.0, columnspacing=1.2, handletextpad=0.5,
+        )  # fmt: skip
+    figure.savefig(path)
+
+
+def _write_title(axis: Any, title: str) -> None:
+    name, _, metric = title.partition("\n")
+    axis.set_title(f"{name}\n" if not metric else name, fontsize=9, pad=14 if metric else 2)
+    if metric:
+        axis.text(0.5, 1.03, metric, transform=axis.transAxes, ha="center", va="bottom", fontsize=7.5, color="#5b6470")

@@ -1,0 +1,158 @@
+"""What tasks draw with: images as they look, colours of classes, and what becomes of both."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_kd.extras import late_import
+
+Colour = tuple[int, int, int]
+"""Red, green, blue, from 0 to 255."""
+
+FIRST: tuple[Colour, ...] = (
+    (230, 85, 60), (40, 120, 200), (245, 185, 40), (45, 160, 95), (160, 85, 185), (65, 195, 205),
+    (240, 130, 175), (140, 95, 60), (165, 200, 60), (95, 100, 215), (20, 115, 115), (150, 30, 60),
+)  # fmt: skip
+GREY: Colour = (110, 110, 110)
+LEFT_OUT = "does not count"
+"""Colour and name of what is in no metric."""
+
+SMALLEST_SIDE = 320
+"""Pixels; of a smaller image lines and letters would hide what they are about."""
+
+
+class Drawing(NamedTuple):
+    """Pictures of some images.
+
+    Attributes:
+        images: Of each, ``(3, H, W)`` uint8.
+        legend: Names, and the colours in which they were drawn.
+        captions: A line for each image; none where the picture says all.
+    """
+
+    images: Sequence[Tensor]
+    legend: Mapping[str, Colour] = {}
+    captions: Sequence[str] = ()
+
+
+def looks(images: Any, mean: Any = None, std: Any = None) -> list[Tensor] | None:
+    """Returns images as a person sees them, ``(3, H, W)`` uint8 each; None where they are none.
+
+    Bytes and floats in [0, 1] are as they are. Others were normalised: that is undone by ``mean`` and ``std`` of the
+    pixels in [0, 1], or, where these are not known, by stretching what there is from 0 to 1.
+
+    Args:
+        images: ``(B, C, H, W)``, or a list of ``(C, H, W)``, grey or RGB.
+        mean: Of each channel.
+        std: Of each channel.
+
+    Example:
+        >>> looks(torch.tensor([[[[-1.0]], [[0.0]], [[1.0]]]]), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))[0].flatten()
+        tensor([  0, 128, 255], dtype=torch.uint8)
+    """
+    listed = list(images) if isinstance(images, (Tensor, list, tuple)) else []
+    if not listed or not all(isinstance(i, Tensor) and i.ndim == 3 and i.shape[0] in (1, 3) for i in listed):
+        return None
+    return [_looks(image.detach().cpu(), mean, std).expand(3, -1, -1) for image in listed]
+
+
+def _looks(image: Tensor, mean: Any, std: Any) -> Tensor:
+    if image.dtype == torch.uint8:
+        return image
+    image = image.float()
+    if image.min() < 0 or image.max() > 1:
+        if mean is not None and std is not None:
+            mean, std = (torch.as_tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (mean, std))
+            image = image * std + mean
+        else:
+            image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def palette(count: int) -> list[Colour]:
+    """Returns that many colours: a chosen dozen, then hues at the golden angle.
+
+    Example:
+        >>> len(set(palette(150)))
+        150
+    """
+    more = (colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.6)[k % 2], (0.95, 0.7)[k // 2 % 2]) for k in range(count))
+    found = [*FIRST, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)]
+    return found[:count]
+
+
+def in_order(legend: Mapping[str, Colour]) -> dict[str, Colour]:
+    """Returns a legend in the order of the classes that ``palette`` gave the colours to; others follow.
+
+    Example:
+        >>> first, second = palette(2)
+        >>> list(in_order({"does not count": GREY, "b": second, "a": first}))
+        ['a', 'b', 'does not count']
+    """
+    rank = {colour: k for k, colour in enumerate(palette(1000))}
+    return dict(sorted(legend.items(), key=lambda entry: rank.get(entry[1], len(rank))))
+
+
+def enlarged(image: Tensor, factor: int | None = None) -> tuple[Tensor, int]:
+    """Returns an image ``(..., H, W)`` whose pixels are repeated, until a drawing on it is legible, and how often.
+
+    Example:
+        >>> enlarged(torch.zeros(3, 64, 80))[0].shape
+        torch.Size([3, 320, 400])
+    """
+    factor = factor or -(-SMALLEST_SIDE // min(image.shape[-2:]))
+    return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
+
+
+def coloured(image: Tensor, masks: Tensor, colours: Sequence[Colour], left_out: Tensor | None = None) -> Tensor:
+    """Returns an image, grey, under masks; what is left out is striped.
+
+    Args:
+        image: ``(3, H, W)`` uint8.
+        masks: ``(K, h, w)`` bool.
+        colours: K of them.
+        left_out: ``(h, w)`` bool.
+    """
+    draw = late_import("torchvision.utils", "torchvision", "segmentation").draw_segmentation_masks
+    image, _ = enlarged(image)
+    height, width = image.shape[-2:]
+    layers = masks if left_out is None else torch.cat([masks, left_out[None]])
+    layers = F.interpolate(layers[None].float(), size=(height, width), mode="nearest")[0].bool()
+    masks = layers[: len(masks)]
+    # Grey and soft, or the image's colours would mix with those of the masks.
+    image = image.float().mean(dim=0).mul(0.7).add(55).to(torch.uint8).expand(3, -1, -1)
+    if masks.any():
+        image = draw(image, masks, alpha=0.78, colors=list(colours))
+    if left_out is not None and layers[-1].any():
+        stripe = (torch.arange(height)[:, None] + torch.arange(width)) // max(4, min(height, width) // 60) % 3 == 0
+        image = draw(image, layers[-1:], alpha=0.7, colors=[GREY])
+        image = draw(image, (layers[-1] & stripe)[None], alpha=0.9, colors=[(225, 225, 225)])
+    return image
+
+
+def framed(image: Tensor, boxes: Tensor, texts: Sequence[str], colours: Sequence[Colour]) -> Tensor:
+    """Returns an image with boxes, and texts at them where there are any.
+
+    Args:
+        image: ``(3, H, W)`` uint8.
+        boxes: ``(n, 4)``, x1 y1 x2 y2 in pixels of the image.
+        texts: n of them.
+        colours: n of them.
+    """
+    draw = late_import("torchvision.utils", "torchvision", "detection").draw_bounding_boxes
+    font = late_import("matplotlib.font_manager", "matplotlib", "detection").findfont("DejaVu Sans")
+    image, factor = enlarged(image)
+    if not len(boxes):
+        return image
+    side = min(image.shape[-2:])
+    return draw(  # type: ignore[no-any-return]
+        image, boxes * factor, [text or None for text in texts], list(colours), width=max(2, side // 130), font=font,
+        font_size=max(10, side // 26), label_colors=["white"] * len(boxes), label_background_colors=list(colours),
+        fill_labels=True,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""The picture of examples, without training: what is shown, beside what, and when there is none."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from lightning_kd.tasks import Classification, Detection, Segmentation, TaskAdapter
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_kd.cli import examples
+from lightning_kd.cli.report import Row
+from lightning_kd.data import Digits, MaskScenes
+from lightning_kd.data.box_images import BoxDataModule
+
+
+class Constant(nn.Module):
+    """Says that every pixel is of one class."""
+
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.zeros(len(images), 11, *images.shape[-2:])
+        logits[:, self.kind] = 5.0
+        return logits
+
+
+def network(task: TaskAdapter, data: LightningDataModule, student: nn.Module) -> Any:
+    cli = SimpleNamespace(datamodule=data, trainer=None, model=SimpleNamespace(task=task, student=student))
+    return SimpleNamespace(cli=lambda: cli, settings={"data": id(data)})
+
+
+def row(name: str) -> Row:
+    return Row(name, "distilled", {0: {"miou": 0.5}}, higher={"miou": True})
+
+
+@pytest.fixture
+def columns(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What would be plotted."""
+    kept: dict[str, Any] = {}
+    plot = examples._plot
+
+    def keep(columns: Any, legend: Any, path: Path) -> None:
+        kept.update({title: (pictures, lines) for title, pictures, lines in columns}, legend=legend)
+        plot(columns, legend, path)
+
+    monkeypatch.setattr(examples, "_plot", keep)
+    return kept
+
+
+def test_a_column_each_of_the_same_images_and_none_of_others(tmp_path: Path, columns: dict[str, Any]) -> None:
+    def scenes(count: int) -> MaskScenes:
+        return MaskScenes(train_size=4, val_size=2, test_size=count)
+
+    task = Segmentation(11, class_names=MaskScenes.class_names)
+    each = {"teacher": Constant(3), "student_alone": Constant(0)}
+    networks = {name: network(task, scenes(12), student) for name, student in each.items()}
+    networks["other"] = network(task, scenes(5), Constant(1))
+    assert examples.save([row(name) for name in networks], networks, tmp_path / "e.png")
+    assert (tmp_path / "e.png").stat().st_size > 10_000
+    assert list(columns) == ["image", "truth", "teacher\nmiou 50.0 %", "student alone\nmiou 50.0 %", "legend"]
+    data = scenes(12)
+    data.setup("test")
+    shown = torch.stack(columns["image"][0])[:, :, ::5, ::5]
+    assert torch.equal(shown, torch.stack([data.splits["test"].images[i] for i in (1, 4, 7, 10)]))
+    taught, alone = columns["teacher\nmiou 50.0 %"][0][0], columns["student alone\nmiou 50.0 %"][0][0]
+    assert (alone == alone[:1]).all()  # nothing but background: the image in grey
+    assert (taught != taught[:1]).any(dim=0).all()  # all in the colour of one class
+
+
+class OddBoxes(BoxDataModule):
+    """Images of different sizes, one of them without boxes."""
+
+    num_classes = 2
+
+    def __init__(self) -> None:
+        super().__init__(2, 0)
+
+    def setup(self, stage: str) -> None:
+        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}
+        target = {"boxes": torch.tensor([[2.0, 2.0, 20.0, 30.0]] * 2), "labels": torch.tensor([0, 1])}
+        target["ignore"] = torch.tensor([False, True])
+        self.splits["test"] = [(torch.rand(3, 40, 60), target), (torch.rand(3, 50, 40), empty)]  # type: ignore[assignment]
+
+
+class Finder(nn.Module):
+    """Finds one box in each image, surely, and one that it is not sure of."""
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [0.0, 0.0, 5.0, 5.0]])
+        return [{"boxes": boxes, "scores": torch.tensor([0.9, 0.1]), "labels": torch.tensor([2, 1])} for _ in images]
+
+
+def test_boxes_of_images_of_any_size(tmp_path: Path, columns: dict[str, Any]) -> None:
+    networks = {"student": network(Detection(2, class_names=["cat", "dog"]), OddBoxes(), Finder())}
+    assert examples.save([row("student")], networks, tmp_path / "e.png")
+    assert list(columns["legend"]) == ["cat", "does not count", "dog"]
+    image, truth = columns["image"][0], columns["truth"][0]
+    assert [tuple(each.shape[1:]) for each in image] == [(320, 480), (400, 320)]
+    assert torch.equal(image[1], truth[1])
+    found = (columns["student\nmiou 50.0 %"][0][1] != image[1]).any(dim=0).nonzero()
+    assert found.amin() > 5 * 8  # the surer one alone
+
+
+def test_classes_are_captions(tmp_path: Path, columns: dict[str, Any]) -> None:
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    networks = {"student": network(Classification(10, class_names=list("abcdefghij")), Digits(), student)}
+    assert examples.save([row("student")], networks, tmp_path / "e.png")
+    truth, said = columns["truth"][1], columns["student\nmiou 50.0 %"][1]
+    assert set(truth) <= set("abcdefghij")
+    assert all((line[0] == "✓") == (line[2] == name) for line, name in zip(said, truth, strict=True))
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield torch.rand(3, 8, 8), 0
+
+
+class Streamed(LightningDataModule):
+    def test_dataloader(self) -> Any:
+        return DataLoader(Stream())
+
+
+class Silent(Segmentation):
+    def draw(self, images: Any, batch: Any, prediction: Any = None) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [(Segmentation(11), Streamed()), (Silent(11), MaskScenes(train_size=2, val_size=2, test_size=2))],
+)
+def test_where_nothing_can_be_drawn_there_is_no_file(
+    task: TaskAdapter, data: LightningDataModule, tmp_path: Path
+) -> None:
+    assert not examples.save([row("student")], {"student": network(task, data, Constant(0))}, tmp_path / "e.png")
+    assert not list(tmp_path.iterdir())
