@@ -58,7 +58,9 @@ def _rows(target: Target, keep: Tensor) -> Target:
 class AveragePrecision(WrapperMetric):
     """COCO's mean average precision, by pycocotools: ``mAP`` over the overlaps 0.5 to 0.95, ``mAP50``, ``mAP75``.
 
-    It is expensive, so it is computed at the end of an epoch only. Without any box to find it is not a number.
+    ``mAP/small``, ``mAP/medium`` and ``mAP/large`` are of boxes of up to 32 x 32 pixels, of up to 96 x 96, and larger,
+    in pixels of the images that the data give. It is expensive, so it is computed at the end of an epoch only.
+    Without any box to find (of that size), where pycocotools says -1, it is not a number.
 
     Raises:
         ModuleNotFoundError: Without torchvision or pycocotools.
@@ -99,6 +101,7 @@ class AveragePrecision(WrapperMetric):
         """Returns the values by name."""
         values = self.coco.compute()
         found = {"mAP": values["map"], "mAP50": values["map_50"], "mAP75": values["map_75"]}
+        found |= {f"mAP/{size}": values[f"map_{size}"] for size in ("small", "medium", "large")}
         return {name: value if value >= 0 else torch.full_like(value, torch.nan) for name, value in found.items()}
 
     def reset(self) -> None:
@@ -161,7 +164,7 @@ def drawn(
     colours, pictures = palette(len(names)), []
     used: dict[str, Colour] = {}
     for image, given in zip(images, targets if found is None else found, strict=True):
-        each = {key: value.detach().cpu() for key, value in given.items()}
+        each: Target = {key: value.detach().cpu() for key, value in given.items()}
         if found is not None:
             each = _rows(each, each["scores"] >= SHOWN)
             each = _rows(each, each["scores"].argsort())  # the best on top

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_kd.drawing import Drawing
+from lightning_kd.predictions import PredictionFile
 
 UNLABELLED = -100
 """The class of a sample that has none: torch's cross-entropy leaves it out."""
@@ -98,6 +99,10 @@ class TaskAdapter(nn.Module, ABC):
     def predict_batch(self, output: Any, batch: Any) -> Any:
         """Likewise with the batch at hand, for predictions that depend on it, on the images' size for one."""
         return self.predict(output)
+
+    def prediction_file(self) -> PredictionFile | None:
+        """Returns how ``lightning-kd predict`` is to write predictions; None for one file that ``torch.load`` reads."""
+        return None
 
     def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing | None:
         """Returns pictures of what was predicted, or of the truth, for ``lightning-kd compare``; None to have none.

@@ -10,6 +10,7 @@ from torchmetrics import MetricCollection
 
 from lightning_kd import boxes as shared
 from lightning_kd.drawing import Drawing
+from lightning_kd.predictions import CocoResults, PredictionFile
 from lightning_kd.task import TaskAdapter, check_given, checked_names
 
 
@@ -25,7 +26,8 @@ class Detection(TaskAdapter):
     image without boxes teaches that there is nothing.
 
     In training such a model returns its losses, whose sum is the task's loss; in evaluation it returns what it finds,
-    so there is no loss then: monitor ``val/mAP``. Metrics: ``mAP``, ``mAP50``, ``mAP75``.
+    so there is no loss then: monitor ``val/mAP``. Metrics: ``mAP``, ``mAP50``, ``mAP75``, and
+    ``mAP/small``, ``mAP/medium``, ``mAP/large``, not a number where there are no such boxes.
 
     Terms may name ``features``, all levels of the backbone, and ``features.<key>``, one of them; of RetinaNet, FCOS
     and SSD ``cls`` and ``reg``, the logits and box codes of all anchors, of FCOS ``centerness``; of Faster R-CNN
@@ -89,6 +91,10 @@ class Detection(TaskAdapter):
         """Returns of each image the ``boxes`` in its pixels, their ``scores`` and their ``labels`` from 0."""
         self._checked(output)
         return [{**found, "labels": found["labels"] - 1} for found in output]
+
+    def prediction_file(self) -> PredictionFile:
+        """Returns a JSON file of COCO's results."""
+        return CocoResults()
 
     def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing:
         """Returns the images with their boxes; what was found from a score of 0.5 on."""

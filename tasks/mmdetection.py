@@ -13,6 +13,7 @@ from lightning_kd import boxes as shared
 from lightning_kd.drawing import Drawing
 from lightning_kd.extras import late_import
 from lightning_kd.models import mmcv_ext
+from lightning_kd.predictions import CocoResults, PredictionFile
 from lightning_kd.task import TaskAdapter, check_given, checked_names
 
 
@@ -30,7 +31,8 @@ class MMDetection(TaskAdapter):
 
     The student's losses and the terms come out of one forward: ``model(inputs, data_samples, mode="loss")``. A teacher
     is asked with ``mode="predict"`` for the same pixels, normalised as it is used to, and runs as far as its deepest
-    tap. In evaluation there is no loss: monitor ``val/mAP``. Metrics: ``mAP``, ``mAP50``, ``mAP75``.
+    tap. In evaluation there is no loss: monitor ``val/mAP``. Metrics: ``mAP``, ``mAP50``, ``mAP75``, and
+    ``mAP/small``, ``mAP/medium``, ``mAP/large``, not a number where there are no such boxes.
 
     Terms may name ``features``, all levels of the neck, and ``features.<i>``, one of them; of dense heads ``cls`` and
     ``reg``, the logits and box codes of all levels; of detectors in two stages ``objectness`` and ``proposals``, those
@@ -115,6 +117,10 @@ class MMDetection(TaskAdapter):
         """Returns of each image the ``boxes`` in its pixels, their ``scores`` and their ``labels`` from 0."""
         found = [sample.pred_instances for sample in output]
         return [{"boxes": each.bboxes, "scores": each.scores, "labels": each.labels} for each in found]
+
+    def prediction_file(self) -> PredictionFile:
+        """Returns a JSON file of COCO's results."""
+        return CocoResults()
 
     def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing:
         """Returns the images with their boxes; what was found from a score of 0.5 on."""

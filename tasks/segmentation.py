@@ -24,6 +24,7 @@ from torchmetrics.wrappers import ClasswiseWrapper
 from lightning_kd.drawing import GREY, LEFT_OUT, Drawing, coloured, palette
 from lightning_kd.extras import late_import
 from lightning_kd.metrics.boundary_f1 import BoundaryF1
+from lightning_kd.predictions import LabelMaps, PredictionFile
 from lightning_kd.task import UNLABELLED, TaskAdapter, check_given, checked_names
 
 
@@ -229,6 +230,10 @@ class Segmentation(TaskAdapter):
         if self.mode == "multiclass":
             return logits.argmax(dim=1)
         return (logits.squeeze(1) if self.mode == "binary" else logits).gt(0).long()
+
+    def prediction_file(self) -> PredictionFile:
+        """Returns a folder of label maps, PNG."""
+        return LabelMaps(self.class_names)
 
     def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing:
         """Returns the images under the colours of their classes; pixels that do not count are striped.

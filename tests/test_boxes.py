@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ def some_images(count: int = 12) -> tuple[Images, Images]:
     found, targets = [], []
     for i in range(count):
         corner = 60 * torch.rand(i % 5, 2)
-        truth = torch.cat([corner, corner + 5 + 50 * torch.rand(i % 5, 2)], dim=1)
+        truth = torch.cat([corner, corner + 5 + 140 * torch.rand(i % 5, 2) ** 2], dim=1)
         labels = torch.randint(3, (i % 5,))
         targets.append({"boxes": truth, "labels": labels, "ignore": torch.rand(i % 5) < 0.2})
         moved = torch.cat([truth + 3 * torch.randn(i % 5, 4), torch.tensor([[1.0, 2.0, 30.0, 40.0]])])
@@ -49,7 +50,8 @@ def by_pycocotools(found: Images, targets: Images) -> dict[str, float]:
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
-    return dict(zip(("mAP", "mAP50", "mAP75"), judge.stats[:3].tolist(), strict=True))
+    names = ("mAP", "mAP50", "mAP75", "mAP/small", "mAP/medium", "mAP/large")
+    return dict(zip(names, judge.stats[:6].tolist(), strict=True))
 
 
 def test_average_precision_is_that_of_pycocotools() -> None:
@@ -59,6 +61,7 @@ def test_average_precision_is_that_of_pycocotools() -> None:
         metrics.update(found[i : i + 5], targets[i : i + 5])
     values = {name: float(value) for name, value in metrics.compute().items()}
     assert 0.05 < values["mAP"] < values["mAP50"] < 1.0
+    assert len({*values.values()}) == 6
     assert values == pytest.approx(by_pycocotools(found, targets), abs=1e-6)
 
 
@@ -72,6 +75,15 @@ def test_what_is_to_be_ignored_counts_neither_as_missed_nor_as_wrong() -> None:
         metric = boxes.AveragePrecision()
         metric.update([found], [truth])
         assert float(metric.compute()["mAP"]) == pytest.approx(expected, abs=0.01)
+
+
+def test_sizes_that_are_not_there_have_no_score() -> None:
+    box = {"boxes": torch.tensor([[0.0, 0.0, 50.0, 50.0]]), "labels": torch.tensor([0])}
+    metric = boxes.AveragePrecision()
+    metric.update([{**box, "scores": torch.tensor([0.9])}], [box])
+    values = {name: float(value) for name, value in metric.compute().items()}
+    assert values.pop("mAP/medium") == pytest.approx(1.0, abs=1e-6)
+    assert [name for name, value in values.items() if math.isnan(value)] == ["mAP/small", "mAP/large"]
 
 
 def test_without_a_box_to_find_it_is_not_a_number_and_a_reset_forgets() -> None:

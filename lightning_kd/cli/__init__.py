@@ -46,7 +46,8 @@ CKPT = "  --ckpt_path FILE            {}"
 NO_LAST = r".*there is no last checkpoint available"
 OWN_OPTIONS = {
     "fit": CKPT.format("go on with this run"),
-    "predict": CKPT.format("the student") + "\n  --output FILE               write here; default: predictions.pt",
+    "predict": CKPT.format("the student")
+    + "\n  --output PATH               write here; default: predictions, as the task has them saved",
 }
 
 

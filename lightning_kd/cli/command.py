@@ -93,8 +93,8 @@ class DistillationCLI(LightningCLI):
         """Add what only one command has."""
         super().setup_parser(*args)
         if parsers := getattr(self, "_subcommand_parsers", None):
-            told = "File for the predictions; null: write none."
-            parsers["predict"].add_argument("--output", type=str | None, default="predictions.pt", help=told)
+            told = "Where to write predictions; without an ending, as the task has them saved; null: write none."
+            parsers["predict"].add_argument("--output", type=str | None, default="predictions", help=told)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the teacher's training, and write ``num_classes`` and its like once: in the data."""
@@ -111,7 +111,9 @@ class DistillationCLI(LightningCLI):
         return self.config.get(str(self.subcommand), self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Train the teacher first, if it was not trained before."""
+        """Train the teacher first, if it was not trained before; what is predicted is written, and not kept."""
+        if self.subcommand == "predict" and self.own_config.get("output"):
+            self.own_config["return_predictions"] = False
         if self.subcommand != "fit":
             return
         missing = bool(teacher.missing(self.own_config))

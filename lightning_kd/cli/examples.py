@@ -85,7 +85,7 @@ def examples(cli: DistillationCLI) -> list[Example]:
     data.trainer = cli.trainer
     data.setup("test")
     loader = data.test_dataloader()
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
     count, found = min(COUNT, len(dataset)), []
@@ -136,6 +136,7 @@ def _title(row: Row, rows: Sequence[Row]) -> str:
 def _plot(columns: Sequence[Column], legend: Mapping[str, Colour], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - of an extra
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
     images = columns[0][1]
@@ -146,9 +147,9 @@ def _plot(columns: Sequence[Column], legend: Mapping[str, Colour], path: Path) -
     per_line = min(max(1, int(width / (0.45 + 0.075 * longest))), max(1, len(legend)))
     below = 0.17 * -(-len(legend) // per_line) + 0.1 if legend else 0.0
     size = (width, sum(heights) + captions * len(images) + below + 0.32)
-    figure = Figure(figsize=size, layout="constrained", dpi=200)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=size, layout=layout, dpi=200)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
     axes = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     for column, (title, pictures, lines) in enumerate(columns):
         for row, picture in enumerate(pictures):
@@ -161,7 +162,7 @@ def _plot(columns: Sequence[Column], legend: Mapping[str, Colour], path: Path) -
                 axis.text(0.5, -0.03, lines[row], transform=axis.transAxes, ha="center", va="top", fontsize=8)
     if legend:
         patches = [
-            Patch(color=tuple(part / 255 for part in colour), label=name) for name, colour in in_order(legend).items()
+            Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=name) for name, colour in in_order(legend).items()
         ]
         figure.legend(
             handles=patches, loc="outside lower center", ncols=per_line, frameon=False, fontsize=8,

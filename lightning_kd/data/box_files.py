@@ -35,6 +35,8 @@ class BoxFiles(BoxDataModule):
         self.resize = resize
         self.transforms = transforms or []
         self._records: dict[str, list[Record]] = {}
+        # By which numbers the annotations of a split know the classes, where they do.
+        self.category_ids: dict[str, list[int]] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -68,9 +70,8 @@ class BoxFiles(BoxDataModule):
         for split in ("train", "val", "test"):
             if split not in self._records:
                 self._records[split] = _with_area(self.read(split), split)
-            self.splits[split] = ImageBoxes(
-                self._records[split], [*first, *(self.transforms if split == "train" else [])]
-            )
+            more = self.transforms if split == "train" else []
+            self.splits[split] = ImageBoxes(self._records[split], [*first, *more], self.category_ids.get(split))
 
     def label(self, name: str, where: str) -> int:
         """Returns the label of a class's name.
@@ -91,7 +92,7 @@ def _with_area(records: list[Record], split: str) -> list[Record]:
     for record in records:
         keep = (record.boxes[:, 2:] > record.boxes[:, :2]).all(dim=1)
         dropped += [record.path.name] * int((~keep).sum())
-        kept.append(Record(record.path, record.boxes[keep], record.labels[keep], record.ignore[keep]))
+        kept.append(Record(record.path, record.boxes[keep], record.labels[keep], record.ignore[keep], record.name))
     if dropped:
         names = ", ".join(dict.fromkeys(dropped[:3]))
         rank_zero_info(f"{split}: boxes without an area are left out: {len(dropped)} ({names})")

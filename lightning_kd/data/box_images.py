@@ -26,21 +26,24 @@ class Record(NamedTuple):
         boxes: ``(n, 4)``, x1 y1 x2 y2 in pixels.
         labels: ``(n,)``, classes from 0.
         ignore: ``(n,)``, True for boxes that neither teach nor count.
+        name: By which the annotations know the image.
     """
 
     path: Path
     boxes: Tensor
     labels: Tensor
     ignore: Tensor
+    name: int | str
 
     @classmethod
-    def of(cls, path: Path, boxes: list[list[float]], labels: list[int], ignore: list[bool]) -> Record:
+    def of(cls, path: Path, boxes: list[list[float]], labels: list[int], ignore: list[bool], name: int | str) -> Record:
         """Makes one of lists, which may be empty."""
         return cls(
             path,
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             torch.tensor(labels, dtype=torch.int64),
             torch.tensor(ignore, dtype=torch.bool),
+            name,
         )
 
 
@@ -50,14 +53,21 @@ class ImageBoxes(Dataset[Sample]):
     Args:
         records: Of each image.
         transforms: Of ``torchvision.transforms.v2``, applied to image and boxes one after the other.
+        category_ids: By which the annotations know the classes, in the order of the labels; None where they have none.
 
     Raises:
         ValueError: If a file is no image, or is cut short; the message names it.
     """
 
-    def __init__(self, records: Sequence[Record], transforms: Sequence[Callable[..., Any]] = ()) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        transforms: Sequence[Callable[..., Any]] = (),
+        category_ids: Sequence[int] | None = None,
+    ) -> None:
         self.records = list(records)
         self.transforms = list(transforms)
+        self.category_ids = category_ids
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,6 +86,23 @@ class ImageBoxes(Dataset[Sample]):
         keep = (found[:, 2:] > found[:, :2]).all(dim=1)
         target = {"boxes": found[keep], "labels": target["labels"][keep], IGNORE: target[IGNORE][keep]}
         return v2.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), target
+
+    @property
+    def image_ids(self) -> list[int | str]:
+        """By which the annotations know the images."""
+        return [record.name for record in self.records]
+
+    def restored(self, boxes: Tensor, index: int, size: tuple[int, int]) -> Tensor:
+        """Boxes ``(n, 4)`` in pixels of the file, of an image that was resized to this (height, width)."""
+        width, height = _opened(self.records[index].path).size
+        x, y = width / size[1], height / size[0]
+        return boxes * boxes.new_tensor([x, y, x, y])
+
+
+def _opened(path: Path) -> Any:
+    """Reads no more than the beginning of the file."""
+    with late_import("PIL.Image", "Pillow", "detection").open(path) as image:
+        return image
 
 
 def _read(path: Path) -> Tensor:

@@ -85,8 +85,10 @@ class CocoJson(BoxFiles):
             boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
             labels.append(self.label(categories[category], where))
             ignore.append(bool(each.get("iscrowd", 0)))
+        numbers = {name: number for number, name in categories.items()}
+        self.category_ids[split] = [numbers.get(name, label) for label, name in enumerate(self.classes)]
         folder = self.root / self.images[split]
-        return [Record.of(folder / files[number], *lists) for number, lists in found.items()]
+        return [Record.of(folder / files[number], *lists, number) for number, lists in found.items()]
 
 
 def _json(path: Path) -> dict[str, list[Any]]:

@@ -78,6 +78,22 @@ class ImagesAndMasks(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """An image ``(3, H, W)``, uint8 unless a transform made it something else, and its mask ``(H, W)``, int64."""
+        image, mask = self._padded(*self._sample(index))
+        return image, torch.full_like(mask, UNLABELLED) if index in self.unlabelled else mask
+
+    @property
+    def names(self) -> list[str]:
+        """The images' names, without their ending."""
+        return [file.stem for file in self.images]
+
+    def restored(self, labels: Tensor, index: int, size: tuple[int, int]) -> Tensor:
+        """Labels ``(..., H, W)`` without the padding; at the size that the transforms gave."""
+        if self.multiple == 1:
+            return labels
+        height, width = _size(self.images[index]) if self.transform is None else self._sample(index)[1].shape
+        return labels[..., :height, :width]
+
+    def _sample(self, index: int) -> Sample:
         image = _read(self.images[index], "RGB")
         mask = self._checked(_read(self.masks[index], None), index)
         if image.shape[-2:] != mask.shape[-2:]:
@@ -87,8 +103,7 @@ class ImagesAndMasks(Dataset[Sample]):
             )
         if self.transform is not None:
             image, mask = _transformed(self.transform, image, mask)
-        image, mask = self._padded(image, mask.long())
-        return image, torch.full_like(mask, UNLABELLED) if index in self.unlabelled else mask
+        return image, mask.long()
 
     def _padded(self, image: Tensor, mask: Tensor) -> Sample:
         """Repeats the image's last row and column; in the mask these pixels do not count."""
@@ -130,6 +145,13 @@ def _read(file: Path, mode: str | None) -> Tensor:
         pixels = pixels.astype("int32")
     tensor = torch.from_numpy(pixels.astype("uint8") if pixels.dtype == "bool" else pixels)
     return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """Height and width, as the file's beginning says."""
+    with late_import("PIL.Image", "Pillow", "segmentation").open(file) as opened:
+        width, height = opened.size
+    return height, width
 
 
 def _transformed(transform: Transform, image: Tensor, mask: Tensor) -> Sample:

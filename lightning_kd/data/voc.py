@@ -81,7 +81,7 @@ class VocFolder(BoxFiles):
             ignore.append((each.findtext("difficult") or "0").strip() == "1")
         images = self.root / "JPEGImages"
         there = [path for ending in ENDINGS if (path := images / f"{name}{ending}").is_file()]
-        return Record.of(there[0] if there else images / f"{name}.jpg", boxes, labels, ignore)
+        return Record.of(there[0] if there else images / f"{name}.jpg", boxes, labels, ignore, name)
 
 
 def _objects(path: Path) -> list[tuple[ElementTree.Element, str]]:

@@ -112,7 +112,7 @@ def test_in_evaluation_there_are_boxes_and_no_loss(kind: str, batch: Batch) -> N
         assert torch.equal(mine["labels"] + 1, theirs["labels"])
     metrics = task.metrics()
     task.update(metrics, output, batch)
-    assert set(metrics.compute()) == {"mAP", "mAP50", "mAP75"}
+    assert set(metrics.compute()) == {"mAP", "mAP50", "mAP75", "mAP/small", "mAP/medium", "mAP/large"}
 
 
 def test_who_finds_everything_has_a_precision_of_one(batch: Batch) -> None:
