@@ -17,7 +17,7 @@ def some_images(count: int = 12) -> tuple[Images, Images]:
     found, targets = [], []
     for i in range(count):
         corner = 60 * torch.rand(i % 5, 2)
-        truth = torch.cat([corner, corner + 5 + 140 * torch.rand(i % 5, 2) ** 2], dim=1)
+        truth = torch.cat([corner, corner + 5 + 140 * torch.rand(i % 5, 1) * (1 - torch.rand(i % 5, 2) / 4)], dim=1)
         labels = torch.randint(3, (i % 5,))
         targets.append({"boxes": truth, "labels": labels, "ignore": torch.rand(i % 5) < 0.2})
         moved = torch.cat([truth + 3 * torch.randn(i % 5, 4), torch.tensor([[1.0, 2.0, 30.0, 40.0]])])
