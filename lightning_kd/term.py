@@ -211,7 +211,8 @@ class Term(nn.Module):
                     "of the batch, its key or its index."
                 )
         try:
-            losses = [self._of_call(s, t, arguments, labels.get("mask") is not None) for s, t in pairs]
+            masked = labels.get("mask") is not None
+            losses = [self._of_call(*pair, _part(arguments, i, len(pairs)), masked) for i, pair in enumerate(pairs)]
         except RuntimeError as error:
             s, t = pairs[0]
             error.add_note(
@@ -231,7 +232,10 @@ class Term(nn.Module):
                 "that knows a mask, losses.FitNet() or losses.CWD() say."
             )
         learned = [*self._losses()] if self.deeper else [self.loss] * len(levels)
-        losses = [loss(s, _constant(t), **labels) for loss, (s, t) in zip(learned, levels, strict=True)]
+        losses = [
+            loss(s, _constant(t), **of_level)
+            for loss, (s, t), of_level in zip(learned, levels, _each_level(labels, len(levels)), strict=True)
+        ]
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise ValueError(f"{type(self.loss).__name__} returned {describe(loss)} and not a scalar; reduce it.")
@@ -312,6 +316,29 @@ class Term(nn.Module):
 
 def _each(selected: Selected) -> Iterator[Tensor]:
     return iter([selected] if isinstance(selected, Tensor) else selected)
+
+
+def _part(labels: Mapping[str, Any], i: int, calls: int) -> dict[str, Any]:
+    """Returns what is given to one of several calls: a head that is called for each level has a label's levels."""
+    of_call = {name for name, value in labels.items() if isinstance(value, Levels) and len(value) == calls > 1}
+    return {name: value[i] if name in of_call else value for name, value in labels.items()}
+
+
+def _each_level(labels: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Returns what each level's loss is given: of labels that are levels themselves, its own.
+
+    Raises:
+        ValueError: If a label has another number of levels.
+    """
+    for name, value in labels.items():
+        if isinstance(value, Levels) and len(value) != count:
+            raise ValueError(
+                f"{name!r} is there for {len(value)} levels, and the term compares {count}: compare all levels, "
+                "'neck[:]', or none."
+            )
+    return [
+        {name: value[i] if isinstance(value, Levels) else value for name, value in labels.items()} for i in range(count)
+    ]
 
 
 def _cast(selected: Selected, module: nn.Module) -> Selected:

@@ -13,8 +13,10 @@ from lightning_kd import boxes as shared
 from lightning_kd.drawing import Drawing
 from lightning_kd.extras import late_import
 from lightning_kd.models import mmcv_ext
+from lightning_kd.models.mmdet_regions import Regions
 from lightning_kd.predictions import CocoResults, PredictionFile
 from lightning_kd.task import TaskAdapter, check_given, checked_names
+from lightning_kd.wiring import Levels
 
 
 class MMDetection(TaskAdapter):
@@ -36,7 +38,8 @@ class MMDetection(TaskAdapter):
 
     Terms may name ``features``, all levels of the neck, and ``features.<i>``, one of them; of dense heads ``cls`` and
     ``reg``, the logits and box codes of all levels; of detectors in two stages ``objectness`` and ``proposals``, those
-    of the RPN. Losses may ask for ``boxes``, in fractions of what the network sees.
+    of the RPN. Losses may ask for ``boxes``, in fractions of what the network sees, and where the student's head
+    assigns by ATSS for ``regions``, what the positions of each level count in ``LD``.
 
     Args:
         num_classes: Number of classes, without the background.
@@ -67,6 +70,7 @@ class MMDetection(TaskAdapter):
         self._divisor = 1
         self._epoch = 0
         self._to_teacher: ToTeacher | None = None
+        self._regions: Regions | None = None
         mmcv_ext.install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,6 +82,7 @@ class MMDetection(TaskAdapter):
         for model in (student, teacher):
             self._check(model)
         self._to_teacher = ToTeacher(student, teacher)
+        self._regions = Regions.of(student)
 
     def teacher_input(self, inputs: Tensor, data_samples: Any = None, mode: str = "loss") -> dict[str, Any]:
         """Asks a teacher for what it sees, and not for losses."""
@@ -133,9 +138,19 @@ class MMDetection(TaskAdapter):
         targets = [shared.counted(shared.checked(t, self.num_classes)) for t in self.target(batch)]
         return shared.fractions(targets, sizes, sizes, self._divisor)
 
+    def regions(self, batch: Any) -> Levels | None:
+        """Returns the weights of the positions of each level, of a student whose head assigns by ATSS; else None."""
+        if self._regions is None:
+            return None
+        shapes = [image.shape for image in self.inputs(batch)]
+        height, width = (-(-max(shape[i] for shape in shapes) // self._divisor) * self._divisor for i in (-2, -1))
+        return self._regions(
+            [shared.counted(shared.checked(t, self.num_classes)) for t in self.target(batch)], height, width
+        )
+
     def labels(self) -> Mapping[str, Callable[[Any], Any]]:
-        """Adds the boxes."""
-        return {**super().labels(), "boxes": self.boxes}
+        """Adds the boxes, and LD's regions."""
+        return {**super().labels(), "boxes": self.boxes, "regions": self.regions}
 
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Offers the levels of the neck, and what dense heads say of each of their positions."""

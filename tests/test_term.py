@@ -394,3 +394,26 @@ def test_classes_in_another_dimension_are_not_resized() -> None:
     s, t = [torch.randn(2, 4, 4, 3, requires_grad=True)], [torch.randn(2, 8, 8, 3)]
     with pytest.raises(ValueError, match="must have the same shape"):
         Term(losses.KD(dim=-1))(s, t, {})
+
+
+class Weighed(nn.Module):
+    """A loss that says which label it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Any] = []
+
+    def forward(self, student: Tensor, teacher: Tensor, worth: Any) -> Tensor:
+        self.given.append(worth)
+        return (student - teacher).square().mean()
+
+
+def test_a_label_that_is_levels_is_given_level_by_level_or_call_by_call() -> None:
+    levels = [torch.randn(2, 3, requires_grad=True) for _ in range(3)]
+    for path, captured in (("neck[:]", [levels]), ("head", levels)):
+        term = Term(Weighed(), student=path, teacher=path)
+        term(captured, captured, {"worth": Levels("abc")})
+        term(captured, captured, {"worth": "the same"})
+        assert term.loss.given == ["a", "b", "c", *["the same"] * 3]
+    with pytest.raises(ValueError, match="'worth' is there for 2 levels, and the term compares 3"):
+        Term(Weighed(), student="neck[:]", teacher="neck[:]")([levels], [levels], {"worth": Levels("ab")})

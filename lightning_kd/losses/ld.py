@@ -16,6 +16,7 @@ def ld(
     student: Tensor,
     teacher: Tensor,
     boxes: Sequence[Tensor] | None = None,
+    regions: Tensor | None = None,
     bins: int = 17,
     temperature: float = 10.0,
 ) -> Tensor:
@@ -33,10 +34,19 @@ def ld(
         for x in (student, teacher.detach())
     )
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(2).mean(1)
-    if boxes is None:
+    if regions is None and boxes is None:
         return temperature**2 * divergence.mean()
-    here = inside(boxes, student)
-    return temperature**2 * torch.where(here, divergence, 0.0).sum() / here.sum().clamp_min(1)
+    if regions is None:
+        weights = inside(boxes or [], student).to(divergence.dtype)
+    elif regions.shape == divergence.shape:
+        weights = regions.to(divergence.dtype)
+    else:
+        raise ValueError(
+            f"regions are the weights (B, H, W) of a map's positions, {tuple(divergence.shape)} of this level; got "
+            f"{tuple(regions.shape)}."
+        )
+    weighted = torch.where(weights > 0, weights * divergence, 0.0).sum()
+    return temperature**2 * weighted / weights.sum().clamp_min(1)
 
 
 class LD(nn.Module):
@@ -47,23 +57,26 @@ class LD(nn.Module):
 
         loss = T^2 * sum_e KL(p_t[e] || p_s[e]) / 4,    averaged over the positions that count
 
-    The paper distils where an anchor is assigned to a thing, the main region, and in a valuable region around it, both
-    as the detector's own assigner has them. Here those positions count whose centre is in a box; all of them where the
-    batch has no ``boxes``. **So the regions are not the paper's**; the divergence is, with T^2 as in the authors' code,
-    which also divides by the number of bins and weighs positions by the teacher's confidence: its weight 0.25 is
-    0.25 / 17 here.
+    The paper distils where an anchor is assigned to a thing, the main region, and in a valuable region around it.
+    Those are the ``regions``, by weights of a level's positions; ``tasks.MMDetection`` computes them with anchors and
+    assigner of a student like GFL. Without them, positions count whose centre is in one of the ``boxes``, **which are
+    not the paper's regions**, and without boxes all of them.
+
+    The divergence is the paper's, with T^2 as in the authors' code. That sums over positions and divides by the number
+    of bins; this is the mean, weighted by the regions, so that 0.25 of theirs is about ``0.25 / 17`` for each position
+    that counts in a level and a sample.
 
     Args:
         bins: Distances per edge: ``reg_max + 1``.
         temperature: T > 0. May be changed between steps.
 
     Returns:
-        ``forward(student, teacher, boxes=None)`` takes maps (B, 4 * bins, H, W), one level of GFL's
-        ``bbox_head[1][:]``, and of each sample boxes (n, 4), x1 y1 x2 y2 in fractions of the input; returns a scalar,
-        zero at equality, and zero where no position counts.
+        ``forward(student, teacher, boxes=None, regions=None)`` takes maps (B, 4 * bins, H, W), one level of GFL's
+        ``bbox_head[1][:]``, of each sample boxes (n, 4), x1 y1 x2 y2 in fractions of the input, and weights (B, H, W)
+        of the level's positions; returns a scalar, zero at equality, and zero where no position counts.
 
     Raises:
-        ValueError: If the shapes differ, or the channels are no multiple of 4 * bins.
+        ValueError: If the shapes differ, those of the regions too, or the channels are no multiple of 4 * bins.
 
     Source:
         Zheng et al., Localization Distillation for Dense Object Detection, arXiv 2102.12252;
@@ -84,6 +97,12 @@ class LD(nn.Module):
         self.bins = int(_check.positive("bins", bins))
         self.temperature = _check.positive("temperature", temperature)
 
-    def forward(self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        boxes: Sequence[Tensor] | None = None,
+        regions: Tensor | None = None,
+    ) -> Tensor:
         """Return the divergence of two maps of box distributions."""
-        return ld(student, teacher, boxes, self.bins, self.temperature)
+        return ld(student, teacher, boxes, regions, self.bins, self.temperature)

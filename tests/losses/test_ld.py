@@ -26,6 +26,20 @@ def test_positions_count_whose_centre_is_in_a_box() -> None:
     torch.testing.assert_close(functional.ld(s, t, boxes, bins=2), expected)
 
 
+def test_regions_weigh_positions_whatever_the_boxes() -> None:
+    torch.manual_seed(0)
+    s, t = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+    regions = torch.zeros(1, 4, 4)
+    regions[0, 1, 2], regions[0, 3, 0] = 1.0, 0.25
+    one, other = (
+        functional.ld(s[..., y : y + 1, x : x + 1], t[..., y : y + 1, x : x + 1], bins=2) for y, x in ((1, 2), (3, 0))
+    )
+    everywhere = [torch.tensor([[0.0, 0.0, 1.0, 1.0]])]
+    torch.testing.assert_close(losses.LD(bins=2)(s, t, everywhere, regions), (one + other / 4) / 1.25)
+    with pytest.raises(ValueError, match=r"weights \(B, H, W\) of a map's positions, \(1, 4, 4\) .* got \(1, 2, 2\)"):
+        losses.LD(bins=2)(s, t, regions=regions[:, :2, :2])
+
+
 def test_no_box_is_zero_and_not_nan() -> None:
     s = torch.randn(1, 8, 4, 4, requires_grad=True)
     loss = losses.LD(bins=2)(s, torch.randn(1, 8, 4, 4), [torch.zeros(0, 4)])

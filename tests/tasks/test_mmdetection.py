@@ -313,12 +313,12 @@ def test_the_teacher_gets_no_labels_and_runs_as_far_as_its_deepest_tap(scenes: B
         ("GFL", "RetinaNet", {"hint": "features[:3]", "stride_8": "features.0"}),  # differing families
         ("RTMDet", "YOLOX", {"hint": "features", "kd": "cls"}),
         ("GFL", "FCOS", {"kd": "cls"}),
-        ("GFL", "GFL", {"reg": "reg"}),
+        ("GFL", "GFL", {"ld": "reg"}),
         ("FasterRCNN", "FasterRCNN", {"kd": "objectness", "reg": "proposals"}),
     ],
 )
 def test_the_module_door(student: str, teacher: str, paths: dict[str, str], scenes: BoxScenes) -> None:
-    kinds = {"kd": lambda: losses.KD(activation="sigmoid"), "reg": nn.MSELoss}
+    kinds = {"kd": lambda: losses.KD(activation="sigmoid"), "reg": nn.MSELoss, "ld": losses.LD}
     model, expert = detector(student), detector(teacher)
     know_something_else(expert)
     before = {key: value.clone() for key, value in expert.state_dict().items()}
