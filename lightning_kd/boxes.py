@@ -30,6 +30,11 @@ def checked(target: Target, num_classes: int) -> Target:
     Raises:
         ValueError: If boxes and labels do not fit together, or a label is of no class.
     """
+    if not target:
+        raise ValueError(
+            "An image without a target, {}, is unlabelled: tasks.PseudoBoxes learns from such. An image without boxes "
+            "has boxes (0, 4) and labels (0,)."
+        )
     boxes, labels = target["boxes"], target["labels"]
     if boxes.ndim != 2 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:1]:
         raise ValueError(

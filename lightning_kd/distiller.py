@@ -18,6 +18,9 @@ from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
 """Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""
 
+ANSWER = "teacher"
+"""By this name ``student_input`` may ask for what the teacher's forward returned."""
+
 LabelsOf = Callable[[], Mapping[str, Any]]
 """Gives what there is of a batch, by name."""
 
@@ -52,7 +55,8 @@ class Distiller(nn.Module):
         teacher_input: Makes the teacher's arguments out of the student's: called with those, it returns a
             tensor, a tuple of positional arguments or a dict of keyword arguments. Unless given, they are equal. A
             keyword-only parameter of it is a label of the batch: ``def noisy(images, *, target)``.
-        student_input: Likewise for the student, where it is to see another (stronger) view than it was called with.
+        student_input: Likewise for the student, where it is to see another (stronger) view than it was called with. A
+            keyword-only parameter ``teacher`` is what the teacher's forward returned for this call.
         knowledge: Names that a task offers for paths, as a function of the model.
 
     Raises:
@@ -172,6 +176,10 @@ class Distiller(nn.Module):
         return {**labels_asked(self.student_input), **labels_asked(self.teacher_input)}
 
     @property
+    def _student_asks_teacher(self) -> bool:
+        return ANSWER in labels_asked(self.student_input)
+
+    @property
     def attached(self) -> bool:
         """Whether a student is watched."""
         return self._taps is not None
@@ -189,7 +197,8 @@ class Distiller(nn.Module):
         self._student_paths = self._resolve("student", student)
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
         self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
-        self.teacher.bind(student, {path.module for path in self._teacher_paths.values()})
+        paths = {path.module for path in self._teacher_paths.values()}
+        self.teacher.bind(student, paths | {OUTPUT} if self._student_asks_teacher else paths)
         for name, term in self.named_terms():
             with _naming(name):
                 term.meet(self.teacher.model if isinstance(self.teacher, Frozen) else None)
@@ -274,7 +283,10 @@ class Distiller(nn.Module):
             if not torch.is_grad_enabled():
                 return None
             labels = self._labels() if self._labels_of_inputs else {}
-            own = made_by(self.student_input, args, kwargs, labels) if self.student_input else None
+            own, asks = None, self._student_asks_teacher
+            if self.student_input and not asks:
+                own = made_by(self.student_input, args, kwargs, labels)
+            given = args, kwargs
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
                 knowledge = self.teacher(*args, **kwargs)
@@ -286,6 +298,8 @@ class Distiller(nn.Module):
                     "teacher's arguments out of the student's."
                 )
                 raise
+            if self.student_input and asks:
+                own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
             return own
 

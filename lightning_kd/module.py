@@ -40,7 +40,8 @@ class DistillationModule(LightningModule):
         lr_interval: When the scheduler steps, ``"epoch"`` or ``"step"``.
         task_weight: Factor of the task's own loss, or a schedule of it.
         teacher_input: Makes the teacher's arguments out of the student's; as the task does it unless given.
-        student_input: Likewise for the student in training, where it is to see another (stronger) view.
+        student_input: Likewise for the student in training, where it is to see another (stronger) view; as the task
+            does it unless given.
 
     Raises:
         ValueError: If there are terms without a teacher, or a teacher without terms.
@@ -99,7 +100,7 @@ class DistillationModule(LightningModule):
                     terms,
                     teacher,
                     teacher_input=teacher_input or (None if isinstance(teacher, Peers) else task.teacher_input),
-                    student_input=student_input,
+                    student_input=student_input or (None if isinstance(teacher, Peers) else task.student_input),
                     knowledge=task.knowledge,
                 ),
                 student="student",
@@ -140,6 +141,7 @@ class DistillationModule(LightningModule):
             raise ValueError(f"{type(self.task).__name__}.loss returned None in training: nothing would be learned.")
         if self.attachment is None:
             self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in self.task.values().items()}, batch_size=1)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -34,6 +34,10 @@ class TaskAdapter(nn.Module, ABC):
     """Makes the teacher's arguments out of the student's, where the task's models are called otherwise to teach than to
     learn; ``teacher_input`` of the module comes before it."""
 
+    student_input: Callable[..., Any] | None = None
+    """Makes the student's arguments in training where there is a teacher, likewise: another view, or targets out of
+    what the teacher said, which a keyword-only parameter ``teacher`` asks for."""
+
     main_metric: str = ""
     """The metric by which models are compared, of those in ``metrics()``; the first of them unless said."""
 
@@ -72,6 +76,10 @@ class TaskAdapter(nn.Module, ABC):
 
         In evaluation it may be None, where a model returns no losses then, and nothing is logged.
         """
+
+    def values(self) -> Mapping[str, Tensor | float]:
+        """Returns what else is logged of the training step that ``loss`` was computed for, as ``train/<name>``."""
+        return {}
 
     def metrics(self) -> MetricCollection:
         """Returns fresh metrics of the student against the labels, by the names they are logged under.

@@ -322,3 +322,26 @@ def test_a_teacher_that_is_no_network_answers_paths_of_its_own() -> None:
 def test_a_class_is_not_a_teacher() -> None:
     with pytest.raises(TypeError, match=r"Did you mean Linear\(\.\.\.\)\?"):
         Distiller({"kd": Term(losses.KD())}, nn.Linear)
+
+
+def test_the_students_input_may_be_made_of_what_the_teacher_said() -> None:
+    student, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
+    asked: list[Tensor] = []
+
+    def sharpened(x: Tensor, *, teacher: Tensor) -> Tensor:
+        asked.append(teacher)
+        return x + teacher.sum()
+
+    class Both(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return (student - teacher).square().mean()
+
+    distiller = Distiller({"kd": Term(Both())}, teacher, student_input=sharpened)
+    distiller.attach(student)
+    x = torch.randn(4, 3)
+    with distiller.watch() as calls:
+        out = student(x)
+    said = teacher(x)
+    torch.testing.assert_close(asked, [said.detach()])
+    torch.testing.assert_close(out, student(x + said.sum()))
+    torch.testing.assert_close(distiller(calls)["kd"], (out - said).square().mean())

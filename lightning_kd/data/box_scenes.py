@@ -18,8 +18,11 @@ class BoxScenes(BoxDataModule):
         size: Height and width of a scene, in pixels.
         batch_size: Images in a batch.
         num_workers: Processes that load; 0 is fastest for what is in memory.
+        labelled: Fraction of the training scenes whose target is known; that of the others is empty, for
+            :class:`lightning_kd.tasks.PseudoBoxes`.
 
     Raises:
+        ValueError: If the fraction is not in (0, 1].
         ModuleNotFoundError: Without scikit-learn.
     """
 
@@ -34,8 +37,12 @@ class BoxScenes(BoxDataModule):
         size: int = 64,
         batch_size: int = 16,
         num_workers: int = 0,
+        labelled: float = 1.0,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        if not 0.0 < labelled <= 1.0:
+            raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
+        self.labelled = labelled
         self.counts = {"train": train_size, "val": val_size, "test": test_size}
         self.size = size
 
@@ -44,16 +51,19 @@ class BoxScenes(BoxDataModule):
         wanted = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
         for seed, (split, count) in enumerate(self.counts.items()):
             if split in wanted and split not in self.splits:
-                self.splits[split] = _SceneBoxes(compose(count, seed, split, self.size))
+                # They are independent of each other: the first are as good as any.
+                known = max(1, round(self.labelled * count)) if split == "train" else count
+                self.splits[split] = _SceneBoxes(compose(count, seed, split, self.size), known)
 
 
 class _SceneBoxes(Dataset[Sample]):
-    def __init__(self, scenes: Scenes) -> None:
+    def __init__(self, scenes: Scenes, known: int) -> None:
         self.scenes = scenes
+        self.known = known
 
     def __len__(self) -> int:
         return len(self.scenes.images)
 
     def __getitem__(self, index: int) -> Sample:
-        target = {"boxes": self.scenes.boxes[index], "labels": self.scenes.labels[index]}
+        target = {"boxes": self.scenes.boxes[index], "labels": self.scenes.labels[index]} if index < self.known else {}
         return self.scenes.images[index].float() / 255, target
