@@ -15,6 +15,7 @@ from lightning_kd.losses.fitnet import fitnet
 from lightning_kd.losses.ifvd import ifvd
 from lightning_kd.losses.kd import kd
 from lightning_kd.losses.ld import ld
+from lightning_kd.losses.leaf import leaf
 from lightning_kd.losses.mgd import mgd
 from lightning_kd.losses.nkd import nkd
 from lightning_kd.losses.ofa import ofa
@@ -44,6 +45,7 @@ __all__ = [
     "ifvd",
     "kd",
     "ld",
+    "leaf",
     "mgd",
     "nkd",
     "ofa",

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.attachment.labels import labels_of
@@ -154,8 +154,8 @@ class DistillationModule(LightningModule):
         # Of what an ensemble's models return, only the logits are left: a task that selects them finds nothing.
         whole = not isinstance(self.teacher, Ensemble) or not self.teacher.path.selectors
         if self.agreement is not None and whole and isinstance(self.teacher, (Ensemble, Frozen)):
-            self.task.update_agreement(self.agreement, output, self._teacher_output(self.teacher, batch))
-            self.log("test/agreement", self.agreement, batch_size=1)
+            taught = self._teacher_output(self.teacher, batch)
+            self.task.update_agreement_batch(self.agreement, output, taught, batch)
 
     def _teacher_output(self, teacher: Ensemble | Frozen, batch: Any) -> Any:
         """Lets the task call the teacher, on what it is given in training: see ``teacher_input``."""
@@ -223,11 +223,15 @@ class DistillationModule(LightningModule):
         self._log_metrics(self.val_metrics, "val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the metrics of the task."""
+        """Logs the metrics of the task, and how student and teacher agree."""
         self._log_metrics(self.test_metrics, "test")
+        if self.agreement is not None and self.agreement.update_called:
+            self._log_metrics(self.agreement, "test")
 
-    def _log_metrics(self, metrics: MetricCollection, stage: str) -> None:
-        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+    def _log_metrics(self, metrics: Metric | MetricCollection, stage: str) -> None:
+        computed = metrics.compute()
+        named = computed if isinstance(computed, Mapping) else {"agreement": computed}
+        values = {f"{stage}/{name}": value for name, value in named.items()}
         # Every rank has computed them of all batches; their mean is what they are.
         whole = {name for name in values if name.count("/") == 1}  # the others are of single classes
         self.log_dict({n: values[n] for n in values if n in whole}, prog_bar=stage == "val", sync_dist=True)

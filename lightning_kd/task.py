@@ -93,12 +93,19 @@ class TaskAdapter(nn.Module, ABC):
         metrics.update(output, self.target(batch))
 
     def agreement(self) -> Metric | None:
-        """Returns a fresh metric of how often student and teacher agree, or None where that means nothing."""
+        """Returns a fresh metric of how often student and teacher agree, or None where that means nothing.
+
+        One that computes a dict, of many values at once, is logged under its keys.
+        """
         return None
 
     def update_agreement(self, metric: Metric, student: Any, teacher: Any) -> None:
         """Updates the agreement with what ``forward`` returned for both models."""
         metric.update(student, teacher)
+
+    def update_agreement_batch(self, metric: Metric, student: Any, teacher: Any, batch: Any) -> None:
+        """Likewise with the batch at hand, for what student and teacher do together, measured by the labels."""
+        self.update_agreement(metric, student, teacher)
 
     def predict(self, output: Any) -> Any:
         """Turns what ``forward`` returned into what a user wants to have predicted."""

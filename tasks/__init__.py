@@ -5,8 +5,18 @@ from lightning_kd.tasks.detection import Detection
 from lightning_kd.tasks.label_assisted import LabelAssisted
 from lightning_kd.tasks.mmdetection import MMDetection
 from lightning_kd.tasks.pseudo_boxes import PseudoBoxes
+from lightning_kd.tasks.retrieval import Retrieval
 from lightning_kd.tasks.segmentation import Segmentation
 
 from lightning_kd.task import TaskAdapter
 
-__all__ = ["Classification", "Detection", "LabelAssisted", "MMDetection", "PseudoBoxes", "Segmentation", "TaskAdapter"]
+__all__ = [
+    "Classification",
+    "Detection",
+    "LabelAssisted",
+    "MMDetection",
+    "PseudoBoxes",
+    "Retrieval",
+    "Segmentation",
+    "TaskAdapter",
+]

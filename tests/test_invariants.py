@@ -45,6 +45,7 @@ WIRING = {
     "IFVD": (lambda: losses.IFVD(8), DENSE),
     "KD": (losses.KD, LOGITS),
     "LD": (lambda: losses.LD(bins=2), DENSE),
+    "LEAF": (losses.LEAF, LOGITS),
     "MGD": (lambda: losses.MGD(alpha=1e-3), MAPS),
     "NKD": (losses.NKD, LOGITS),
     "OFA": (losses.OFA, LOGITS),

@@ -6,6 +6,7 @@ from lightning_kd.data.digits_cifar import CIFAR10_CLASSES, Cifar10, Digits
 from lightning_kd.data.image_mask_folder import ImageMaskFolder
 from lightning_kd.data.mask_scenes import MaskScenes
 from lightning_kd.data.tensor_images import RandomShift
+from lightning_kd.data.unseen_classes import Omniglot, UnseenDigits
 from lightning_kd.data.voc import VocFolder
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Digits",
     "ImageMaskFolder",
     "MaskScenes",
+    "Omniglot",
     "RandomShift",
+    "UnseenDigits",
     "VocFolder",
 ]

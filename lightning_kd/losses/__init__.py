@@ -16,6 +16,7 @@ from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.ifvd import IFVD
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.ld import LD
+from lightning_kd.losses.leaf import LEAF
 from lightning_kd.losses.mgd import MGD
 from lightning_kd.losses.nkd import NKD
 from lightning_kd.losses.ofa import OFA
@@ -47,6 +48,7 @@ __all__ = [
     "IFVD",
     "KD",
     "LD",
+    "LEAF",
     "MGD",
     "NKD",
     "OFA",

@@ -1,5 +1,6 @@
 """Metrics that torchmetrics lacks."""
 
 from lightning_kd.metrics.boundary_f1 import BoundaryF1
+from lightning_kd.metrics.retrieval import RetrievalQuality
 
-__all__ = ["BoundaryF1"]
+__all__ = ["BoundaryF1", "RetrievalQuality"]

@@ -113,6 +113,7 @@ CASES = {
     "KD": Case(losses.KD, _plain(functional.kd)),
     # without holes: what it draws is in its own test
     "LD": Case(lambda: losses.LD(bins=2), lambda m, s, t, boxes: functional.ld(s, t, boxes, bins=2), BINS, BINS),
+    "LEAF": Case(losses.LEAF, _plain(functional.leaf)),
     "MGD": Case(lambda: losses.MGD(ratio=0.0), _mgd, MAP, MAP, {"zero": LEARNS}),
     "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "OFA": Case(losses.OFA, _plain(functional.ofa), not_true={"zero": CROSS_ENTROPY}),

@@ -1,0 +1,189 @@
+"""How well embeddings retrieve: among classes, or documents that were judged for queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_kd.extras import late_import
+
+CHUNK = 1024
+"""Queries that are compared with the whole index at once."""
+
+
+def search(queries: Tensor, items: Tensor, k: int, index: str | None = None) -> Tensor:
+    """Return the numbers ``(Q, k)`` of the items with the largest inner products, best first.
+
+    Args:
+        queries: ``(Q, D)``, float32.
+        items: ``(N, D)``, float32.
+        k: How many to return, at most ``N``.
+        index: A factory string of faiss, ``"HNSW32"`` say, to search as approximately as that index does; exact, by
+            torch, unless given.
+
+    Returns:
+        int64; -1 behind what an approximate index has found.
+
+    Raises:
+        ModuleNotFoundError: If an index is asked for and faiss is not installed.
+
+    Example:
+        >>> search(torch.eye(2), torch.tensor([[1.0, 0.0], [0.5, 0.5]]), k=2)
+        tensor([[0, 1],
+                [1, 0]])
+    """
+    if index is None:
+        return torch.cat([(chunk @ items.T).topk(k).indices for chunk in queries.split(CHUNK)])
+    faiss = late_import("faiss", "faiss-cpu", "retrieval")
+    built = faiss.index_factory(items.shape[1], index, faiss.METRIC_INNER_PRODUCT)
+    stored = items.cpu().numpy()
+    if not built.is_trained:
+        built.train(stored)
+    built.add(stored)
+    return torch.from_numpy(built.search(queries.cpu().numpy(), k)[1]).to(queries.device)
+
+
+class RetrievalQuality(Metric):
+    """Recall, mAP@R, nDCG and reciprocal rank of a search by embeddings, over all of an epoch.
+
+    With ``relevance="labels"`` every sample is a query among all others, and those of its class are relevant (R of
+    them)::
+
+        recall@k = mean over queries of (1 if one of the k nearest is relevant)
+        map@r    = mean over queries of 1/R sum_(i <= R) precision(i) relevant(i)
+
+    With ``relevance="judgments"`` queries search documents, and what is relevant to a query was judged::
+
+        ndcg@k   = mean over queries of sum_(i <= k) relevant(i) / log2(i + 1), over the same of the best ranking
+        mrr@k    = mean over queries of 1 / rank of the first that is relevant, 0 where it is none of k
+        recall@k = mean over queries of the fraction of what is relevant that is among the k nearest
+
+    Queries to which nothing is relevant are left out of the means, and stay in the index. Where nothing can be told,
+    because no query has something to find or there is one class only, all values are nan.
+
+    Args:
+        relevance: What is relevant to a query.
+        recall_at: The numbers k of ``recall@k``; (1, 5) with labels and (100,) with judgments unless given.
+        cutoff: The k of nDCG and the reciprocal rank.
+        cosine: Whether embeddings are scaled to length 1.
+        index: A factory string of faiss for the search; exact unless given.
+        prefix: Put before the names.
+
+    Source:
+        mAP@R: Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505, section 3.2.
+
+    Example:
+        >>> quality = RetrievalQuality(recall_at=(1,))
+        >>> quality.update(torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 0, 1, 1]))
+        >>> {name: float(value) for name, value in quality.compute().items()}
+        {'recall@1': 1.0, 'map@r': 1.0}
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    queries: list[Tensor]
+    items: list[Tensor]
+    labels: list[Tensor]
+    relevant: list[Tensor]
+
+    def __init__(
+        self,
+        relevance: Literal["labels", "judgments"] = "labels",
+        recall_at: Sequence[int] | None = None,
+        cutoff: int = 10,
+        cosine: bool = True,
+        index: str | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        self.judged = relevance == "judgments"
+        self.recall_at = tuple(recall_at or ((100,) if self.judged else (1, 5)))
+        self.cutoff = cutoff
+        self.cosine = cosine
+        self.index = index
+        self.prefix = prefix
+        for name in ("queries", "items", "labels", "relevant"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(
+        self, queries: Tensor, labels: Tensor, relevant: Tensor | None = None, items: Tensor | None = None
+    ) -> None:
+        """Keep the embeddings of a batch.
+
+        Args:
+            queries: ``(B, D)``.
+            labels: ``(B,)``: classes; with judgments the documents' numbers, and -1 for a query.
+            relevant: With judgments, ``(B, R)``: the numbers of the documents that are relevant, then -1.
+            items: ``(B, D)``, the same samples as the index has them, of another model; those of ``queries`` unless
+                given.
+        """
+        self.queries.append(self._scaled(queries))
+        if items is not None:
+            self.items.append(self._scaled(items))
+        self.labels.append(labels)
+        if relevant is not None:
+            self.relevant.append(relevant)
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        embeddings = embeddings.detach().float()
+        return F.normalize(embeddings) if self.cosine else embeddings
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the values by name."""
+        queries, labels = dim_zero_cat(self.queries), dim_zero_cat(self.labels)
+        items = dim_zero_cat(self.items) if self.items else queries
+        if self.judged:
+            values = self._of_judgments(queries, items, labels, dim_zero_cat(self.relevant))
+        else:
+            values = self._of_labels(queries, items, labels)
+        return {f"{self.prefix}{name}": value for name, value in values.items()}
+
+    def _of_labels(self, queries: Tensor, items: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        _, of_class, counts = labels.unique(return_inverse=True, return_counts=True)
+        others = counts[of_class] - 1
+        asked = others > 0
+        names = [*(f"recall@{k}" for k in self.recall_at), "map@r"]
+        if not asked.any() or len(counts) == 1:
+            return dict.fromkeys(names, queries.new_tensor(torch.nan))
+        most = int(others.max())
+        k = min(max(*self.recall_at, most), len(items) - 1)
+        found = search(queries[asked], items, k + 1, self.index)
+        # The sample itself is nobody's answer: it goes behind the others, and then away.
+        itself = found == asked.nonzero()
+        found = found.gather(1, itself.long().argsort(dim=1, stable=True))[:, :k]
+        right = (labels[found] == labels[asked][:, None]) & (found >= 0)
+        rank = torch.arange(1, k + 1, device=right.device)
+        precision = right.cumsum(1) / rank
+        wanted = others[asked]
+        average = (precision * right * (rank <= wanted[:, None])).sum(1) / wanted
+        recalls = [right[:, :n].any(1).float().mean() for n in self.recall_at]
+        return dict(zip(names, [*recalls, average.mean()], strict=True))
+
+    def _of_judgments(self, queries: Tensor, items: Tensor, labels: Tensor, relevant: Tensor) -> dict[str, Tensor]:
+        names = [f"ndcg@{self.cutoff}", f"mrr@{self.cutoff}", *(f"recall@{k}" for k in self.recall_at)]
+        wanted = (relevant >= 0).sum(1)
+        asked, document = (labels < 0) & (wanted > 0), labels >= 0
+        if not asked.any() or not document.any():
+            return dict.fromkeys(names, queries.new_tensor(torch.nan))
+        # Two processes that share data unevenly repeat some of it: a document is in the index once.
+        numbers, place = labels[document].unique(return_inverse=True)
+        first = torch.empty_like(numbers).scatter_(0, place.flip(0), torch.arange(len(place) - 1, -1, -1).to(place))
+        k = min(max(*self.recall_at, self.cutoff), len(numbers))
+        found = search(queries[asked], items[document][first], k, self.index)
+        ranked = torch.where(found >= 0, numbers[found], -2)
+        right = (ranked[:, :, None] == relevant[asked][:, None, :]).any(2).float()
+        wanted = wanted[asked]
+        rank = torch.arange(1, k + 1, device=right.device)
+        discount = (rank <= self.cutoff) / (rank + 1).log2()
+        best = (discount * (rank <= wanted[:, None])).sum(1)
+        reciprocal = (right * (rank <= self.cutoff) / rank).amax(1)
+        recalls = [(right[:, :n].sum(1) / wanted).mean() for n in self.recall_at]
+        values = [((right * discount).sum(1) / best).mean(), reciprocal.mean(), *recalls]
+        return dict(zip(names, values, strict=True))

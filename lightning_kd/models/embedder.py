@@ -1,0 +1,54 @@
+"""An image embedder: any backbone of timm, and a linear layer to embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kd.extras import late_import
+
+
+class Embedder(nn.Module):
+    """Images to embeddings: a backbone of timm, pooled, and a linear layer.
+
+    Args:
+        backbone: Name of a model of timm, such as ``"resnet18"``.
+        dim: Length of the embeddings, ``D``.
+        in_channels: Channels of the images: 3 for RGB, 1 for grey.
+        pretrained: Whether to start from timm's weights, which are downloaded.
+        normalize: Whether embeddings are scaled to length 1.
+        options: What else the backbone takes, such as ``{"img_size": 96}``.
+
+    Raises:
+        ModuleNotFoundError: Without timm.
+
+    Example:
+        >>> import torch
+        >>> Embedder("mobilenetv3_small_050", dim=32, in_channels=1)(torch.zeros(2, 1, 64, 64)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        dim: int = 128,
+        in_channels: int = 3,
+        pretrained: bool = False,
+        normalize: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        timm = late_import("timm", "timm", "retrieval")
+        given = {**(options or {}), "in_chans": in_channels, "num_classes": 0}
+        self.backbone: nn.Module = timm.create_model(backbone, pretrained=pretrained, **given)
+        # What a pooled image has may be more than num_features, behind the last convolution of a MobileNet say.
+        features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        self.embed = nn.Linear(int(features), dim)  # type: ignore[arg-type]  # timm ships no types
+        self.normalize = normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` to embeddings ``(B, D)``."""
+        embeddings: Tensor = self.embed(self.backbone(images))
+        return F.normalize(embeddings) if self.normalize else embeddings

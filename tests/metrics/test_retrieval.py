@@ -1,0 +1,142 @@
+import math
+
+import pytest
+import torch
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.retrieval import (
+    retrieval_normalized_dcg,
+    retrieval_recall,
+    retrieval_reciprocal_rank,
+)
+
+from lightning_kd.metrics import RetrievalQuality
+from lightning_kd.metrics.retrieval import search
+
+
+def embeddings(count: int = 40, dim: int = 8) -> Tensor:
+    return torch.randn(count, dim)
+
+
+def measured(quality: RetrievalQuality, *batches: tuple[Tensor, ...]) -> dict[str, float]:
+    for batch in batches:
+        quality.update(*batch)
+    return {name: float(value) for name, value in quality.compute().items()}
+
+
+def judged(documents: int = 30, queries: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Return embeddings, numbers and relevant documents; the last query has nothing that answers it."""
+    numbers = torch.cat([torch.arange(documents) * 3 + 1, torch.full((queries,), -1)])
+    relevant = torch.full((documents + queries, 5), -1)
+    for i in range(queries - 1):
+        relevant[documents + i, : i + 1] = torch.randperm(documents)[: i + 1] * 3 + 1
+    order = torch.randperm(len(numbers))
+    return embeddings(len(numbers))[order], numbers[order], relevant[order]
+
+
+# Among classes
+
+
+def test_real_digits_as_pytorch_metric_learning_measures_them() -> None:
+    bunch = load_digits()
+    images, labels = torch.from_numpy(bunch.data[:600]).float(), torch.from_numpy(bunch.target[:600])
+    of = AccuracyCalculator(include=("precision_at_1", "mean_average_precision_at_r"), k="max_bin_count")
+    expected = of.get_accuracy(F.normalize(images), labels)
+    found = measured(RetrievalQuality(), (images[:250], labels[:250]), (images[250:], labels[250:]))
+    assert found["recall@1"] == pytest.approx(expected["precision_at_1"], abs=1e-6)
+    assert found["map@r"] == pytest.approx(expected["mean_average_precision_at_r"], abs=1e-6)
+    assert found["recall@1"] < found["recall@5"] < 1
+
+
+def test_queries_of_one_model_in_the_index_of_another() -> None:
+    queries, items, labels = embeddings(), embeddings(), torch.arange(40) % 7
+    similar = F.normalize(queries) @ F.normalize(items).T
+    similar.fill_diagonal_(-2)  # its own embedding is no answer, even where another one is nearer
+    nearest = labels[similar.argmax(1)] == labels
+    quality = RetrievalQuality(prefix="asymmetric_")
+    quality.update(queries, labels, items=items)
+    assert float(quality.compute()["asymmetric_recall@1"]) == pytest.approx(float(nearest.float().mean()))
+
+
+def test_a_class_of_one_asks_nothing_and_stays_in_the_index() -> None:
+    points = torch.tensor([[1.0, 0.0], [0.9, 0.4], [0.99, 0.1]])
+    found = measured(RetrievalQuality(recall_at=(1, 2)), (points, torch.tensor([0, 0, 1])))
+    assert found == {"recall@1": 0.0, "recall@2": 1.0, "map@r": 0.0}
+
+
+@pytest.mark.parametrize("labels", [torch.arange(5), torch.zeros(5, dtype=torch.long)], ids=["lone", "one class"])
+def test_what_cannot_be_told_is_nan(labels: Tensor) -> None:
+    found = measured(RetrievalQuality(), (embeddings(5), labels))
+    assert found.keys() == {"recall@1", "recall@5", "map@r"}
+    assert all(math.isnan(value) for value in found.values())
+
+
+def test_angles_or_inner_products() -> None:
+    points = torch.tensor([[1.0, 0.0], [0.9, 0.1], [5.0, 5.0], [4.0, 6.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    assert measured(RetrievalQuality(recall_at=(1,)), (points, labels))["recall@1"] == 1.0
+    assert measured(RetrievalQuality(recall_at=(1,), cosine=False), (points, labels))["recall@1"] == 0.5
+
+
+def test_embeddings_of_half_precision_are_measured_in_full() -> None:
+    points, labels = embeddings().half(), torch.arange(40) % 4
+    assert measured(RetrievalQuality(), (points, labels)) == measured(RetrievalQuality(), (points.float(), labels))
+
+
+# Among documents
+
+
+def test_judgments_as_torchmetrics_measures_each_query() -> None:
+    points, numbers, relevant = judged()
+    found = measured(RetrievalQuality("judgments", recall_at=(3, 100)), (points, numbers, relevant))
+    unit, documents = F.normalize(points), numbers >= 0
+    expected: dict[str, list[Tensor]] = {"ndcg@10": [], "mrr@10": [], "recall@3": [], "recall@100": []}
+    for query in torch.nonzero((numbers < 0) & (relevant >= 0).any(1)).flatten():
+        scores = unit[documents] @ unit[query]
+        answers = torch.isin(numbers[documents], relevant[query][relevant[query] >= 0])
+        expected["ndcg@10"].append(retrieval_normalized_dcg(scores, answers, top_k=10))
+        expected["mrr@10"].append(retrieval_reciprocal_rank(scores, answers, top_k=10))
+        expected["recall@3"].append(retrieval_recall(scores, answers, top_k=3))
+        expected["recall@100"].append(torch.tensor(1.0))  # there are thirty documents
+    assert len(expected["ndcg@10"]) == 5
+    assert found == {name: pytest.approx(float(torch.stack(each).mean())) for name, each in expected.items()}
+
+
+def test_a_document_that_two_processes_loaded_is_in_the_index_once() -> None:
+    points, numbers, relevant = judged()
+    once = measured(RetrievalQuality("judgments"), (points, numbers, relevant))
+    again = torch.nonzero(numbers >= 0).flatten()[:7]
+    twice = tuple(torch.cat([x, x[again]]) for x in (points, numbers, relevant))
+    assert measured(RetrievalQuality("judgments"), twice) == once
+
+
+def test_a_relevant_document_that_is_not_in_the_index_counts_as_missed() -> None:
+    points = torch.eye(3)[[0, 1, 0]]
+    relevant = torch.tensor([[-1, -1], [-1, -1], [0, 99]])
+    found = measured(RetrievalQuality("judgments"), (points, torch.tensor([0, 1, -1]), relevant))
+    assert found == {"ndcg@10": pytest.approx(1 / (1 + 1 / math.log2(3))), "mrr@10": 1.0, "recall@100": 0.5}
+
+
+@pytest.mark.parametrize("left", ["documents", "queries", "judged"])
+def test_no_documents_or_no_judged_queries_are_nan(left: str) -> None:
+    points, numbers, relevant = judged()
+    keep = {"documents": numbers >= 0, "queries": numbers < 0, "judged": (relevant < 0).all(1)}[left]
+    found = measured(RetrievalQuality("judgments"), (points[keep], numbers[keep], relevant[keep]))
+    assert all(math.isnan(value) for value in found.values())
+
+
+# Search
+
+
+def test_an_exact_index_of_faiss_finds_what_torch_finds() -> None:
+    queries, items = embeddings(11, 16), embeddings(300, 16)
+    assert torch.equal(search(queries, items, 5, index="Flat"), search(queries, items, 5))
+
+
+@pytest.mark.parametrize("index", ["HNSW16", "IVF4,Flat"])
+def test_metrics_are_of_what_an_approximate_index_finds(index: str) -> None:
+    points, labels = embeddings(400, 16), torch.arange(400) % 10
+    exact = measured(RetrievalQuality(), (points, labels))["recall@5"]
+    assert 0.3 * exact < measured(RetrievalQuality(index=index), (points, labels))["recall@5"] <= 1

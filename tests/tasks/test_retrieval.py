@@ -1,0 +1,216 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning_kd.callbacks import Distillation
+from lightning_kd.tasks import Retrieval
+from pytorch_metric_learning.losses import ArcFaceLoss, MultiSimilarityLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kd import DistillationModule, Term, losses
+from lightning_kd.cli import main
+from lightning_kd.data import UnseenDigits
+from lightning_kd.models import CifarResNet, Embedder
+
+QUIET: dict[str, Any] = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+}  # fmt: skip
+
+
+def net(width: int = 4, dim: int = 16) -> CifarResNet:
+    return CifarResNet(depth=8, width=width, in_channels=1, num_classes=dim)
+
+
+def terms() -> dict[str, Term]:
+    return {"leaf": Term(losses.LEAF(), student="embedding", teacher="embedding")}
+
+
+# Construction
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"relevance": "classes"}, "relevance is 'labels' or 'judgments'"),
+        ({"recall_at": []}, "recall_at are positive numbers"),
+        ({"recall_at": [0]}, "recall_at are positive numbers"),
+        ({"miner": MultiSimilarityMiner()}, "A miner chooses pairs for a criterion"),
+        ({"criterion": ArcFaceLoss(num_classes=3, embedding_size=4)}, "ArcFaceLoss has parameters of its own"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Retrieval(**{"criterion": None} | wrong)
+
+
+# The loss
+
+
+def test_the_loss_is_that_of_the_library_on_what_the_miner_chose() -> None:
+    criterion, miner = TripletMarginLoss(), BatchHardMiner()
+    embeddings, labels = torch.randn(12, 4), torch.arange(12) % 3
+    expected = criterion(embeddings, labels, miner(embeddings, labels))
+    assert expected != criterion(embeddings, labels)
+    torch.testing.assert_close(Retrieval(criterion, miner).loss(embeddings, (None, labels)), expected)
+
+
+def test_there_is_no_loss_in_evaluation() -> None:
+    task = Retrieval(TripletMarginLoss()).eval()
+    assert task.loss(torch.randn(4, 2), (None, torch.zeros(4, dtype=torch.long))) is None
+
+
+def test_a_batch_of_one_class_has_nothing_to_tell_apart() -> None:
+    with pytest.raises(ValueError, match="All 4 samples of a training batch are of one class"):
+        Retrieval(TripletMarginLoss()).loss(torch.randn(4, 2), (None, torch.ones(4, dtype=torch.long)))
+
+
+def test_no_criterion_needs_a_teacher() -> None:
+    task, batch = Retrieval(None), (None, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="learns from a teacher alone, and there is none"):
+        task.loss(torch.randn(2, 3), batch)
+    module = DistillationModule(task, net(), net(8), terms())
+    loss = module.task.loss(torch.randn(2, 3, requires_grad=True), batch)
+    assert loss is not None
+    assert loss == 0
+    assert loss.requires_grad
+
+
+# What models and data give
+
+
+def test_embeddings_are_found_in_what_a_model_returns() -> None:
+    task, embeddings = Retrieval(None), torch.randn(2, 3)
+    others = {"token_embeddings": torch.randn(2, 5, 3)}
+    for output in (embeddings, others | {"sentence_embedding": embeddings}, SimpleNamespace(embeddings=embeddings)):
+        assert task.embeddings(output) is embeddings
+    torch.testing.assert_close(task.predict(embeddings), F.normalize(embeddings))
+    torch.testing.assert_close(Retrieval(None, cosine=False).predict(embeddings), embeddings)
+    for wrong in (others, torch.randn(2, 3, 4), None):
+        with pytest.raises(ValueError, match=r"Retrieval wants embeddings \(B, D\).*override Retrieval.embeddings"):
+            task.embeddings(wrong)
+
+
+def test_inputs_that_are_a_tuple_are_several_arguments() -> None:
+    output = Retrieval(None)(nn.Bilinear(2, 3, 4), ((torch.randn(5, 2), torch.randn(5, 3)), None))
+    assert output.shape == (5, 4)
+
+
+@pytest.mark.parametrize("labels", [torch.randn(4), torch.zeros(4, 1, dtype=torch.long), None])
+def test_labels_are_one_integer_for_each_sample(labels: Any) -> None:
+    with pytest.raises(ValueError, match=r"labels integers \(B,\); got labels"):
+        Retrieval(TripletMarginLoss()).loss(torch.randn(4, 2), (None, labels))
+
+
+@pytest.mark.parametrize("relevant", [None, torch.zeros(4, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long)])
+def test_judgments_are_a_row_for_each_sample(relevant: Any) -> None:
+    task, batch = Retrieval(None, relevance="judgments"), (None, torch.tensor([0, 1, 2, -1]), relevant)
+    with pytest.raises(ValueError, match=r"relevant integers \(4, R\) padded with -1; got"):
+        task.update(task.metrics(), torch.randn(4, 2), batch)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def digits() -> UnseenDigits:
+    return UnseenDigits()
+
+
+def test_a_fit_and_its_test_in_the_teachers_index(digits: UnseenDigits) -> None:
+    task = Retrieval(MultiSimilarityLoss(), recall_at=(1, 2))
+    module = DistillationModule(task, net(), net(8), terms())
+    assert task.main_metric == "recall@1"
+    trainer = Trainer(max_steps=3, limit_val_batches=2, num_sanity_val_steps=1, **QUIET)
+    trainer.fit(module, datamodule=digits)
+    assert trainer.callback_metrics["train/leaf"] > 0
+    assert "val/loss" not in trainer.callback_metrics
+    assert all(key.startswith("student.") for key in module.state_dict())
+    (found,) = trainer.test(module, datamodule=digits, verbose=False)
+    names = {"recall@1", "recall@2", "map@r"}
+    assert found.keys() == {f"test/{kind}{name}" for kind in ("", "asymmetric_") for name in names}
+    # In the index of a teacher that is the student itself nothing is asymmetric.
+    own = DistillationModule(task, module.student, net(), terms())
+    own.teacher.model.load_state_dict(module.student.state_dict())  # type: ignore[union-attr]
+    (same,) = Trainer(**QUIET).test(own, datamodule=digits, verbose=False)
+    for name in names:
+        assert same[f"test/asymmetric_{name}"] == pytest.approx(same[f"test/{name}"], abs=1e-6)
+        assert same[f"test/{name}"] == pytest.approx(found[f"test/{name}"], abs=1e-6)
+
+
+def test_embeddings_of_another_length_are_not_searched_in_the_teachers_index(digits: UnseenDigits) -> None:
+    module = DistillationModule(
+        Retrieval(None), net(dim=8), net(8), {"rkd": Term(losses.RKD(), student="embedding", teacher="embedding")}
+    )
+    (found,) = Trainer(limit_test_batches=3, **QUIET).test(module, datamodule=digits, verbose=False)
+    assert found.keys() == {"test/recall@1", "test/recall@5", "test/map@r"}
+
+
+class Plain(LightningModule):
+    """A user's module with a loss of metric learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = net()
+        self.criterion = ArcFaceLoss(num_classes=6, embedding_size=16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        return self.criterion(self.model(images), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_the_callback_on_a_module_with_a_loss_that_learns(digits: UnseenDigits) -> None:
+    module = Plain()
+    before = module.criterion.W.detach().clone()
+    distillation = Distillation(net(8), {"leaf": Term(losses.LEAF())}, student="model")
+    trainer = Trainer(max_steps=2, limit_val_batches=1, callbacks=[distillation], **QUIET)
+    trainer.fit(module, datamodule=digits)
+    assert trainer.callback_metrics["train/leaf"] > 0
+    assert not torch.equal(module.criterion.W, before)
+
+
+def test_a_backbone_of_timm_offers_its_stages(digits: UnseenDigits) -> None:
+    student, teacher = Embedder("mobilenetv3_small_050", 16, 1), Embedder("resnet10t", 16, 1)
+    offered = Retrieval(None).knowledge(teacher)
+    assert {"embedding", "features.1", "features.4"} <= offered.keys()
+    at = Term(losses.AT(), student="features.2", teacher="features.2")
+    module = DistillationModule(Retrieval(None), student, teacher, terms() | {"at": at})
+    trainer = Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    bigger = [(F.interpolate(torch.randn(4, 1, 8, 8), size=(32, 32)), torch.tensor([0, 0, 1, 1]))]
+    trainer.fit(module, bigger, bigger)
+    assert trainer.callback_metrics["train/at"] > 0
+    torch.testing.assert_close(student.eval()(bigger[0][0]).norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.slow
+def test_an_image_embedder_from_the_command_line_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.chdir(tmp_path)
+    student = ["--model.student", "lightning_kd.models.Embedder", "--model.student.backbone", "mobilenetv3_small_050"]
+    teacher = ["--model.teacher.init_args.model", "lightning_kd.models.Embedder"]
+    teacher += ["--model.teacher.init_args.model.backbone", "resnet10t"]
+    options = [
+        f"--model.{side}.{name}"
+        for side in ("student", "teacher.init_args.model")
+        for name in ("dim=32", "in_channels=1")
+    ]
+    short = [f"--trainer.{name}=1" for name in ("max_epochs", "limit_train_batches", "limit_val_batches")]
+    short += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    short += ["--teacher_fit", "null", "--model.teacher.init_args.checkpoint", "null"]
+    run = ["fit", "--config", "digits_retrieval_leaf", *student, *teacher, *options, *short]
+    assert main([*run, "--traceback"]) == 0
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "onnx", "--output", "student.onnx"]) == 0
+    session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
+    (embeddings,) = session.run(None, {session.get_inputs()[0].name: torch.randn(3, 1, 8, 8).numpy()})
+    assert embeddings.shape == (3, 32)
