@@ -52,7 +52,7 @@ class UnseenClasses(TensorDataModule):
         """Balanced batches of the training split."""
         split = self.splits["train"]
         assert isinstance(split, TensorImages)
-        known, needed = len(split.labels.unique()), self.batch_size // self.per_class
+        known, needed = len(torch.unique(split.labels)), self.batch_size // self.per_class
         if known < max(needed, 2):
             raise ValueError(
                 f"the training data has {known} classes, and a batch of batch_size={self.batch_size} with per_class="

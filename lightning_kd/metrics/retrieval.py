@@ -39,7 +39,7 @@ def search(queries: Tensor, items: Tensor, k: int, index: str | None = None) -> 
                 [1, 0]])
     """
     if index is None:
-        return torch.cat([(chunk @ items.T).topk(k).indices for chunk in queries.split(CHUNK)])
+        return torch.cat([(chunk @ items.T).topk(k).indices for chunk in torch.split(queries, CHUNK)])
     faiss = late_import("faiss", "faiss-cpu", "retrieval")
     built = faiss.index_factory(items.shape[1], index, faiss.METRIC_INNER_PRODUCT)
     stored = items.cpu().numpy()
@@ -146,7 +146,7 @@ class RetrievalQuality(Metric):
         return {f"{self.prefix}{name}": value for name, value in values.items()}
 
     def _of_labels(self, queries: Tensor, items: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        _, of_class, counts = labels.unique(return_inverse=True, return_counts=True)
+        _, of_class, counts = torch.unique(labels, return_inverse=True, return_counts=True)
         others = counts[of_class] - 1
         asked = others > 0
         names = [*(f"recall@{k}" for k in self.recall_at), "map@r"]
@@ -173,7 +173,7 @@ class RetrievalQuality(Metric):
         if not asked.any() or not document.any():
             return dict.fromkeys(names, queries.new_tensor(torch.nan))
         # Two processes that share data unevenly repeat some of it: a document is in the index once.
-        numbers, place = labels[document].unique(return_inverse=True)
+        numbers, place = torch.unique(labels[document], return_inverse=True)
         first = torch.empty_like(numbers).scatter_(0, place.flip(0), torch.arange(len(place) - 1, -1, -1).to(place))
         k = min(max(*self.recall_at, self.cutoff), len(numbers))
         found = search(queries[asked], items[document][first], k, self.index)

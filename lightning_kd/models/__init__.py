@@ -2,8 +2,18 @@
 
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
-from lightning_kd.models.embedder import Embedder
+from lightning_kd.models.embedder import Embedder, SmallEmbedder
 from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.torchvision import Torchvision
 
-__all__ = ["FCOS", "CifarResNet", "Embedder", "FasterRCNN", "MMDetModel", "RetinaNet", "Torchvision", "pyramid"]
+__all__ = [
+    "FCOS",
+    "CifarResNet",
+    "Embedder",
+    "FasterRCNN",
+    "MMDetModel",
+    "RetinaNet",
+    "SmallEmbedder",
+    "Torchvision",
+    "pyramid",
+]

@@ -1,4 +1,4 @@
-"""An image embedder: any backbone of timm, and a linear layer to embeddings."""
+"""Image embedders: any backbone of timm with a linear layer, and a small residual network for small images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kd.extras import late_import
+from lightning_kd.models.cifar_resnet import CifarResNet
 
 
 class Embedder(nn.Module):
@@ -45,10 +46,36 @@ class Embedder(nn.Module):
         self.backbone: nn.Module = timm.create_model(backbone, pretrained=pretrained, **given)
         # What a pooled image has may be more than num_features, behind the last convolution of a MobileNet say.
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
-        self.embed = nn.Linear(int(features), dim)  # type: ignore[arg-type]  # timm ships no types
+        self.embed = nn.Linear(int(features), dim)
         self.normalize = normalize
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, in_channels, H, W)`` to embeddings ``(B, D)``."""
         embeddings: Tensor = self.embed(self.backbone(images))
         return F.normalize(embeddings) if self.normalize else embeddings
+
+
+class SmallEmbedder(CifarResNet):
+    """Small images to embeddings: a :class:`CifarResNet` whose last layer makes embeddings of length 1.
+
+    Args:
+        depth: Number of weighted layers: 8, 14, 20, ...
+        dim: Length of the embeddings, ``D``.
+        in_channels: Channels of the images: 3 for RGB, 1 for grey.
+        width: Channels of the first stage.
+
+    Raises:
+        ValueError: If ``depth`` is not ``6n + 2``.
+
+    Example:
+        >>> import torch
+        >>> SmallEmbedder(depth=8, dim=32, in_channels=1, width=4)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, depth: int, dim: int = 64, in_channels: int = 3, width: int = 16) -> None:
+        super().__init__(depth, num_classes=dim, in_channels=in_channels, width=width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` to embeddings ``(B, D)``."""
+        return F.normalize(super().forward(image))

@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -11,19 +12,20 @@ from pytorch_metric_learning.losses import ArcFaceLoss, MultiSimilarityLoss, Tri
 from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import DistillationModule, Term, losses
 from lightning_kd.cli import main
 from lightning_kd.data import UnseenDigits
-from lightning_kd.models import CifarResNet, Embedder
+from lightning_kd.models import Embedder, SmallEmbedder
 
 QUIET: dict[str, Any] = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
 }  # fmt: skip
 
 
-def net(width: int = 4, dim: int = 16) -> CifarResNet:
-    return CifarResNet(depth=8, width=width, in_channels=1, num_classes=dim)
+def net(width: int = 4, dim: int = 16) -> SmallEmbedder:
+    return SmallEmbedder(8, dim, in_channels=1, width=width)
 
 
 def terms() -> dict[str, Term]:
@@ -178,23 +180,22 @@ def test_the_callback_on_a_module_with_a_loss_that_learns(digits: UnseenDigits) 
     assert not torch.equal(module.criterion.W, before)
 
 
-def test_a_backbone_of_timm_offers_its_stages(digits: UnseenDigits) -> None:
+def test_a_backbone_of_timm_offers_its_stages() -> None:
     student, teacher = Embedder("mobilenetv3_small_050", 16, 1), Embedder("resnet10t", 16, 1)
     offered = Retrieval(None).knowledge(teacher)
     assert {"embedding", "features.1", "features.4"} <= offered.keys()
     at = Term(losses.AT(), student="features.2", teacher="features.2")
     module = DistillationModule(Retrieval(None), student, teacher, terms() | {"at": at})
     trainer = Trainer(max_steps=1, limit_val_batches=0, **QUIET)
-    bigger = [(F.interpolate(torch.randn(4, 1, 8, 8), size=(32, 32)), torch.tensor([0, 0, 1, 1]))]
-    trainer.fit(module, bigger, bigger)
+    images = torch.randn(4, 1, 32, 32)
+    loader = DataLoader(TensorDataset(images, torch.tensor([0, 0, 1, 1])), batch_size=4)
+    trainer.fit(module, loader, loader)
     assert trainer.callback_metrics["train/at"] > 0
-    torch.testing.assert_close(student.eval()(bigger[0][0]).norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(student.eval()(images).norm(dim=1), torch.ones(4))
 
 
 @pytest.mark.slow
 def test_an_image_embedder_from_the_command_line_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
     monkeypatch.chdir(tmp_path)
     student = ["--model.student", "lightning_kd.models.Embedder", "--model.student.backbone", "mobilenetv3_small_050"]
     teacher = ["--model.teacher.init_args.model", "lightning_kd.models.Embedder"]
@@ -204,13 +205,16 @@ def test_an_image_embedder_from_the_command_line_to_onnx(tmp_path: Path, monkeyp
         for side in ("student", "teacher.init_args.model")
         for name in ("dim=32", "in_channels=1")
     ]
-    short = [f"--trainer.{name}=1" for name in ("max_epochs", "limit_train_batches", "limit_val_batches")]
+    short = [
+        f"--trainer.{name}=1"
+        for name in ("max_epochs", "limit_train_batches", "limit_val_batches", "check_val_every_n_epoch")
+    ]
     short += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     short += ["--teacher_fit", "null", "--model.teacher.init_args.checkpoint", "null"]
     run = ["fit", "--config", "digits_retrieval_leaf", *student, *teacher, *options, *short]
     assert main([*run, "--traceback"]) == 0
     (checkpoint,) = Path("runs").rglob("*.ckpt")
-    assert main(["export", "--checkpoint", str(checkpoint), "--format", "onnx", "--output", "student.onnx"]) == 0
+    assert main(["export", str(checkpoint), "--format", "onnx", "--output", "student.onnx"]) == 0
     session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
     (embeddings,) = session.run(None, {session.get_inputs()[0].name: torch.randn(3, 1, 8, 8).numpy()})
     assert embeddings.shape == (3, 32)
