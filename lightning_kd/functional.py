@@ -16,6 +16,7 @@ from lightning_kd.losses.ifvd import ifvd
 from lightning_kd.losses.kd import kd
 from lightning_kd.losses.ld import ld
 from lightning_kd.losses.leaf import leaf
+from lightning_kd.losses.margin_mse import margin_mse
 from lightning_kd.losses.mgd import mgd
 from lightning_kd.losses.nkd import nkd
 from lightning_kd.losses.ofa import ofa
@@ -24,6 +25,7 @@ from lightning_kd.losses.pkt import pkt
 from lightning_kd.losses.pld import pld
 from lightning_kd.losses.qfl import qfl
 from lightning_kd.losses.rkd import rkd
+from lightning_kd.losses.seed import seed
 from lightning_kd.losses.skd import skd
 from lightning_kd.losses.sp import sp
 from lightning_kd.losses.standardize import standardize
@@ -46,6 +48,7 @@ __all__ = [
     "kd",
     "ld",
     "leaf",
+    "margin_mse",
     "mgd",
     "nkd",
     "ofa",
@@ -54,6 +57,7 @@ __all__ = [
     "pld",
     "qfl",
     "rkd",
+    "seed",
     "skd",
     "sp",
     "standardize",

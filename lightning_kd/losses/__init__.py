@@ -17,6 +17,8 @@ from lightning_kd.losses.ifvd import IFVD
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.ld import LD
 from lightning_kd.losses.leaf import LEAF
+from lightning_kd.losses.margin_mse import MarginMSE
+from lightning_kd.losses.matryoshka import Matryoshka
 from lightning_kd.losses.mgd import MGD
 from lightning_kd.losses.nkd import NKD
 from lightning_kd.losses.ofa import OFA
@@ -27,6 +29,7 @@ from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.qfl import QFL
 from lightning_kd.losses.rkd import RKD
 from lightning_kd.losses.sample_temperature import SampleTemperature
+from lightning_kd.losses.seed import SEED
 from lightning_kd.losses.skd import SKD
 from lightning_kd.losses.sp import SP
 from lightning_kd.losses.standardize import Standardized
@@ -57,10 +60,13 @@ __all__ = [
     "PLD",
     "QFL",
     "RKD",
+    "SEED",
     "SKD",
     "SP",
     "VID",
     "FitNet",
+    "MarginMSE",
+    "Matryoshka",
     "Pixelwise",
     "SampleTemperature",
     "Standardized",

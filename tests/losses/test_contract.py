@@ -34,6 +34,7 @@ PIXELS = (8, 10, 4, 4)
 CROSS_ENTROPY = "a cross entropy: its value at equality is an entropy"
 LABEL = "its target part is smallest where the student is certain of the label"
 RELATIONS = "defined over the pairs of a batch with a factor 1/B"
+HEATED = "the teacher has a temperature of its own"
 LEARNS = "has parameters of its own"
 
 
@@ -114,6 +115,8 @@ CASES = {
     # without holes: what it draws is in its own test
     "LD": Case(lambda: losses.LD(bins=2), lambda m, s, t, boxes: functional.ld(s, t, boxes, bins=2), BINS, BINS),
     "LEAF": Case(losses.LEAF, _plain(functional.leaf)),
+    "MarginMSE": Case(losses.MarginMSE, _plain(functional.margin_mse)),
+    "Matryoshka": Case(lambda: losses.Matryoshka(losses.DKD(), [10]), _plain(functional.dkd)),
     "MGD": Case(lambda: losses.MGD(ratio=0.0), _mgd, MAP, MAP, {"zero": LEARNS}),
     "NKD": Case(losses.NKD, _plain(functional.nkd), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "OFA": Case(losses.OFA, _plain(functional.ofa), not_true={"zero": CROSS_ENTROPY}),
@@ -124,6 +127,11 @@ CASES = {
     "QFL": Case(losses.QFL, _plain(functional.qfl)),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
     "SampleTemperature": Case(lambda: losses.SampleTemperature(losses.DKD()), _sample_temperature),
+    "SEED": Case(
+        lambda: losses.SEED(queue=32).eval(),  # in training what it remembers changes with each call
+        lambda module, s, t: functional.seed(s, t, module.bank),
+        not_true={"zero": HEATED, "minimum": HEATED},
+    ),
     "SKD": Case(losses.SKD, _plain(functional.skd), (8, 3, 4, 4), MAP),
     "SP": Case(losses.SP, _plain(functional.sp), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "Standardized": Case(lambda: losses.Standardized(losses.DKD()), _standardized),
