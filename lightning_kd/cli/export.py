@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lightning_kd.cli.recipe import Saved, build
 
 Outputs = list[Tensor]
 Run = Callable[[tuple[Any, ...]], Outputs]
+SAME = 1e-3
+"""Largest difference at another image size, relative; else only the size of the training is offered."""
 
 
 def main(arguments: list[str]) -> None:
@@ -32,8 +34,9 @@ def main(arguments: list[str]) -> None:
         "--format",
         required=True,
         metavar="FORMAT",
-        help="onnx (any batch size, of a detector one image of any size; checked with onnxruntime), torchscript "
-        "(PyTorch has deprecated it; for old runtimes), or state_dict (weights only, for the plain class)",
+        help="onnx (any batch size, any image size where the network can; of a detector one image; checked with "
+        "onnxruntime), torchscript (PyTorch has deprecated it; for old runtimes), or state_dict (weights only, for "
+        "the plain class)",
     )
     parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
     parser.add_argument("--peer", type=int, default=0, metavar="N", help="write the student's N-th peer instead of it")
@@ -64,14 +67,22 @@ def main(arguments: list[str]) -> None:
     finally:
         part.unlink(missing_ok=True)
     size = output.stat().st_size / 1024
-    print(f"{output}: {size:.0f} kB; largest difference to the network's outputs: {difference:.2g}")
+    takes = ["batch size"] * (ending.endswith(".onnx") and not saved.takes_lists) + [
+        "height and width"
+    ] * saved.any_size
+    sizes = f"; any {', '.join(takes)}" if takes else ""
+    print(f"{output}: {size:.0f} kB{sizes}; largest difference to the network's outputs: {difference:.2g}")
 
 
 def _difference(saved: Saved, run: Run) -> float:
-    """Largest difference of the outputs relative to their size, for two batch sizes; of a detector for one image."""
+    """Largest difference of the outputs relative to their size: for two batches, of two image sizes if any will do."""
+    other = saved.example(1 if saved.takes_lists else 3, larger=saved.any_size)
+    return _worst(saved, run, [saved.example(1), other])
+
+
+def _worst(saved: Saved, run: Run, examples: Iterable[tuple[Any, ...]]) -> float:
     worst = 0.0
-    for batch in (1,) if saved.takes_lists else (1, 3):
-        inputs = saved.example(batch)
+    for inputs in examples:
         with torch.no_grad():
             value, received = saved.model(*inputs), run(inputs)
         expected = outputs(value)
@@ -106,14 +117,54 @@ def _onnx(saved: Saved, path: Path) -> Run:
     _late("onnxscript")
     if saved.takes_lists:
         return _onnx_of_one_image(saved, path, runtime)
-    inputs = saved.example(2)
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        saved.model, inputs, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
-    )
-    assert program is not None
-    program.save(path, external_data=False)
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for larger in (True, False) if _takes_larger(saved) else (False,):
+        inputs = saved.example(2, larger)
+        batch, inferred = torch.export.Dim("batch"), torch.export.Dim.AUTO
+        # Which sizes a network takes, the exporter finds out: multiples of 32, say.
+        shapes = tuple(
+            dict.fromkeys((0, 2, 3) if each.ndim == 4 else (0,), inferred) if larger else {0: batch} for each in inputs
+        )
+        try:
+            program = torch.onnx.export(saved.model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        except torch.onnx.OnnxExporterError:
+            if larger:
+                continue
+            raise
+        assert program is not None
+        program.save(path, external_data=False)
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        run = _running(session)
+        if not larger:
+            return run
+        free = all(
+            isinstance(size, str) for each in session.get_inputs() for i, size in enumerate(each.shape) if i != 1
+        )
+        if free and _same_at_any_size(saved, run):
+            saved.any_size = True
+            return run
+    raise AssertionError("the last turn returns or raises")
+
+
+def _same_at_any_size(saved: Saved, run: Run) -> bool:
+    try:
+        return _worst(saved, run, [saved.example(1), saved.example(3, larger=True)]) <= SAME
+    except Exception:  # onnxruntime's, of a graph into which a size was written
+        return False
+
+
+def _takes_larger(saved: Saved) -> bool:
+    """Whether the network takes images of another size than it was trained on."""
+    if not any(len(shape) == 3 for shape, _ in saved.inputs):
+        return False
+    try:
+        with torch.no_grad():
+            saved.model(*saved.example(1, larger=True))
+    except Exception:  # whatever a network raises of a size that it does not take
+        return False
+    return True
+
+
+def _running(session: Any) -> Run:
     names = [each.name for each in session.get_inputs()]
 
     def run(inputs: tuple[Tensor, ...]) -> Outputs:
@@ -125,7 +176,8 @@ def _onnx(saved: Saved, path: Path) -> Run:
 
 def _onnx_of_one_image(saved: Saved, path: Path, runtime: Any) -> Run:
     """Traced for a list of one image of any size: how many boxes are found torch.export cannot follow."""
-    names = ["image", "boxes", "scores", "labels"]
+    with torch.no_grad():
+        names = ["image", *saved.model(*saved.example(1))[0]]  # boxes, scores and labels, in the network's order
     any_size = {"image": {1: "height", 2: "width"}} | {name: {0: "found"} for name in names[1:]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a tracer that PyTorch has deprecated, about constants of torchvision
@@ -134,6 +186,7 @@ def _onnx_of_one_image(saved: Saved, path: Path, runtime: Any) -> Run:
             input_names=names[:1], output_names=names[1:], dynamic_axes=any_size,
         )  # fmt: skip
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    saved.any_size = True
     return lambda inputs: [torch.from_numpy(each) for each in session.run(None, {"image": inputs[0][0].numpy()})]
 
 

@@ -126,17 +126,22 @@ class Saved:
         except RuntimeError as error:
             raise UsageError(f"{path}: the weights do not fit {class_path}: {error}") from error
         self.model.eval()
+        self.any_size = False  # until it is shown for what was exported
 
     @property
     def takes_lists(self) -> bool:
         """Whether the network takes lists of images, as detectors do."""
         return any(name.startswith("list[") for _, name in self.inputs)
 
-    def example(self, batch: int) -> tuple[Any, ...]:
-        """Random inputs of the shapes that the student was trained on."""
+    def example(self, batch: int, larger: bool = False) -> tuple[Any, ...]:
+        """Random inputs of the shapes that the student was trained on; or with images larger than these."""
         if not self.inputs:
             raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
-        return random_inputs(self.inputs, batch)
+        if not larger:
+            return random_inputs(self.inputs, batch)
+        # Steps that most networks take, and different ones, so that height and width are not taken for one number.
+        grown = [([s[0], s[1] + 32, s[2] + 64] if len(s) == 3 else s, name) for s, name in self.inputs]
+        return random_inputs(grown, batch)
 
 
 def _dtype_name(name: str) -> str:

@@ -1,0 +1,76 @@
+"""What is exported, by what reads it: onnxruntime, and the plain class."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from lightning_kd.cli import main
+from lightning_kd.cli.recipe import build
+
+SMALL = {"num_classes": 3, "backbone": "mobilenet_v3_small", "channels": 32, "min_size": 64, "max_size": 64}
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+MMDET: dict[str, Any] = {
+    "config": "retinanet/retinanet_r18_fpn_1x_coco",
+    "num_classes": 3,
+    "overrides": {"backbone.base_channels": 8, "backbone.stem_channels": 8, "neck.in_channels": [8, 16, 32, 64]},
+}
+
+
+def checkpoint(path: Path, class_path: str, arguments: dict[str, Any], inputs: list[Any]) -> nn.Module:
+    """A file as `lightning-kd fit` writes it, of a network that learned nothing."""
+    torch.manual_seed(0)
+    recipe = {"class_path": class_path, "init_args": arguments}
+    model: nn.Module = build(recipe).eval()
+    state = {f"student.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "lightning_kd": {"student": recipe, "inputs": inputs}}, path)
+    return model
+
+
+def test_a_detector_in_two_stages_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = [[[3, 64, 64], "list[float32]"]]
+    model = checkpoint(tmp_path / "a.ckpt", "lightning_kd.models.FasterRCNN", SMALL, inputs)
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", "onnx", "--traceback"]) == 0
+    assert "any height and width" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    image = torch.rand(3, 80, 72)
+    with torch.no_grad():
+        (expected,) = model([image])
+    values = session.run(None, {"image": image.numpy()})
+    found = {each.name: torch.from_numpy(value) for each, value in zip(session.get_outputs(), values, strict=True)}
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["scores"].sort().values, expected["scores"].sort().values)
+    torch.testing.assert_close(found["labels"].bincount(), expected["labels"].bincount())
+
+
+def test_a_network_of_one_size_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "timm.models.vision_transformer.VisionTransformer"
+    model = checkpoint(tmp_path / "a.ckpt", name, VIT, [[[3, 16, 16], "float32"]])
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", "onnx", "--traceback"]) == 0
+    told = capsys.readouterr().out
+    assert "any batch size;" in told
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    assert given.shape[1:] == [3, 16, 16]
+    images = torch.randn(5, 3, 16, 16)
+    (found,) = session.run(None, {given.name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_detector_of_mmdet_for_its_own_class(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "a.ckpt", "lightning_kd.models.MMDetModel", MMDET, [[[3, 64, 64], "float32"]])
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", "state_dict", "--traceback"]) == 0
+    import mmdet  # noqa: PLC0415 - the operations that it asks of mmcv are there since the model is
+    from mmengine.config import Config  # noqa: PLC0415
+    from mmengine.registry import MODELS, DefaultScope  # noqa: PLC0415
+
+    config = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / f"{MMDET['config']}.py")
+    changed = MMDET["overrides"] | {"bbox_head.num_classes": 3, "backbone.init_cfg": None}
+    config.merge_from_dict({f"model.{name}": value for name, value in changed.items()})
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        plain = MODELS.build(config.model)
+    assert type(plain).__module__.startswith("mmdet.")
+    plain.load_state_dict(torch.load(tmp_path / "a.state_dict.pt", weights_only=True), strict=True)
