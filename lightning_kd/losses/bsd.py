@@ -39,9 +39,10 @@ class BSD(nn.Module):
 
     Between two peers each pixel is taught in one direction only, by the one that knows it: made for a CNN and a
     transformer that learn at once, ``MutualDistillation(peers=[...], terms={"bsd": Term(BSD())})``. It is 0 for a
-    student that is better everywhere. This is the pixel-wise part of bidirectional selective distillation, **by the
-    paper's description and not checked against its equations**. Its region-wise part is not here; for its
-    heterogeneous features (HFD) use ``FitNet`` between early layers of the two.
+    student that is better everywhere. This is the pixel-wise part of bidirectional selective distillation, in the space
+    of logits, **by the paper's abstract and not checked against its equations**; no code of its authors was found. Its
+    region-wise part, in the space of features, is not here; for its heterogeneous features (HFD, consistency of early
+    layers) use ``FitNet`` between early layers of the two, as ``scenes_segmentation_collaborative`` does.
 
     Args:
         temperature: T > 0. May be changed between steps.

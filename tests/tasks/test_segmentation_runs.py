@@ -102,6 +102,32 @@ def test_two_averages_take_turns_on_images_without_masks() -> None:
     assert float(trainer.callback_metrics["train/consistency"]) > 0
 
 
+def test_a_cnn_and_a_transformer_teach_each_other() -> None:
+    torch.manual_seed(0)
+    transformer = smp.Segformer("mit_b0", encoder_weights=None, decoder_segmentation_channels=32, classes=11)
+    terms = {
+        "bsd": Term(losses.BSD(), student="logits", teacher="logits"),
+        "hfd": Term(losses.FitNet(), student="features.2", teacher="features.2"),
+    }
+    for kept in ({"bsd"}, {"hfd"}):
+        networks = {"train": student(), "peer1/train": transformer}
+        before = {side: [p.detach().clone() for p in net.parameters()] for side, net in networks.items()}
+        module = DistillationModule(
+            Segmentation(11, ignore_index=255),
+            networks["train"],
+            teachers.Peers([transformer]),
+            {name: terms[name] for name in kept},
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            task_weight=0.0,  # so that whatever moves was moved by the other
+        )
+        trainer = Trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=False, log_every_n_steps=1, **QUIET)
+        trainer.fit(module, datamodule=MaskScenes(**TINY))
+        for side, network in networks.items():
+            assert all(float(trainer.callback_metrics[f"{side}/{name}"]) > 0 for name in kept)
+            moved = [not torch.equal(p, q) for p, q in zip(network.parameters(), before[side], strict=True)]
+            assert any(moved), (side, kept)
+
+
 # Run as a script, once per process.
 SCRIPT = """
 import segmentation_models_pytorch as smp, torch
