@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
@@ -117,32 +118,29 @@ def _onnx(saved: Saved, path: Path) -> Run:
     _late("onnxscript")
     if saved.takes_lists:
         return _onnx_of_one_image(saved, path, runtime)
-    for larger in (True, False) if _takes_larger(saved) else (False,):
-        inputs = saved.example(2, larger)
-        batch, inferred = torch.export.Dim("batch"), torch.export.Dim.AUTO
-        # Which sizes a network takes, the exporter finds out: multiples of 32, say.
-        shapes = tuple(
-            dict.fromkeys((0, 2, 3) if each.ndim == 4 else (0,), inferred) if larger else {0: batch} for each in inputs
-        )
-        try:
-            program = torch.onnx.export(saved.model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
-        except torch.onnx.OnnxExporterError:
-            if larger:
-                continue
-            raise
-        assert program is not None
-        program.save(path, external_data=False)
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        run = _running(session)
-        if not larger:
-            return run
-        free = all(
-            isinstance(size, str) for each in session.get_inputs() for i, size in enumerate(each.shape) if i != 1
-        )
-        if free and _same_at_any_size(saved, run):
-            saved.any_size = True
-            return run
-    raise AssertionError("the last turn returns or raises")
+    if _takes_larger(saved):
+        with contextlib.suppress(torch.onnx.OnnxExporterError):
+            run, shapes = _exported(saved, path, runtime, any_size=True)
+            free = all(isinstance(size, str) for shape in shapes for i, size in enumerate(shape) if i != 1)
+            if free and _same_at_any_size(saved, run):
+                saved.any_size = True
+                return run
+    return _exported(saved, path, runtime, any_size=False)[0]
+
+
+def _exported(saved: Saved, path: Path, runtime: Any, any_size: bool) -> tuple[Run, list[list[int | str]]]:
+    """What runs the file, and the shapes that it takes: names stand for any number."""
+    inputs = saved.example(2, larger=any_size)
+    batch, inferred = torch.export.Dim("batch"), torch.export.Dim.AUTO
+    # Which sizes a network takes, the exporter finds out: multiples of 32, say.
+    dynamic = tuple(
+        dict.fromkeys((0, 2, 3) if each.ndim == 4 else (0,), inferred) if any_size else {0: batch} for each in inputs
+    )
+    program = torch.onnx.export(saved.model, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    assert program is not None
+    program.save(path, external_data=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return _running(session), [each.shape for each in session.get_inputs()]
 
 
 def _same_at_any_size(saved: Saved, run: Run) -> bool:
