@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.counts import COUNTS
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
@@ -165,7 +166,8 @@ class Distiller(nn.Module):
     @property
     def labels(self) -> dict[str, bool]:
         """What is read of a batch, by name, and whether somebody cannot do without."""
-        found = {"mask": False, **self.teacher.labels}  # read wherever there is one: a term that ignores it is refused
+        # What says what counts is read wherever there is one: a term that would overlook it is refused.
+        found = {**dict.fromkeys(COUNTS, False), **self.teacher.labels}
         asking = [self._labels_of_inputs, *(term.labels for _, term in self.named_terms())]
         for name, required in (each for asked in asking for each in asked.items()):
             found[name] = found.get(name, False) or required

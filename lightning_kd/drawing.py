@@ -156,3 +156,22 @@ def framed(image: Tensor, boxes: Tensor, texts: Sequence[str], colours: Sequence
         font_size=max(10, side // 26), label_colors=["white"] * len(boxes), label_background_colors=list(colours),
         fill_labels=True,
     )  # fmt: skip
+
+
+def dotted(image: Tensor, points: Tensor, colour: Colour, radius: int = 2, joined: Tensor | None = None) -> Tensor:
+    """Returns an image with dots, each with a line to another point if that is given.
+
+    Args:
+        image: ``(3, H, W)`` uint8.
+        points: ``(n, 2)``, x and y in pixels of the image.
+        colour: Of dots and lines.
+        radius: Of a dot, in pixels.
+        joined: ``(n, 2)``, where the lines end.
+    """
+    draw = late_import("torchvision.utils", "torchvision", "pose").draw_keypoints
+    if not len(points):
+        return image
+    if joined is not None:
+        pairs = torch.stack((points, joined), dim=1)
+        image = draw(image, pairs, connectivity=[(0, 1)], colors=colour, radius=0, width=max(1, radius // 2))
+    return draw(image, points.unsqueeze(0), colors=colour, radius=radius)  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """The losses as pure functions; each is documented by its module in ``lightning_kd.losses``."""
 
 from lightning_kd.losses._bank import crd_nce
+from lightning_kd.losses.aloss import aloss
 from lightning_kd.losses.at import at
 from lightning_kd.losses.bdkd import bdkd
 from lightning_kd.losses.bpkd import bpkd
@@ -32,6 +33,7 @@ from lightning_kd.losses.standardize import standardize
 from lightning_kd.losses.vid import vid
 
 __all__ = [
+    "aloss",
     "at",
     "bdkd",
     "bpkd",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.counts import COUNTS
 from lightning_kd.projectors import Align, PerLevel, bridge, follow
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
@@ -28,7 +29,7 @@ class Term(nn.Module):
     Args:
         loss: ``loss(student, teacher) -> scalar``, any module of :mod:`lightning_kd.losses` or your own. A third
             argument of its ``forward`` is taken from the batch by name: ``target`` for the labels, ``mask`` for what
-            counts of a map.
+            counts of a map, ``joints`` for which keypoints count.
         weight: Factor of the loss in the total, a schedule of it, or a function of the fraction of the run.
         student: Path of the output in the student: ``"output"`` is what its forward returns, ``"output.logits"``
             selects inside of it, anything else is a module path such as ``"layer3"``, or levels, ``"neck[:]"``.
@@ -211,8 +212,9 @@ class Term(nn.Module):
                     "of the batch, its key or its index."
                 )
         try:
-            masked = labels.get("mask") is not None
-            losses = [self._of_call(*pair, _part(arguments, i, len(pairs)), masked) for i, pair in enumerate(pairs)]
+            overlooked = COUNTS.keys() - self.labels.keys()
+            counts = {name: labels[name] for name in overlooked if labels.get(name) is not None}
+            losses = [self._of_call(*pair, _part(arguments, i, len(pairs)), counts) for i, pair in enumerate(pairs)]
         except RuntimeError as error:
             s, t = pairs[0]
             error.add_note(
@@ -222,15 +224,17 @@ class Term(nn.Module):
             raise
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
-    def _of_call(self, student: Selected, teacher: Selected, labels: Mapping[str, Any], masked: bool) -> Tensor:
+    def _of_call(
+        self, student: Selected, teacher: Selected, labels: Mapping[str, Any], overlooked: Mapping[str, Tensor]
+    ) -> Tensor:
         """Returns the loss of one call of the tapped modules, the sum over the levels."""
         levels = self._compared(student, teacher)
-        if masked and "mask" not in self.labels and levels[0][0].ndim == 4:
-            raise ValueError(
-                f"the batch has positions that do not count (mask), and {type(self.loss).__name__} takes no mask, so "
-                "it would compare them, too. Around a loss of logits put losses.Pixelwise(...); for features take one "
-                "that knows a mask, losses.FitNet() or losses.CWD() say."
-            )
+        for name, label in overlooked.items():
+            if any(COUNTS[name].concerns(label, s, t) for s, t in levels):
+                raise ValueError(
+                    f"the batch has {COUNTS[name].what} that do not count ({name}), and {type(self.loss).__name__} "
+                    f"takes no {name}, so it would compare them, too. {COUNTS[name].remedy}"
+                )
         learned = [*self._losses()] if self.deeper else [self.loss] * len(levels)
         losses = [
             loss(s, _constant(t), **of_level)

@@ -4,6 +4,7 @@ from lightning_kd.tasks.classification import Classification
 from lightning_kd.tasks.detection import Detection
 from lightning_kd.tasks.label_assisted import LabelAssisted
 from lightning_kd.tasks.mmdetection import MMDetection
+from lightning_kd.tasks.pose import Pose
 from lightning_kd.tasks.pseudo_boxes import PseudoBoxes
 from lightning_kd.tasks.retrieval import Retrieval
 from lightning_kd.tasks.segmentation import Segmentation
@@ -15,6 +16,7 @@ __all__ = [
     "Detection",
     "LabelAssisted",
     "MMDetection",
+    "Pose",
     "PseudoBoxes",
     "Retrieval",
     "Segmentation",

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_kd.drawing import FIRST, GREY, coloured, enlarged, framed, looks, palette
+from lightning_kd.drawing import FIRST, GREY, coloured, dotted, enlarged, framed, looks, palette
 
 
 def test_normalised_images_look_as_before() -> None:
@@ -66,3 +66,14 @@ def test_boxes_are_where_they_belong() -> None:
     assert torch.equal(framed(image, boxes[:0], [], []), enlarged(image)[0])
     written = framed(image, boxes, ["0.50"], [FIRST[1]])
     assert not torch.equal(written, picture)
+
+
+def test_dots_are_where_the_points_are_and_lines_between() -> None:
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    assert dotted(image, torch.zeros(0, 2), FIRST[0]) is image
+    dots = dotted(image, torch.tensor([[10.0, 20.0], [50.0, 5.0]]), FIRST[0], radius=2)
+    assert tuple(dots[:, 20, 10].tolist()) == tuple(dots[:, 5, 50].tolist()) == FIRST[0]
+    assert not dots[:, :, 20:40].any()
+    line = dotted(image, torch.tensor([[10.0, 20.0]]), FIRST[0], radius=1, joined=torch.tensor([[50.0, 20.0]]))
+    assert line[:, 20, 10:50].any(dim=0).all()
+    assert not line[:, 30:].any()

@@ -26,9 +26,11 @@ from lightning_kd import Distillation, DistillationModule, Term, losses, schedul
 LOGITS = ("output", "output")
 MAPS = ("stem", "stem")
 VECTORS = ("pool", "pool")
+PLACES = ("places", "places")
 DENSE = ["stem", "stem"]  # a list: tuples that are equal are one object
 """Maps with a label for each pixel, and the teacher's channels as classes."""
 WIRING = {
+    "ALoss": (lambda: losses.ALoss(inner=0.0), PLACES),
     "AT": (losses.AT, MAPS),
     "BDKD": (losses.BDKD, LOGITS),
     "BPKD": (lambda: losses.BPKD(width=1), DENSE),
@@ -43,6 +45,7 @@ WIRING = {
     "FGD": (losses.FGD, MAPS),
     "FitNet": (losses.FitNet, MAPS),
     "IFVD": (lambda: losses.IFVD(8), DENSE),
+    "Jointwise": (lambda: losses.Jointwise(losses.FitNet()), DENSE),
     "KD": (losses.KD, LOGITS),
     "LD": (lambda: losses.LD(bins=2), DENSE),
     "LEAF": (losses.LEAF, LOGITS),
@@ -77,9 +80,19 @@ class Net(nn.Module):
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.drop = nn.Dropout(0.1 if norm else 0.0)
         self.head = nn.Linear(width, 5)
+        self.places = Places()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.pool(self.stem(x))))
+        logits = self.head(self.drop(self.pool(self.stem(x))))
+        self.places(logits)
+        return logits
+
+
+class Places(nn.Module):
+    """Some of the logits as two points: what only a term reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :4].unflatten(1, (2, 2))
 
 
 class Plain(LightningModule):
@@ -169,7 +182,7 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
         hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
     loss, paths = WIRING[name]
-    labels = {"boxes": one_box} if name in ("FGD", "LD") else None
+    labels = {"boxes": one_box} if name in ("FGD", "LD") else {"points": one_place} if name == "ALoss" else None
     projector = None
     if paths is DENSE:
         projector = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Upsample(scale_factor=2))
@@ -181,6 +194,11 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
 def one_box(batch: Any) -> list[Tensor]:
     """Return the same box for every sample."""
     return [torch.tensor([[0.1, 0.2, 0.6, 0.9]])] * len(batch[0])
+
+
+def one_place(batch: Any) -> Tensor:
+    """Return the same points for every sample."""
+    return torch.tensor([[0.1, 0.2], [0.6, 0.9]]).expand(len(batch[0]), 2, 2)
 
 
 def areas(batch: Any) -> Tensor:
@@ -243,7 +261,8 @@ def test_every_term_is_logged_and_moves_the_student(name: str) -> None:
     seed_everything(0)
     module = Plain()
     trainer(distillation(name, task_weight=0.0), history, epochs=1).fit(module, loader())
-    assert all(step["train/it"] > 0 for step in history.steps)
+    better = name == "ALoss"  # which is negative where the student is better than its teacher
+    assert all(step["train/it"] > 0 or (better and step["train/it"] != 0) for step in history.steps)
     for step in history.steps:
         terms = [0.5 * value for key, value in step.items() if key.endswith("train/it")]
         others = step.get("train/hint", 0.0) + step.get("train/teacher/router", 0.0)

@@ -33,6 +33,10 @@ LINKED = {
         "teacher.init_args.num_classes",
         *(f"{network}.init_args.{name}" for network in ("student", "teacher.init_args.model") for name in CLASSES),
     ),
+    "num_keypoints": tuple(
+        f"{owner}.init_args.num_keypoints" for owner in ("task", "student", "teacher.init_args.model")
+    ),
+    "image_size": tuple(f"{owner}.init_args.image_size" for owner in ("student", "teacher.init_args.model")),
     "ignore_index": ("task.init_args.ignore_index",),
     "class_names": ("task.init_args.class_names",),
 }
@@ -188,10 +192,11 @@ class DistillationCLI(LightningCLI):
     def recipes(self) -> tuple[Recipe, list[Recipe]]:
         """The student's class and arguments, with what was linked filled in, and those of its peers."""
         recipe: Recipe = plain(self.own_config["model"]["student"])
-        classes = getattr(self.datamodule, "num_classes", None)
-        if classes is not None:
-            for name in filter(partial(accepts, recipe["class_path"]), CLASSES):
-                recipe["init_args"][name] = int(classes)
+        for said, targets in LINKED.items():
+            value = plain(getattr(self.datamodule, said, None))
+            names = [target.removeprefix("student.init_args.") for target in targets if target.startswith("student.")]
+            if value is not None:
+                recipe["init_args"] |= dict.fromkeys(filter(partial(accepts, recipe["class_path"]), names), value)
         return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
 
     def _loggers(self, folder: Path) -> list[Logger]:

@@ -15,7 +15,13 @@ from lightning_kd.cli.errors import UsageError
 from lightning_kd.teachers.weights import peers_in
 
 KEY = "lightning_kd"
-_INITIAL_WEIGHTS = {"weights": None, "pretrained": False, "encoder_weights": None, "weights_backbone": None}
+_INITIAL_WEIGHTS = {
+    "weights": None,
+    "pretrained": False,
+    "encoder_weights": None,
+    "weights_backbone": None,
+    "backbone_from": None,
+}
 
 Recipe = dict[str, Any]
 Inputs = list[tuple[list[int], str]]

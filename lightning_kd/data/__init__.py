@@ -4,6 +4,8 @@ from lightning_kd.data.box_scenes import BoxScenes
 from lightning_kd.data.coco import CocoJson
 from lightning_kd.data.digits_cifar import CIFAR10_CLASSES, Cifar10, Digits
 from lightning_kd.data.image_mask_folder import ImageMaskFolder
+from lightning_kd.data.keypoint_csv import KeypointCsv
+from lightning_kd.data.keypoint_scenes import KeypointScenes
 from lightning_kd.data.mask_scenes import MaskScenes
 from lightning_kd.data.tensor_images import RandomShift
 from lightning_kd.data.unseen_classes import Omniglot, UnseenDigits
@@ -16,6 +18,8 @@ __all__ = [
     "CocoJson",
     "Digits",
     "ImageMaskFolder",
+    "KeypointCsv",
+    "KeypointScenes",
     "MaskScenes",
     "Omniglot",
     "RandomShift",

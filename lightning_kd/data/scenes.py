@@ -70,8 +70,6 @@ def compose(
 
     Source: the digits are those of Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, received {split!r}")
     if not 1.0 <= scale[0] <= scale[1] or size < 8 * scale[1]:
         raise ValueError(
             f"scale={tuple(scale)} makes digits of up to {8 * scale[1]:g} pixels, which have to fit into size={size}: "
@@ -79,12 +77,9 @@ def compose(
         )
     if not 0 <= digits[0] <= digits[1]:
         raise ValueError(f"digits: expected the fewest and the most of a scene, 0 <= fewest <= most, got {digits}")
-    bunch = late_import("sklearn.datasets", "scikit-learn", "segmentation").load_digits()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))[SPLITS[split]]
-    ink = torch.from_numpy(bunch.images).float().div(16)[order]
-    kinds = torch.from_numpy(bunch.target).long()[order]
+    ink, kinds = handwritten(split)
     rng = torch.Generator().manual_seed(seed)
-    images = _backgrounds(count, size, rng)
+    images = backgrounds(count, size, rng)
     masks = torch.zeros(count, size, size, dtype=torch.uint8)
     boxes, labels = [], []
     for image, mask in zip(images, masks, strict=True):
@@ -97,7 +92,21 @@ def compose(
     return Scenes(images.clamp(0, 1).mul(255).round().to(torch.uint8), masks, boxes, labels)
 
 
-def _backgrounds(count: int, size: int, rng: torch.Generator) -> Tensor:
+def handwritten(split: str) -> tuple[Tensor, Tensor]:
+    """The digits of a split, ``(n, 8, 8)`` in [0, 1], and which they are, ``(n,)``.
+
+    Raises:
+        ValueError: For another split.
+        ModuleNotFoundError: Without scikit-learn.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, received {split!r}")
+    bunch = late_import("sklearn.datasets", "scikit-learn", "segmentation").load_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))[SPLITS[split]]
+    return torch.from_numpy(bunch.images).float().div(16)[order], torch.from_numpy(bunch.target).long()[order]
+
+
+def backgrounds(count: int, size: int, rng: torch.Generator) -> Tensor:
     """A colour of its own for each scene, with smooth structures of three sizes."""
     canvas = 0.15 + 0.7 * torch.rand(count, 3, 1, 1, generator=rng).expand(count, 3, size, size)
     for cells, strength in ((3, 0.15), (8, 0.1), (20, 0.08)):
@@ -125,7 +134,7 @@ def _paint(
         side = round(8 * (scale[0] + (scale[1] - scale[0]) * float(torch.rand((), generator=rng))))
         place = _free_place(size, side, taken, overlap, rng)
         chosen = int(torch.randint(len(ink), (), generator=rng))
-        contrast = _contrasting(image.mean(dim=(1, 2)), rng)
+        contrast = contrasting(image.mean(dim=(1, 2)), rng)
         if place is None:
             continue
         taken.append((*place, side))
@@ -139,7 +148,7 @@ def _paint(
     return owner
 
 
-def _contrasting(background: Tensor, rng: torch.Generator) -> Tensor:
+def contrasting(background: Tensor, rng: torch.Generator) -> Tensor:
     """A random colour, away from the background's by 0.35 at least in every channel."""
     colour = torch.rand(3, generator=rng)
     away = torch.where(background < 0.5, background + 0.35, background - 0.35)

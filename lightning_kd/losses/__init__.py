@@ -1,5 +1,6 @@
 """Distillation losses: ``loss(student, teacher[, target, mask]) -> scalar``, one per file."""
 
+from lightning_kd.losses.aloss import ALoss
 from lightning_kd.losses.at import AT
 from lightning_kd.losses.bdkd import BDKD
 from lightning_kd.losses.bpkd import BPKD
@@ -14,6 +15,7 @@ from lightning_kd.losses.dts import DTS
 from lightning_kd.losses.fgd import FGD
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.ifvd import IFVD
+from lightning_kd.losses.jointwise import Jointwise
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.ld import LD
 from lightning_kd.losses.leaf import LEAF
@@ -64,7 +66,9 @@ __all__ = [
     "SKD",
     "SP",
     "VID",
+    "ALoss",
     "FitNet",
+    "Jointwise",
     "MarginMSE",
     "Matryoshka",
     "Pixelwise",

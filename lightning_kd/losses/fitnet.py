@@ -48,6 +48,8 @@ class FitNet(nn.Module):
     """
 
     align: ClassVar[Literal["none", "size", "shape"]] = "shape"
+    rowwise = True
+    """The pixels of a map are samples: under a mask it is the loss of the rows that count."""
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the mean squared error of two features of one shape."""

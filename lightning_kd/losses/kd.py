@@ -99,6 +99,8 @@ class KD(nn.Module):
 
     per_sample = True
     """The temperature may be a tensor, one for each sample."""
+    rowwise = True
+    """The pixels of a map are samples: under a mask it is the loss of the rows that count."""
 
     def __init__(
         self,

@@ -4,6 +4,8 @@ from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
 from lightning_kd.models.embedder import Embedder, SmallEmbedder
 from lightning_kd.models.mmdet import MMDetModel
+from lightning_kd.models.part_experts import PartExperts
+from lightning_kd.models.pose import PoseNet
 from lightning_kd.models.torchvision import Torchvision
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "Embedder",
     "FasterRCNN",
     "MMDetModel",
+    "PartExperts",
+    "PoseNet",
     "RetinaNet",
     "SmallEmbedder",
     "Torchvision",

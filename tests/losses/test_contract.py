@@ -82,6 +82,10 @@ def _ifvd(module: nn.Module, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return functional.ifvd(s, t, y, 10)
 
 
+def _jointwise(module: nn.Module, s: Tensor, t: Tensor, joints: Tensor) -> Tensor:
+    return functional.kd(s[joints], t[joints])
+
+
 def _mgd(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
     return functional.mgd(module.generation(s), t)
 
@@ -91,6 +95,13 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 CASES = {
+    "ALoss": Case(
+        losses.ALoss,
+        _plain(functional.aloss),
+        (8, 10, 2),
+        (8, 10, 2),
+        {"minimum": "at equality it has an edge, and a student that is better is below 0"},
+    ),
     "AT": Case(losses.AT, _plain(functional.at), (8, 3, 4, 4), MAP),
     "BDKD": Case(losses.BDKD, _plain(functional.bdkd)),
     "BPKD": Case(lambda: losses.BPKD(width=1), _bpkd, PIXELS, PIXELS, dense=True),
@@ -111,6 +122,7 @@ CASES = {
     "FGD": Case(losses.FGD, _fgd, MAP, MAP, {"learns at once": "the last layers of its GcBlocks start at zero"}),
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
     "IFVD": Case(lambda: losses.IFVD(10), _ifvd, (8, 3, 4, 4), MAP, dense=True),
+    "Jointwise": Case(lambda: losses.Jointwise(losses.KD()), _jointwise, (8, 10, 12), (8, 10, 12)),
     "KD": Case(losses.KD, _plain(functional.kd)),
     # without holes: what it draws is in its own test
     "LD": Case(lambda: losses.LD(bins=2), lambda m, s, t, boxes: functional.ld(s, t, boxes, bins=2), BINS, BINS),
@@ -176,7 +188,12 @@ def _built(case: Case, student: Tensor, teacher: Tensor) -> nn.Module:
 
 def _labels(loss: nn.Module, target: Tensor) -> dict[str, object]:
     """Return what a loss asks for by name."""
-    known = {"target": target, "boxes": [torch.tensor([[0.1, 0.2, 0.6, 0.9]], device=target.device)] * len(target)}
+    known = {
+        "target": target,
+        "boxes": [torch.tensor([[0.1, 0.2, 0.6, 0.9]], device=target.device)] * len(target),
+        "points": target.view(-1, 1, 1).expand(-1, 10, 2) / 10 if target.ndim == 1 else None,
+        "joints": target.unsqueeze(-1).flatten(1)[:, :1] != torch.arange(10, device=target.device),
+    }
     return {name: value for name, value in known.items() if name in inspect.signature(loss.forward).parameters}
 
 
