@@ -2,6 +2,7 @@
 
 from lightning_kd.data.box_scenes import BoxScenes
 from lightning_kd.data.coco import CocoJson
+from lightning_kd.data.cranfield import Cranfield
 from lightning_kd.data.digits_cifar import CIFAR10_CLASSES, Cifar10, Digits
 from lightning_kd.data.image_mask_folder import ImageMaskFolder
 from lightning_kd.data.keypoint_csv import KeypointCsv
@@ -16,6 +17,7 @@ __all__ = [
     "BoxScenes",
     "Cifar10",
     "CocoJson",
+    "Cranfield",
     "Digits",
     "ImageMaskFolder",
     "KeypointCsv",

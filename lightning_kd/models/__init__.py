@@ -6,6 +6,7 @@ from lightning_kd.models.embedder import Embedder, SmallEmbedder
 from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.part_experts import PartExperts
 from lightning_kd.models.pose import PoseNet
+from lightning_kd.models.text_embedder import TextEmbedder
 from lightning_kd.models.torchvision import Torchvision
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PoseNet",
     "RetinaNet",
     "SmallEmbedder",
+    "TextEmbedder",
     "Torchvision",
     "pyramid",
 ]
