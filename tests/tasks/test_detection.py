@@ -317,6 +317,27 @@ def test_the_teacher_runs_no_further_than_its_features(scenes: BoxScenes) -> Non
     assert len(ran) == 1  # only the rehearsal, in which it is learned how often each layer is called
 
 
+def test_a_pruned_student_looks_where_its_teacher_does_inside_of_boxes(batch: Batch) -> None:
+    student, teacher = small("FCOS"), small("FCOS", teacher=True)
+    term = Term(losses.AT(), student="features", teacher="features")
+    distiller = Distiller({"look": term}, teacher, Detection(CLASSES).teacher_input, Detection(CLASSES).knowledge)
+    distiller.attach(student.train())
+    targets = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in batch[1]]
+    with distiller.watch() as calls:
+        student(batch[0], targets)
+    mask = torch.zeros(3, 64, 64, dtype=torch.bool)
+    mask[:, 16:48, :32] = True
+    value = distiller(calls, mask=mask)["look"]
+    value.backward()
+    assert not list(distiller.parameters())
+    assert sum(p.grad.abs().sum() for p in student.backbone.parameters()) > 0
+    for level in calls[0].teacher["backbone"][0].values():  # what it looks at elsewhere is not asked
+        size = level.shape[-1]
+        level[..., size // 2 :] += 5.0
+    assert torch.equal(distiller(calls, mask=mask)["look"], value)
+    assert distiller(calls)["look"] != value
+
+
 def test_the_student_loads_into_torchvisions_own_class() -> None:
     assert type(detector()) is torchvision_detection.FCOS
 
