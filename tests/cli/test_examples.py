@@ -131,9 +131,18 @@ class Silent(Segmentation):
         return None
 
 
+class Plain(TaskAdapter):
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        return output.sum()
+
+
 @pytest.mark.parametrize(
     ("task", "data"),
-    [(Segmentation(11), Streamed()), (Silent(11), MaskScenes(train_size=2, val_size=2, test_size=2))],
+    [
+        (Segmentation(11), Streamed()),
+        (Plain(), LightningDataModule()),
+        (Silent(11), MaskScenes(train_size=2, val_size=2, test_size=2)),
+    ],
 )
 def test_where_nothing_can_be_drawn_there_is_no_file(
     task: TaskAdapter, data: LightningDataModule, tmp_path: Path
