@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_kd.attachment import Attachment, Label, label_sources
+from lightning_kd.attachment import Attachment, Label, label_sources, refuse_unasked
 from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
 from lightning_kd.term import Term
@@ -71,3 +71,4 @@ class Distillation(Attachment):
             task_weight=task_weight,
             prog_bar=prog_bar,
         )
+        refuse_unasked(labels or {}, self.distiller.labels)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_kd.attachment import Label, label_sources
+from lightning_kd.attachment import Label, label_sources, refuse_unasked
 from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
@@ -66,3 +66,4 @@ class MutualDistillation(MutualAttachment):
             task_weight=task_weight,
             prog_bar=prog_bar,
         )
+        refuse_unasked(labels or {}, self.distiller.labels)

@@ -1,5 +1,6 @@
 """The engine: turns what a student and its teacher computed for the same call into losses."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ class Distiller(nn.Module):
         self._taps.attach()
         self._handles = [
             student.register_forward_pre_hook(self._before_call(student), with_kwargs=True),
-            student.register_forward_hook(self._after_call(student)),
+            student.register_forward_hook(self._after_call(student), always_call=True),
         ]
 
     def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
@@ -319,8 +320,11 @@ class Distiller(nn.Module):
                 return
             if self._depth:
                 self._depth -= 1
-            else:
-                self._taps.close(output)
+                return
+            failed = output is None and sys.exc_info()[0] is not None
+            self._taps.close(output)
+            if failed and self._calls:  # who catches that may call it again, on other inputs
+                self._calls.pop()
 
         return _eager(finish)
 

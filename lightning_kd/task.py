@@ -61,7 +61,7 @@ class TaskAdapter(nn.Module, ABC):
 
     def index(self, batch: Any) -> Any:
         """Returns the samples' indices in the data set, for losses with a memory of it; None where there are none."""
-        return batch[2] if len(batch) > 2 else None
+        return batch[2] if isinstance(batch, (tuple, list)) and len(batch) > 2 else None
 
     def labels(self) -> Mapping[str, Callable[[Any], Any]]:
         """Returns how to get out of a batch what losses ask for by name.

@@ -208,8 +208,8 @@ class Term(nn.Module):
                 arguments[name] = labels[name]
             elif required:
                 raise ValueError(
-                    f"{type(self.loss).__name__} needs {name!r} and the batch gave none. Pass {name}=..., a function "
-                    "of the batch, its key or its index."
+                    f"{type(self.loss).__name__} needs {name!r} and the batch gave none. Pass "
+                    f"{how_to_give(name)}, a function of the batch, its key or its index."
                 )
         try:
             overlooked = COUNTS.keys() - self.labels.keys()
@@ -243,6 +243,11 @@ class Term(nn.Module):
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise ValueError(f"{type(self.loss).__name__} returned {describe(loss)} and not a scalar; reduce it.")
+            if torch.is_grad_enabled() and not loss.requires_grad:
+                raise ValueError(
+                    f"{type(self.loss).__name__} returned a value without a gradient, so the term would teach nothing. "
+                    "Something between the student's tensor and it detaches, counts or compares; the projector, say."
+                )
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _compared(self, student: Selected, teacher: Selected) -> list[tuple[Tensor, Tensor]]:
@@ -362,3 +367,8 @@ def _shapes(selected: Selected) -> str:
 def _constant(x: Tensor) -> Tensor:
     # What a model computed under inference_mode cannot be saved for a backward; a copy of it can.
     return x.clone() if x.is_inference() else x.detach()
+
+
+def how_to_give(name: str) -> str:
+    """Returns how a callback is given a label of that name."""
+    return f"{name}=..." if name in ("target", "index") else f"labels={{{name!r}: ...}}"

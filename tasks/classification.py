@@ -109,7 +109,11 @@ class Classification(TaskAdapter):
         target = self.target(batch)
         if target.is_floating_point():  # soft labels, of mixup for one
             target = target > 0.5 if self.multilabel else target.argmax(dim=1)
-        metrics.update(self.predict(output), target.long())
+        said = self.predict(output)
+        if not self.multilabel:
+            known = target != UNLABELLED
+            said, target = said[known], target[known]
+        metrics.update(said, target.long())
 
     def agreement(self) -> Metric:
         """Returns the fraction of samples, or of labels, on which student and teacher say the same."""

@@ -17,12 +17,14 @@ from lightning_kd.attachment.refusals import (
     callbacks_of,
     refuse_changing_accumulation,
     refuse_earlier_average,
+    refuse_forgotten,
     refuse_manual,
+    refuse_shared,
     refuse_strategy,
     refuse_two_swaps,
 )
 from lightning_kd.attachment.rehearsal import rehearse
-from lightning_kd.attachment.resume import refuse_other_run, restore, saved, state_of
+from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
 from lightning_kd.copying import unshare
 from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
@@ -124,6 +126,7 @@ class Attachment(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns how long the run is, if a schedule has to know, and tells the teacher that it begins."""
         self._measure_run(trainer)
+        refuse_forgotten(trainer, self._student_in(pl_module))
         self._steps_done = trainer.global_step
         self.distiller.teacher.begin()
 
@@ -191,6 +194,7 @@ class Attachment(Callback):
             return
         keys = [each.state_key for each in attachments_of(trainer)]
         states = checkpoint.get("callbacks", {})
+        refuse_other_order(states, keys)
         state = state_of(states, self.state_key, keys)
         refuse_other_run(self.distiller, state, type(self).__name__)
         if state and self.state_key not in states:  # other terms than then: Lightning would not find it
@@ -223,6 +227,7 @@ class Attachment(Callback):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"More than one callback has a term named {', '.join(twice)}; each name is logged once.")
+        refuse_shared([each.distiller for each in attached])
         if self is not attached[0] and self.task_weight != 1.0:
             raise ValueError(
                 f"task_weight={self.task_weight} of {type(self).__name__}: the module's own loss has one weight, which "
@@ -281,8 +286,11 @@ class Attachment(Callback):
         for attachment in reversed(attachments_of(trainer)):
             attachment._undo_all()
 
+    def _student_in(self, pl_module: LightningModule) -> nn.Module:
+        return find_module(pl_module, self.student, "the LightningModule") if self.student else pl_module
+
     def _attach(self, pl_module: LightningModule) -> nn.Module:
-        student = find_module(pl_module, self.student, "the LightningModule") if self.student else pl_module
+        student = self._student_in(pl_module)
         self.distiller.attach(student)
         self._undo.append(self.distiller.detach)
         self._logged: set[str] = set()

@@ -1,8 +1,9 @@
 """Labels: what losses need of a batch, whatever its format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightning_kd.term import how_to_give
 from lightning_kd.wiring import describe
 
 Label = Callable[[Any], Any] | str | int
@@ -23,6 +24,17 @@ def label_sources(
         raise ValueError(f"labels= is for what has no argument of its own: give {' and '.join(twice)} by that name.")
     found: dict[str, Label | None] = {"target": target, **others}
     return found if index is None else {**found, "index": index}
+
+
+def refuse_unasked(given: Iterable[str], asked: Iterable[str]) -> None:
+    """Raises ``ValueError`` where ``labels=`` names what nobody asks for: a name that is misspelt."""
+    asked = sorted(asked)
+    for name in given:
+        if name not in asked:
+            raise ValueError(
+                f"labels= gives {name!r}, which no loss and no function of inputs asks for. Asked for "
+                f"{'are ' + ', '.join(asked) if asked else 'is nothing'}."
+            )
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -57,7 +69,7 @@ def _label(how: Label | None, batch: Any, name: str) -> Any:
             raise TypeError("batch[1] is the default for batches that are tuples or lists")
         return batch[1 if how is None else how]
     except (KeyError, IndexError, TypeError) as error:
-        given = f"{name}=..." if name in ("target", "index") else f"labels={{{name!r}: ...}}"
+        given = how_to_give(name)
         raise ValueError(
             f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "
             f"{describe(batch)}: {error!r}. Pass {given}, a function of the batch, its key or its index."

@@ -4,9 +4,15 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
+from torch import nn
+
+from lightning_kd.distiller import Distiller
 
 WRAPPING = ("FSDPStrategy", "DeepSpeedStrategy")
 """Strategies that hold parameters in a wrapper; by name, since pytorch_lightning has classes of its own."""
+
+PLAIN = ("SingleDeviceStrategy", "DDPStrategy")
+"""Strategies whose optimizers have the module's own parameters."""
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -56,6 +62,35 @@ def refuse_two_swaps(trainer: Trainer, evaluated: Sequence[Callback]) -> None:
         raise ValueError(
             f"{' and '.join(type(each).__name__ for each in swapping)} both take the student's place in validation. "
             "Let one of them do it: evaluate=False for the others."
+        )
+
+
+def refuse_shared(distillers: Sequence[Distiller]) -> None:
+    """Refuses what several callbacks would bind, teach or schedule at once."""
+    owned = [
+        {id(part): type(part).__name__ for part in (d.teacher, *(p for _, t in d.named_terms() for p in (t, t.loss)))}
+        for d in distillers
+    ]
+    for i, mine in enumerate(owned):
+        for theirs in owned[i + 1 :]:
+            shared = [name for part, name in mine.items() if part in theirs]
+            if shared:
+                raise ValueError(
+                    f"Two callbacks have one {' and one '.join(shared)}: what it learns or is bound to for one would "
+                    "be for both. Make one for each; Frozen teachers may have one network."
+                )
+
+
+def refuse_forgotten(trainer: Trainer, student: nn.Module) -> None:
+    """Refuses a student that no optimizer knows: its terms would teach nothing."""
+    if type(trainer.strategy).__name__ not in PLAIN:
+        return  # others have parameters of their own
+    known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    learning = [p for p in student.parameters() if p.requires_grad]
+    if trainer.optimizers and learning and not any(id(p) in known for p in learning):
+        raise ValueError(
+            f"None of the student's parameters, those of a {type(student).__name__}, is in an optimizer, so it would "
+            "learn nothing. Give them to one in configure_optimizers, or say with student= which module learns."
         )
 
 

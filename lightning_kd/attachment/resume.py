@@ -75,13 +75,24 @@ def state_of(states: Mapping[str, Any], key: str, attached: Collection[str]) -> 
     return found
 
 
+def refuse_other_order(states: Collection[str], attached: Collection[str]) -> None:
+    """Refuses callbacks in another order: an optimizer knows parameters by their place alone."""
+    then, now = [key for key in states if key in attached], [key for key in attached if key in states]
+    if then != now:
+        raise ValueError(
+            f"The run that is resumed had its callbacks in the order {', '.join(then)}, and this one has "
+            f"{', '.join(now)}. Give them in the same order, or {START_ANEW}."
+        )
+
+
 def refuse_other_run(distiller: Distiller, state: Mapping[str, Any], name: str) -> None:
     """Refuses to resume a run that trained without these terms: its optimizer does not know their parameters."""
     here = learning(distiller)
     if here and not state:
         raise ValueError(
-            f"The run that is resumed was trained without {name}, or with terms that learn nothing, and these terms "
-            f"have parameters to learn: {', '.join(here)}. Resume it as it was, or {START_ANEW}."
+            f"The run that is resumed has nothing for this {name}, whose terms have parameters to learn: "
+            f"{', '.join(here)}. It was trained without it, with terms that learn nothing, or with the terms grouped "
+            f"otherwise in callbacks. Resume it as it was, or {START_ANEW}."
         )
 
 

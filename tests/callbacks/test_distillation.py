@@ -19,7 +19,7 @@ from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, schedules
+from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, schedules, teachers
 
 
 def net(width: int) -> nn.Sequential:
@@ -501,6 +501,7 @@ def test_an_error_in_training_step_is_the_users_own() -> None:
         ({"terms": {"loss": Term(losses.KD())}}, "cannot be a term's name"),
         ({"terms": {"kd": losses.KD()}}, "wrap the loss"),
         ({"teacher": "resnet50"}, "teacher is a module"),
+        ({"labels": {"maks": 1}}, "labels= gives 'maks', which no loss .* Asked for"),
         ({"student": net(4)}, "student is the dotted path of a module .*got Sequential"),
         ({"task_weight": -1.0}, "task_weight"),
         ({"terms": [Term(losses.KD())]}, "terms are given by name"),
@@ -601,6 +602,83 @@ def test_two_teachers_with_terms_of_their_own_resume_exactly(tmp_path: Path) -> 
     resumed, whole = run(2, ckpt_path=tmp_path / "1.ckpt"), run(2)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key])
+
+
+def test_callbacks_in_another_order_do_not_resume(tmp_path: Path) -> None:
+    fit(Base(), _hints("a"), _hints("b", width=12)).save_checkpoint(tmp_path / "run.ckpt")
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [_hints("b", width=12), _hints("a")]
+    run = Trainer(callbacks=callbacks, max_epochs=2, accelerator="cpu", enable_checkpointing=False, **options)
+    with pytest.raises(ValueError, match="had its callbacks in the order"):
+        run.fit(Base(), loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+
+
+def test_two_callbacks_share_nothing_that_is_bound_or_learned() -> None:
+    teacher, loss = teachers.Frozen(net(16)), losses.FitNet()
+    terms: list[dict[str, Term]] = [{n: Term(losses.FitNet(), student="0", teacher="0")} for n in "ab"]
+    with pytest.raises(ValueError, match="one Frozen"):
+        fit(Base(), *(Distillation(teacher, each, "model") for each in terms))
+    terms = [{n: Term(loss, student="0", teacher="0")} for n in "ab"]
+    with pytest.raises(ValueError, match="one FitNet"):
+        fit(Base(), *(Distillation(net(16), each, "model") for each in terms))
+
+
+def test_a_student_that_no_optimizer_knows_is_told() -> None:
+    class Forgotten(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = net(4)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.other.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="None of the student's parameters, those of a Sequential, is in an optimizer"):
+        fit(Forgotten(), kd())
+
+
+class Detached(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor | None = None) -> Tensor:
+        return student.detach() if teacher is None else nn.functional.mse_loss(student.detach(), teacher)
+
+
+def test_a_loss_or_projector_without_a_gradient_is_refused() -> None:
+    for term in (Term(Detached()), Term(losses.FitNet(), projector=Detached())):
+        with pytest.raises(ValueError, match="without a gradient"):
+            fit(Base(), Distillation(net(16), {"odd": term}, student="model"))
+
+
+def test_a_call_that_failed_is_forgotten() -> None:
+    seen: list[Tensor] = []
+
+    class Seen(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            seen.append(teacher)
+            return (student - teacher).square().mean()
+
+    class Failing(nn.Sequential):
+        failed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.failed = not self.failed
+            if self.failed:
+                raise RuntimeError("out of memory, say")
+            return super().forward(x)
+
+    class Retrying(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Failing(*net(8))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            try:
+                return self.model(batch[0]).mean()
+            except RuntimeError:
+                return self.model(3 * batch[0]).mean()
+
+    for path in ("2", "output"):
+        teacher = net(16)
+        fit(Retrying(), Distillation(teacher, {"seen": Term(Seen(), student=path, teacher=path)}, student="model"))
+        torch.testing.assert_close(seen[-1], teacher(3 * data()[12:][0]))
 
 
 def test_an_iterator_is_not_robbed_of_a_batch() -> None:

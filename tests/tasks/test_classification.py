@@ -153,6 +153,14 @@ def test_metrics_of_labels(labels: int) -> None:
     assert measured(Classification(labels, multilabel=True), logits, soft) == values
 
 
+def test_samples_without_a_label_are_in_no_metric() -> None:
+    task = Classification(num_classes=3)
+    metrics = task.metrics()
+    logits = 5 * torch.eye(3)[[0, 1, 2, 0]]
+    task.update(metrics, logits, (None, torch.tensor([0, -100, 1, -100])))
+    assert float(metrics.compute()["accuracy"]) == 0.5
+
+
 def test_metrics_are_fresh_and_of_float32() -> None:
     task = Classification(CLASSES)
     logits, target = torch.randn(8, CLASSES).bfloat16(), torch.randint(0, CLASSES, (8,))
