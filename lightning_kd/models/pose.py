@@ -24,7 +24,7 @@ class PoseNet(nn.Module):
     Args:
         backbone: Name of a model of timm.
         num_keypoints: Number of joints K.
-        image_size: Height and width of the images, in pixels.
+        image_size: Height and width of the images, in pixels; of SimCC, the only size that it takes.
         head: Which of the three.
         channels: Of the transposed convolutions, or the width of the hidden layer.
         stride: The last stage of the backbone that is used is that of this stride.
@@ -40,7 +40,7 @@ class PoseNet(nn.Module):
 
     Raises:
         ModuleNotFoundError: Without timm.
-        ValueError: For another head, a stride that the backbone does not have, or images of another size.
+        ValueError: For another head, a stride that the backbone does not have, or with SimCC images of another size.
 
     Example:
         >>> net = PoseNet("resnet10t", num_keypoints=5, image_size=(32, 32), stride=8)
@@ -92,7 +92,7 @@ class PoseNet(nn.Module):
 
     def forward(self, images: Tensor) -> Said:
         """Finds the joints."""
-        if images.shape[-2:] != self.image_size:
+        if isinstance(self.head, SimCCHead) and images.shape[-2:] != self.image_size:
             raise ValueError(
                 f"PoseNet is for images of {self.image_size[0]} x {self.image_size[1]} pixels, and these have "
                 f"{images.shape[-2]} x {images.shape[-1]}. Resize them in the data, or set image_size."

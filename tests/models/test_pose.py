@@ -27,6 +27,12 @@ def test_the_backbone_ends_at_the_stride() -> None:
     assert sum(p.numel() for p in short.backbone.parameters()) < sum(p.numel() for p in whole.backbone.parameters()) / 4
 
 
+@pytest.mark.parametrize("head", ["heatmap", "coordinates"])
+def test_heads_without_bins_take_images_of_any_size(head: str) -> None:
+    net = PoseNet("resnet10t", 3, (32, 32), head=head, stride=8, channels=8)  # type: ignore[arg-type]
+    assert net(torch.rand(1, 3, 48, 32))[0].shape[:2] == (1, 3)
+
+
 def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(ValueError, match="head is"):
         PoseNet("resnet10t", 3, (32, 32), head="dsnt")  # type: ignore[arg-type]
