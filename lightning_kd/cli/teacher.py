@@ -106,10 +106,11 @@ def ensure(cli: DistillationCLI) -> None:
 
 
 def plain_config(cli: DistillationCLI) -> dict[str, Any]:
-    """The parsed configuration as plain types, without what is linked."""
+    """The parsed configuration as plain types."""
     parser = cli._parser(cli.subcommand)
-    # With what is null, which may override a default: `encoder_weights: null` downloads nothing.
-    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_none=False)
+    # With what is null, which may override a default: `encoder_weights: null` downloads nothing. With what is linked,
+    # too: data that do not say a number of classes leave the one that was given.
+    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_none=False, skip_link_targets=False)
     loaded: dict[str, Any] = json.loads(dumped)
     return loaded
 

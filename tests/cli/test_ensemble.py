@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_kd.cli import main, teacher
+from lightning_kd.cli.command import DistillationCLI
 
 SHORT = [
     "--trainer.max_epochs", "1", "--teacher_fit.max_epochs", "1",
@@ -31,6 +32,13 @@ def test_what_was_trained_is_that_with_a_network_and_a_checkpoint(tmp_path: Path
     (tmp_path / "2.ckpt").touch()
     assert teacher.missing({"model": several, "teacher_fit": {"lr": 0.1}}) == [one["init_args"]]
     assert teacher.missing({"model": several, "teacher_fit": None}) == []
+
+
+def test_a_number_of_classes_that_the_data_do_not_say_is_kept() -> None:
+    cli = DistillationCLI(
+        ["--config", "digits_kd", "--model.student.init_args.num_classes", "7"], run=False, make=False
+    )
+    assert teacher.plain_config(cli)["model"]["student"]["init_args"]["num_classes"] == 7
 
 
 def test_a_teacher_may_learn_a_task_of_its_own() -> None:
