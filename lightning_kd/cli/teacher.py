@@ -110,7 +110,7 @@ def plain_config(cli: DistillationCLI) -> dict[str, Any]:
     parser = cli._parser(cli.subcommand)
     # With what is null, which may override a default: `encoder_weights: null` downloads nothing. With what is linked,
     # too: data that do not say a number of classes leave the one that was given.
-    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_none=False, skip_link_targets=False)
+    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_unset=False, skip_link_targets=False)
     loaded: dict[str, Any] = json.loads(dumped)
     return loaded
 
