@@ -73,9 +73,8 @@ class MMDetection(TaskAdapter):
         self._regions: Regions | None = None
         mmcv_ext.install()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        mmcv_ext.install()  # in a process that was spawned, before the models are unpickled
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own gap
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (type(self),), self.__dict__
 
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
         """Remembers how the pixels of one become those of the other."""
@@ -188,6 +187,12 @@ class MMDetection(TaskAdapter):
                 f"The detector {type(model).__name__} has {classes} classes and MMDetection(num_classes="
                 f"{self.num_classes}): give MMDetModel(..., num_classes={self.num_classes}), too."
             )
+
+
+def _blank(kind: type[MMDetection]) -> MMDetection:
+    """Makes an empty one, in a process that was spawned, before what it holds of mmdet is unpickled."""
+    mmcv_ext.install()
+    return kind.__new__(kind)
 
 
 class ToTeacher:
