@@ -124,6 +124,7 @@ class Distiller(nn.Module):
         self._labels: LabelsOf = dict
         self._handles: list[Any] = []
         self._depth = 0
+        self._asks_teacher = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taps": None, "_calls": None, "_labels": dict, "_handles": []}
@@ -179,10 +180,6 @@ class Distiller(nn.Module):
         return {**labels_asked(self.student_input), **labels_asked(self.teacher_input)}
 
     @property
-    def _student_asks_teacher(self) -> bool:
-        return ANSWER in labels_asked(self.student_input)
-
-    @property
     def attached(self) -> bool:
         """Whether a student is watched."""
         return self._taps is not None
@@ -201,7 +198,8 @@ class Distiller(nn.Module):
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
         self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
         paths = {path.module for path in self._teacher_paths.values()}
-        self.teacher.bind(student, paths | {OUTPUT} if self._student_asks_teacher else paths)
+        self._asks_teacher = ANSWER in labels_asked(self.student_input)
+        self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)
         for name, term in self.named_terms():
             with _naming(name):
                 term.meet(self.teacher.model if isinstance(self.teacher, Frozen) else None)
@@ -286,8 +284,8 @@ class Distiller(nn.Module):
             if not torch.is_grad_enabled():
                 return None
             labels = self._labels() if self._labels_of_inputs else {}
-            own, asks = None, self._student_asks_teacher
-            if self.student_input and not asks:
+            own = None
+            if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
             given = args, kwargs
             try:
@@ -301,7 +299,7 @@ class Distiller(nn.Module):
                     "teacher's arguments out of the student's."
                 )
                 raise
-            if self.student_input and asks:
+            if self.student_input and self._asks_teacher:
                 own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
             return own

@@ -134,12 +134,12 @@ class TaskAdapter(nn.Module, ABC):
         return {}
 
 
-def check_given(num_classes: int | None) -> None:
-    """Raises ``TypeError`` where the number of classes, which the command line takes from the data, is not there."""
-    if num_classes is None:
+def check_given(number: int | None, name: str = "num_classes") -> None:
+    """Raises ``TypeError`` where a number that the command line takes from the data is not there."""
+    if number is None:
         raise TypeError(
-            "num_classes is missing. On the command line the task takes it from the data: set the attribute "
-            "num_classes, an integer, in your LightningDataModule."
+            f"{name} is missing. On the command line the task takes it from the data: set the attribute {name}, an "
+            "integer, in your LightningDataModule."
         )
 
 

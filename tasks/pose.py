@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd import keypoints
 from lightning_kd.drawing import Drawing, dotted, enlarged, palette
 from lightning_kd.metrics.keypoints import PCK, KeypointPrecision, NormalizedError
-from lightning_kd.task import UNLABELLED, TaskAdapter
+from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
 
 
 class Labelled(NamedTuple):
@@ -80,11 +80,7 @@ class Pose(TaskAdapter):
         oks_sigmas: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if num_keypoints is None:
-            raise TypeError(
-                "num_keypoints is missing. On the command line the task takes it from the data: set the attribute "
-                "num_keypoints, an integer, in your LightningDataModule."
-            )
+        check_given(num_keypoints, "num_keypoints")
         pair = None if scale == "box" else tuple(scale)
         if pair is not None and not (len(pair) == 2 and all(0 <= joint < num_keypoints for joint in pair)):
             raise ValueError(f"scale is 'box' or two of the joints 0 to {num_keypoints - 1}; got {scale!r}.")

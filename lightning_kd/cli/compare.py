@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     for cli in clis:
         teacher.ensure(cli)
     configs = {name: settings_of(cli) for name, cli in zip(names, clis, strict=True)}
-    tasks = {name: teacher.own_task(teacher.plain_config(cli)) for name, cli in zip(names, clis, strict=True)}
+    tasks = {name: teacher.own_task(cli.own_config) for name, cli in zip(names, clis, strict=True)}
     rows, tested = compare(configs, tasks, options.seeds, students, output)
     text = report.markdown(rows)
     verdict = report.verdict(rows)

@@ -127,7 +127,7 @@ def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, A
     return alone(config) | {"seed_everything": seed, "trainer": trainer, "model": model}
 
 
-def own_task(config: dict[str, Any]) -> Any:
+def own_task(config: Any) -> Any:
     """The task of a configuration's teacher, where that is another than the student's."""
     return (config.get("teacher_fit") or {}).get("task")
 

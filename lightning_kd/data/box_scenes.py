@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 
 from lightning_kd.data.box_images import BoxDataModule, Sample
 from lightning_kd.data.scenes import Scenes, compose
+from lightning_kd.data.splits import checked_fraction, labelled_count
 
 
 class BoxScenes(BoxDataModule):
@@ -40,9 +41,7 @@ class BoxScenes(BoxDataModule):
         labelled: float = 1.0,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        if not 0.0 < labelled <= 1.0:
-            raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
-        self.labelled = labelled
+        self.labelled = checked_fraction(labelled)
         self.counts = {"train": train_size, "val": val_size, "test": test_size}
         self.size = size
 
@@ -52,7 +51,7 @@ class BoxScenes(BoxDataModule):
         for seed, (split, count) in enumerate(self.counts.items()):
             if split in wanted and split not in self.splits:
                 # They are independent of each other: the first are as good as any.
-                known = max(1, round(self.labelled * count)) if split == "train" else count
+                known = labelled_count(self.labelled, count) if split == "train" else count
                 self.splits[split] = _SceneBoxes(compose(count, seed, split, self.size), known)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lightning_kd.data.splits import SplitDataModule
+from lightning_kd.data.splits import SplitDataModule, checked_fraction, labelled_count
 from lightning_kd.data.tensor_images import normalized
 from lightning_kd.extras import late_import
 from lightning_kd.paths import expand_path
@@ -71,7 +71,7 @@ class ImagesAndMasks(Dataset[Sample]):
         self.transform = transform
         self.multiple = multiple
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0)).tolist()
-        self.unlabelled = set(order[max(1, round(labelled * len(order))) :])
+        self.unlabelled = set(order[labelled_count(labelled, len(order)) :])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -217,8 +217,6 @@ class ImageMaskFolder(SplitDataModule):
         multiple: int = 1,
     ) -> None:
         super().__init__(batch_size, num_workers, _stacked)
-        if not 0.0 < labelled <= 1.0:
-            raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
         self.root = Path(expand_path(root))
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -229,7 +227,7 @@ class ImageMaskFolder(SplitDataModule):
         self.transforms = {"train": train_transform, "val": transform, "test": transform}
         self.mean = mean
         self.std = std
-        self.labelled = labelled
+        self.labelled = checked_fraction(labelled)
         self.multiple = multiple
 
     def setup(self, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_kd.data.scenes import compose
+from lightning_kd.data.splits import checked_fraction, labelled_count
 from lightning_kd.data.tensor_images import TensorDataModule, TensorImages
 from lightning_kd.task import UNLABELLED
 
@@ -41,11 +42,9 @@ class MaskScenes(TensorDataModule):
         labelled: float = 1.0,
     ) -> None:
         super().__init__(batch_size, num_workers, mean=(0.5,) * 3, std=(0.25,) * 3)
-        if not 0.0 < labelled <= 1.0:
-            raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.size = size
-        self.labelled = labelled
+        self.labelled = checked_fraction(labelled)
 
     def setup(self, stage: str) -> None:
         """Compose the scenes."""
@@ -56,5 +55,5 @@ class MaskScenes(TensorDataModule):
             masks = scenes.masks.long()
             if split == "train":
                 # They are independent of each other: the first are as good as any.
-                masks[max(1, round(self.labelled * count)) :] = UNLABELLED
+                masks[labelled_count(self.labelled, count) :] = UNLABELLED
             self.splits[split] = TensorImages(scenes.images, masks)

@@ -63,3 +63,19 @@ class SplitDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of the test split, in order."""
         return self._loader("test")
+
+
+def checked_fraction(labelled: float) -> float:
+    """Returns the fraction of the training data that has labels.
+
+    Raises:
+        ValueError: If it is not in (0, 1].
+    """
+    if not 0.0 < labelled <= 1.0:
+        raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
+    return labelled
+
+
+def labelled_count(labelled: float, count: int) -> int:
+    """Returns how many of that many have labels: at least one."""
+    return max(1, round(labelled * count))

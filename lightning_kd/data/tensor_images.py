@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lightning_kd.data.splits import SplitDataModule
+from lightning_kd.data.splits import SplitDataModule, checked_fraction, labelled_count
 from lightning_kd.task import UNLABELLED
 
 Batch = tuple[Tensor, Tensor]
@@ -75,13 +75,12 @@ def hide_labels(labels: Tensor, labelled: float, seed: int) -> Tensor:
         labelled: Fraction in (0, 1] that stays; at least one of every class does.
         seed: Seed of the choice.
     """
-    if not 0.0 < labelled <= 1.0:
-        raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
+    checked_fraction(labelled)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     hidden = torch.full_like(labels, UNLABELLED)
     for k in torch.unique(labels):
         of_class = order[labels[order] == k]
-        kept = of_class[: max(1, round(labelled * len(of_class)))]
+        kept = of_class[: labelled_count(labelled, len(of_class))]
         hidden[kept] = k
     return hidden
 
