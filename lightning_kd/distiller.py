@@ -63,7 +63,7 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: If there is no term, or a name cannot be logged.
-        TypeError: If a term is not a ``Term``, or the teacher is not a module.
+        TypeError: If a term is not a ``Term``, the teacher is not a module, or an input cannot be called.
 
     Example:
         >>> from lightning_kd import losses
@@ -112,6 +112,12 @@ class Distiller(nn.Module):
         if not isinstance(teacher, nn.Module):
             hint = f" Did you mean {teacher.__name__}(...)?" if isinstance(teacher, type) else ""
             raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.{hint}")
+        for side, makes in (("teacher_input", teacher_input), ("student_input", student_input)):
+            if not (makes is None or callable(makes)):
+                raise TypeError(
+                    f"{side} is a function of the arguments that the student is called with, or a module; got "
+                    f"{makes!r}."
+                )
         self.terms = nn.ModuleDict(terms)
         self.set_teacher(teacher if isinstance(teacher, Teacher) else Frozen(teacher))
         # What learns with the student is one, so that it reaches the optimizer and the checkpoint.

@@ -19,7 +19,7 @@ from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
 from lightning_kd.term import Term
-from lightning_kd.wiring import OUTPUT
+from lightning_kd.wiring import OUTPUT, describe
 
 
 class DistillationModule(LightningModule):
@@ -45,6 +45,7 @@ class DistillationModule(LightningModule):
 
     Raises:
         ValueError: If there are terms without a teacher, or a teacher without terms.
+        TypeError: If something is of another kind, a class instead of an instance for one.
 
     Example:
         >>> from lightning_kd import losses
@@ -79,12 +80,7 @@ class DistillationModule(LightningModule):
                 "A teacher and terms go together: with both the student is distilled, with neither it is trained "
                 f"alone. Got teacher={type(teacher).__name__} and terms={sorted(terms or {})}."
             )
-        given: object = optimizer  # what a caller without a type checker may pass
-        if not callable(given):
-            raise TypeError(
-                f"optimizer makes one of parameters, a class or functools.partial(torch.optim.SGD, lr=0.1); got "
-                f"{type(given).__name__}, which is made already."
-            )
+        _check_kinds(task, student, optimizer, lr_scheduler)
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval is 'epoch' or 'step', got {lr_interval!r}.")
         self.task = task
@@ -237,6 +233,24 @@ class DistillationModule(LightningModule):
         self.log_dict({n: values[n] for n in values if n in whole}, prog_bar=stage == "val", sync_dist=True)
         self.log_dict({n: values[n] for n in values if n not in whole}, sync_dist=True)
         metrics.reset()
+
+
+def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler: object) -> None:
+    """Raises ``TypeError`` where a caller without a type checker passes something else."""
+    for name, given, kind in (("task", task, TaskAdapter), ("student", student, nn.Module)):
+        if not isinstance(given, kind):
+            hint = f" Did you mean {given.__name__}(...)?" if isinstance(given, type) else ""
+            raise TypeError(f"{name} is a {kind.__name__}, got {describe(given)}.{hint}")
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer makes one of parameters, a class or functools.partial(torch.optim.SGD, lr=0.1); got "
+            f"{describe(optimizer)}, which is made already."
+        )
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise TypeError(
+            "lr_scheduler makes one of an optimizer, a class or functools.partial(torch.optim.lr_scheduler.StepLR, "
+            f"step_size=30), or is one of schedules.*; got {describe(lr_scheduler)}, which is made already."
+        )
 
 
 class _AsModel(nn.Module):

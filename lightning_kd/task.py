@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_kd.drawing import Drawing
+from lightning_kd.numbers import is_whole
 from lightning_kd.predictions import PredictionFile
 
 UNLABELLED = -100
@@ -135,12 +136,14 @@ class TaskAdapter(nn.Module, ABC):
 
 
 def check_given(number: int | None, name: str = "num_classes") -> None:
-    """Raises ``TypeError`` where a number that the command line takes from the data is not there."""
+    """Raises ``TypeError`` where a number that the command line takes from the data is not there, or is none."""
     if number is None:
         raise TypeError(
             f"{name} is missing. On the command line the task takes it from the data: set the attribute {name}, an "
             "integer, in your LightningDataModule."
         )
+    if not is_whole(number):
+        raise TypeError(f"{name} is a whole number, got {number!r}.")
 
 
 def checked_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:

@@ -40,7 +40,7 @@ class Term(nn.Module):
 
     Raises:
         ValueError: If the weight is negative or not finite, or a path is malformed.
-        TypeError: If the loss is not a module.
+        TypeError: If the loss is not a module, or a path is no text.
 
     Example:
         >>> from lightning_kd import losses
@@ -176,6 +176,13 @@ class Term(nn.Module):
                     loss.to(device)
         self._built = True
 
+    def _unbuild(self) -> None:
+        """Forgets that it was built, so that the next step says it, too."""
+        self._built = False
+        self.deeper = nn.ModuleList()
+        if self._bridged:
+            self.projector, self.teacher_side, self._bridged = None, nn.Identity(), False
+
     def forward(self, student: Any, teacher: Any, labels: Mapping[str, Any]) -> Tensor:
         """Computes the loss, without its weight.
 
@@ -198,6 +205,7 @@ class Term(nn.Module):
             before = {id(p) for p in self.parameters()}
             self.build(*pairs[0])
             if any(id(p) not in before for p in self.parameters()):
+                self._unbuild()
                 raise RuntimeError(
                     "the term's parameters were made only now, after the optimizer: call Distiller.build(...) with a "
                     "sample before the optimizer is made."

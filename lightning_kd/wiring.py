@@ -32,6 +32,7 @@ class Path:
         text: The path.
 
     Raises:
+        TypeError: If it is no text.
         ValueError: If the text is not a path.
 
     Example:
@@ -40,6 +41,12 @@ class Path:
     """
 
     def __init__(self, text: str) -> None:
+        given: object = text  # what a caller without a type checker may pass
+        if not isinstance(given, str):
+            raise TypeError(
+                f"a path is the name of a module as text, 'layer3', or {OUTPUT!r} for what the model returns; got "
+                f"{given!r}."
+            )
         self.text = text
         if text == OUTPUT or text.startswith((OUTPUT + ".", OUTPUT + "[")):
             self.module, rest = OUTPUT, text[len(OUTPUT) :]
@@ -94,6 +101,8 @@ def describe(value: Any) -> str:
     """Says in a few words what a captured value is, for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
     if isinstance(value, (tuple, list)):

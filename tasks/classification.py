@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
@@ -14,6 +15,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_kd.drawing import Drawing, enlarged
+from lightning_kd.numbers import is_number
 from lightning_kd.task import UNLABELLED, TaskAdapter, check_given, checked_names
 
 
@@ -56,9 +58,9 @@ class Classification(TaskAdapter):
             raise ValueError(
                 f"num_classes={num_classes}: a choice needs two classes. For one yes-or-no output use multilabel=True."
             )
-        if not 0.0 <= label_smoothing < 1.0 or (multilabel and label_smoothing):
+        if not (is_number(label_smoothing) and 0.0 <= label_smoothing < 1.0) or (multilabel and label_smoothing):
             raise ValueError(
-                f"label_smoothing is in [0, 1), and 0 with multilabel=True; got {label_smoothing} with {multilabel=}."
+                f"label_smoothing is in [0, 1), and 0 with multilabel=True; got {label_smoothing!r} with {multilabel=}."
             )
         self.num_classes = num_classes
         self.multilabel = multilabel
@@ -83,10 +85,23 @@ class Classification(TaskAdapter):
             )
         if soft:
             return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        known = self._labelled(target)
         # The mean over what is labelled; of nothing it is 0 and not torch's nan.
         total = F.cross_entropy(logits, target.long(), label_smoothing=self.label_smoothing, reduction="sum")
-        mean: Tensor = total / (target != UNLABELLED).sum().clamp(min=1)
+        mean: Tensor = total / known.sum().clamp(min=1)
         return mean
+
+    def _labelled(self, target: Tensor) -> Tensor:
+        """Returns which samples have a class; that it is one of them is checked on the CPU, elsewhere torch does."""
+        known = target != UNLABELLED
+        if target.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = sorted(set(target[known & ((target < 0) | (target >= self.num_classes))].tolist()))
+            if wrong:
+                raise ValueError(
+                    f"The labels hold {', '.join(map(str, wrong[:5]))}, and are 0 to {self.num_classes - 1}, or "
+                    f"{UNLABELLED} for a sample without one. Set num_classes of task and model, or map the labels."
+                )
+        return known
 
     def metrics(self) -> MetricCollection:
         """Returns accuracy and calibration error."""
@@ -111,7 +126,7 @@ class Classification(TaskAdapter):
             target = target > 0.5 if self.multilabel else target.argmax(dim=1)
         said = self.predict(output)
         if not self.multilabel:
-            known = target != UNLABELLED
+            known = self._labelled(target)
             said, target = said[known], target[known]
         metrics.update(said, target.long())
 

@@ -12,6 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd import keypoints
 from lightning_kd.drawing import Drawing, dotted, enlarged, palette
 from lightning_kd.metrics.keypoints import PCK, KeypointPrecision, NormalizedError
+from lightning_kd.numbers import is_number
 from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
 
 
@@ -86,7 +87,7 @@ class Pose(TaskAdapter):
             raise ValueError(f"scale is 'box' or two of the joints 0 to {num_keypoints - 1}; got {scale!r}.")
         if oks_sigmas is not None and len(oks_sigmas) != num_keypoints:
             raise ValueError(f"oks_sigmas: expected {num_keypoints} numbers, one per joint; got {len(oks_sigmas)}.")
-        if sigma is not None and not 0 < sigma < 1:
+        if sigma is not None and not (is_number(sigma) and 0 < sigma < 1):
             raise ValueError(f"sigma is a fraction of the image's side, in (0, 1); got {sigma!r}.")
         self.num_keypoints = num_keypoints
         self.scale = pair

@@ -63,6 +63,9 @@ def test_what_is_no_term_or_teacher_is_refused() -> None:
         Distiller({"kd": losses.KD()}, Net(4))  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="teacher is a module"):
         Distiller({"kd": Term(losses.KD())}, "resnet18")  # type: ignore[arg-type]
+    for name in ("teacher_input", "student_input"):
+        with pytest.raises(TypeError, match=f"{name} is a function of the arguments .* got 32"):
+            Distiller({"kd": Term(losses.KD())}, Net(4), **{name: 32})  # type: ignore[arg-type]
 
 
 def test_the_teacher_is_no_part_of_it() -> None:

@@ -59,6 +59,17 @@ def test_it_does_not_touch_the_graph() -> None:
     assert loss.grad == 3.0
 
 
+def test_the_own_loss_is_blamed_only_for_earlier_steps() -> None:
+    check, nan = FiniteCheck(), torch.tensor(math.nan)
+    check(0, {"kd": torch.tensor(1.0)}, ranges, torch.tensor(2.0))
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        check(1, {"kd": nan}, ranges, nan)
+    check(2, {"kd": torch.tensor(1.0)}, ranges, nan)
+    check(3, {"kd": torch.tensor(1.0)}, ranges, torch.tensor(2.0))
+    with pytest.raises(FloatingPointError, match="own loss was not finite in an earlier step"):
+        check(4, {"kd": nan}, ranges, torch.tensor(2.0))
+
+
 def test_it_finishes_and_pickles() -> None:
     check = FiniteCheck()
     check.finish()

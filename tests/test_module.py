@@ -77,6 +77,18 @@ def test_arguments_out_of_range_are_refused() -> None:
         module(Net(8), task_weight=-1.0)
 
 
+def test_classes_and_what_is_made_already_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"task is a TaskAdapter, got the class Classification. Did you mean"):
+        DistillationModule(Classification, Net(4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"student is a Module, got the class Net. Did you mean Net\("):
+        DistillationModule(Classification(CLASSES), Net)  # type: ignore[arg-type]
+    made = torch.optim.SGD(Net(4).parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"optimizer makes one of parameters.*SGD.*made already"):
+        module(optimizer=made)
+    with pytest.raises(TypeError, match=r"lr_scheduler makes one of an optimizer.*StepLR.*made already"):
+        module(lr_scheduler=torch.optim.lr_scheduler.StepLR(made, 1))
+
+
 def test_its_state_is_the_students() -> None:
     distilled, alone = module(Net(8)), module()
     assert set(distilled.state_dict()) == set(alone.state_dict())

@@ -117,6 +117,12 @@ def test_what_is_not_a_path_is_refused_with_the_grammar(text: str) -> None:
         Path(text)
 
 
+@pytest.mark.parametrize("given", [0, None, torch.nn.ReLU()])
+def test_what_is_no_text_is_no_path(given: Any) -> None:
+    with pytest.raises(TypeError, match="name of a module as text"):
+        Path(given)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -359,6 +359,11 @@ class Attachment(Callback):
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(task_loss, Tensor):  # the module skips this batch, or Lightning says what is wrong
                 return result
+            if task_loss.numel() != 1:
+                raise ValueError(
+                    f"training_step returned a loss of shape {tuple(task_loss.shape)}, and a loss is one number: "
+                    "reduce it, with .mean() for one."
+                )
             self._check_called(calls, pl_module)
             total = self._total(trainer, task_loss, calls, labels, args, kwargs)
             if total is None:
@@ -404,7 +409,7 @@ class Attachment(Callback):
         distiller.at(moment)
         losses = distiller(calls, **labels())
         named = {name + key: loss for key, loss in losses.items()}
-        self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)))
+        self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)), task_loss)
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
         values: dict[str, Tensor | float] = {"task": task_loss, **losses, **distiller.values()}
         if isinstance(self.task_weight, Schedule):

@@ -68,7 +68,7 @@ def _label(how: Label | None, batch: Any, name: str) -> Any:
         if how is None and not isinstance(batch, (tuple, list)):
             raise TypeError("batch[1] is the default for batches that are tuples or lists")
         return batch[1 if how is None else how]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         given = how_to_give(name)
         raise ValueError(
             f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "

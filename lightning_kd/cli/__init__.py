@@ -125,7 +125,7 @@ def _explains_itself(error: Exception) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """What a class that was being built complained of, and where, without the list of all types that were tried."""
+    """What a class that was being built complained of, and where, in one line, without the types that were tried."""
     where = ""
     if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
         return f"the checkpoint is of another network: {misfits[1]}"
@@ -133,4 +133,5 @@ def _told(error: BaseException) -> str:
         key = re.match(r'Parser key "([^"]+)"', str(error))
         where = where or (f"{key[1]}: " if key else "")
         error = error.__cause__
-    return f"{where}{error}{closest_argument(str(error))}"
+    told = f"{where}{error}".partition("\nSubclass types expect one of")[0].strip()
+    return re.sub(r"\s*\n\s*", " ", told) + closest_argument(str(error))

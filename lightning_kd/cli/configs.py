@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
+import yaml
+
 from lightning_kd.cli.errors import UsageError, unknown
+
+_LINES = re.compile(r"\s*\n\s*")
 
 
 def shipped() -> dict[str, Path]:
@@ -25,13 +30,24 @@ def find(name_or_file: str) -> str:
     """The path of a configuration.
 
     Raises:
-        UsageError: If it is neither a file of text nor the name of a shipped configuration.
+        UsageError: If it is neither a YAML file of keys and values nor the name of a shipped configuration.
     """
     if Path(name_or_file).is_file():
         try:
-            Path(name_or_file).read_text(encoding="utf-8")
+            content = yaml.safe_load(Path(name_or_file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise UsageError(f"{name_or_file} is not UTF-8 text ({error}): save it as such") from error
+        except yaml.MarkedYAMLError as error:
+            at = error.problem_mark or error.context_mark
+            place = f", line {at.line + 1}, column {at.column + 1}" if at else ""
+            raise UsageError(f"{name_or_file}{place}: this is not YAML, {error.problem or error.context}") from error
+        except yaml.YAMLError as error:
+            raise UsageError(f"{name_or_file} is not YAML: {_LINES.sub(' ', str(error))}") from error
+        if not isinstance(content, dict):
+            raise UsageError(
+                f"{name_or_file}: expected keys and values (trainer:, data:, model:), received "
+                f"{'an empty file' if content is None else f'a {type(content).__name__}'}"
+            )
         return name_or_file
     named = name_or_file.removesuffix(".yaml")
     if named in (known := shipped()):

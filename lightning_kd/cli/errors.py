@@ -6,11 +6,15 @@ import difflib
 import inspect
 import pydoc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UsageError(Exception):
     """Something that the command line or a file it names got wrong; the message says the remedy."""
+
+
+GROUPS = ("trainer", "model", "data", "seed_everything", "teacher_fit", "ckpt_path")
+"""What a configuration has at its top."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
@@ -25,12 +29,19 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 def closest_argument(told: str) -> str:
-    """What was probably meant, where jsonargparse says that a class does not accept an option.
+    """What was probably meant, where jsonargparse says that it does not know an option or a class.
 
     Example:
         >>> closest_argument("given class_path 'lightning_kd.Term': Option 'wieght' is not accepted")
         '. Did you mean weight?'
+        >>> closest_argument("module 'lightning_kd.losses' has no attribute 'DDK'")
+        '. Did you mean DKD?'
     """
+    if missing := re.search(r"module '(?P<of>[\w.]+)' has no attribute '(?P<name>\w+)'", told):
+        known = [name for name in dir(pydoc.locate(missing["of"])) if name[0].isupper()]
+        return f".{guess}" if (guess := _guess(missing["name"], known)) else ""
+    if group := re.search(r"Subcommand '\w+' does not accept option '(?P<name>\w+)", told):
+        return f".{guess}" if (guess := _guess(group["name"], GROUPS)) else ""
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
     groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
@@ -41,6 +52,6 @@ def closest_argument(told: str) -> str:
     return f".{guess}" if guess else ""
 
 
-def _guess(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+def _guess(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.teachers.weights import peers_in
+from lightning_kd.teachers.weights import peers_in, read_checkpoint
 
 KEY = "lightning_kd"
 _INITIAL_WEIGHTS = {
@@ -89,10 +88,9 @@ def read(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise UsageError(f"no checkpoint at {path}: give the path of a .ckpt file that `lightning-kd fit` wrote")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = re.split(r"\. |\n", str(error))[0]  # not the advice to load it as code
-        raise UsageError(f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}") from error
+        return read_checkpoint(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class Saved:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_kd.numbers import is_number
+
 
 class SplitDataModule(LightningDataModule):
     """Loaders over the splits ``train``, ``val`` and ``test``, which a subclass puts into ``splits`` in ``setup``.
@@ -71,7 +73,7 @@ def checked_fraction(labelled: float) -> float:
     Raises:
         ValueError: If it is not in (0, 1].
     """
-    if not 0.0 < labelled <= 1.0:
+    if not (is_number(labelled) and 0.0 < labelled <= 1.0):
         raise ValueError(f"labelled: expected a fraction of the training images in (0, 1], received {labelled}")
     return labelled
 

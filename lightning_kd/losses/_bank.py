@@ -90,7 +90,7 @@ class Banks(nn.Module):
         drawn = self.draw(negatives)
         mask = drawn == index[:, None]
         if label is not None:
-            mask = mask | (self.label[drawn] == label[:, None])
+            mask = mask | (self.label[drawn] == label[:, None]) & (label[:, None] >= 0)
         losses, log_partition = [], []
         for anchor, bank, known in (
             (student, self.teacher, self.log_partition[0]),
@@ -125,7 +125,7 @@ class Banks(nn.Module):
             mixed = torch.lerp(new, bank[index].to(new.dtype), self.momentum)
             bank[index] = unit(mixed).to(bank.dtype)
         if target is not None:
-            self.label[index] = target
+            self.label[index] = torch.where(target >= 0, target, self.label[index])
 
 
 def splitmix64(x: Tensor) -> Tensor:

@@ -1,38 +1,32 @@
 """What every loss asks of its inputs: shapes and dtypes only, so that no check waits for the device."""
 
-import math
-from numbers import Real
-
 import torch
 from torch import Tensor
+
+from lightning_kd.numbers import is_number
 
 
 def positive(name: str, value: float) -> float:
     """Return ``value`` if it is a positive finite number, else raise ``ValueError``."""
-    if not (_finite(value) and value > 0):
+    if not (is_number(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
     return value
 
 
 def bounds(low: float, high: float) -> tuple[float, float]:
     """Return the bounds of a temperature, or raise ``ValueError``."""
-    if not (_finite(low) and _finite(high) and 0 < low < high):
+    if not (is_number(low) and is_number(high) and 0 < low < high):
         raise ValueError(f"the bounds of a temperature are finite numbers, 0 < low < high; got {low!r} and {high!r}.")
     return low, high
 
 
 def weights(**values: float) -> None:
     """Raise ``ValueError`` if the weights of a loss's parts are not finite, or negative, or all of several are 0."""
-    if not all(_finite(value) and value >= 0 for value in values.values()):
+    if not all(is_number(value) and value >= 0 for value in values.values()):
         said = ", ".join(f"{name}={value!r}" for name, value in values.items())
         raise ValueError(f"the weights of a loss are finite numbers that are not negative, got {said}.")
     if len(values) > 1 and not any(values.values()):
         raise ValueError(f"{' and '.join(values)} are both 0: the term would be silently zero.")
-
-
-def _finite(value: object) -> bool:
-    """Tell whether something is a finite number; neither a bool nor a tensor, on which it would wait, is one."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def tensors(student: Tensor, teacher: Tensor) -> None:

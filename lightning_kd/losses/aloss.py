@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import upcast
+from lightning_kd.numbers import is_number
 
 
 def aloss(
@@ -78,7 +79,7 @@ class ALoss(nn.Module):
     def __init__(self, attract: float = 1.9, repel: float = 0.45, inner: float = 0.15) -> None:
         super().__init__()
         _check.weights(attract=attract, repel=repel)
-        if not 0 <= inner < 1:
+        if not (is_number(inner) and 0 <= inner < 1):
             raise ValueError(f"inner is a fraction of the teacher's error, in [0, 1); got {inner!r}.")
         self.attract = attract
         self.repel = repel

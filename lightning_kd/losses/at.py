@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import unit, upcast
+from lightning_kd.numbers import is_number
 
 
 def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True, mask: Tensor | None = None) -> Tensor:
@@ -75,7 +76,7 @@ class AT(nn.Module):
 
     def __init__(self, p: float = 2.0, squared: bool = True) -> None:
         super().__init__()
-        if not 1 <= p < float("inf"):
+        if not (is_number(p) and p >= 1):
             raise ValueError(f"p must be finite and at least 1 (else infinite gradients at 0), got {p!r}.")
         self.p = p
         self.squared = squared

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lightning_kd.losses import _check
 from lightning_kd.losses._bank import NO_LABELS, Banks
 from lightning_kd.losses._numerics import full_precision, unit, upcast
+from lightning_kd.numbers import is_number, is_whole
 
 
 def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Tensor | None = None) -> Tensor:
@@ -21,7 +22,7 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Ten
     positive = torch.arange(logits.shape[0], device=logits.device)
     if target is not None:
         label = _check.class_target(target, student, bounded=False, remedy=NO_LABELS)
-        same_class = (label[:, None] == label) & (positive[:, None] != positive)
+        same_class = (label[:, None] == label) & (label >= 0) & (positive[:, None] != positive)
         logits = logits.masked_fill(same_class, -torch.inf)
     return F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)
 
@@ -51,7 +52,7 @@ class CRD(nn.Module):
     follow the process whose buffers are broadcast.
 
     Given a target, samples of the anchor's class are no negatives (with memory: as far as their label was
-    seen).
+    seen). A negative label, -100, is no class: nothing is known of such a sample.
 
     Args:
         dim: Size of the embeddings.
@@ -96,9 +97,9 @@ class CRD(nn.Module):
         partition: float | None = None,
     ) -> None:
         super().__init__()
-        if memory is not None and (memory < 2 or negatives < 1):
-            raise ValueError(f"memory needs at least 2 samples and 1 negative, got {memory} and {negatives}.")
-        if not 0 <= momentum < 1:
+        if memory is not None and not (is_whole(memory) and is_whole(negatives) and memory >= 2 and negatives >= 1):
+            raise ValueError(f"memory needs at least 2 samples and 1 negative, got {memory!r} and {negatives!r}.")
+        if not (is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}: at 1 the banks never change.")
         _check.positive("dim", dim)
         self.dim = dim

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import per_position, upcast
+from lightning_kd.numbers import is_number
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Activation = Literal["softmax", "sigmoid"]
@@ -115,7 +116,7 @@ class KD(nn.Module):
             raise ValueError(f"divergence must be 'forward', 'reverse' or 'jsd', got {divergence!r}.")
         if activation not in ("softmax", "sigmoid"):
             raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}.")
-        if not 0 <= beta <= 1:
+        if not (is_number(beta) and 0 <= beta <= 1):
             raise ValueError(f"beta is the teacher's share in the mixture, in [0, 1], got {beta!r}.")
         self.temperature: float | Tensor = _check.positive("temperature", temperature)
         self.divergence: Divergence = divergence

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import full_precision, upcast
+from lightning_kd.numbers import is_number
 
 
 def mgd(generated: Tensor, teacher: Tensor, alpha: float = 2e-5, mask: Tensor | None = None) -> Tensor:
@@ -63,7 +64,7 @@ class MGD(nn.Module):
 
     def __init__(self, alpha: float = 2e-5, ratio: float = 0.65, channels: bool = False) -> None:
         super().__init__()
-        if not 0 <= ratio < 1:
+        if not (is_number(ratio) and 0 <= ratio < 1):
             raise ValueError(f"ratio is the share of the feature that is hidden, in [0, 1), got {ratio!r}.")
         self.alpha = _check.positive("alpha", alpha)
         self.ratio = ratio

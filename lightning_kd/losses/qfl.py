@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import upcast
+from lightning_kd.numbers import is_number
 
 
 def qfl(student: Tensor, teacher: Tensor, beta: float = 1.0, mask: Tensor | None = None) -> Tensor:
@@ -54,7 +55,7 @@ class QFL(nn.Module):
 
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
-        if not 1 <= beta < float("inf"):
+        if not (is_number(beta) and beta >= 1):
             raise ValueError(f"beta must be finite and at least 1 (else infinite gradients at equality), got {beta!r}.")
         self.beta = beta
 

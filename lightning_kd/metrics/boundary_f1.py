@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from lightning_kd.numbers import is_whole
+
 
 def boundaries(labels: Tensor, num_classes: int, counted: Tensor) -> Tensor:
     """Where each class touches another one.
@@ -73,8 +75,8 @@ class BoundaryF1(Metric):
 
     def __init__(self, num_classes: int, tolerance: int = 2, ignore_index: int | None = None) -> None:
         super().__init__()
-        if tolerance < 0:
-            raise ValueError(f"tolerance: expected pixels, 0 or more, received {tolerance}")
+        if not (is_whole(tolerance) and tolerance >= 0):
+            raise ValueError(f"tolerance: expected pixels, 0 or more, received {tolerance!r}")
         self.num_classes = num_classes
         self.tolerance = tolerance
         self.ignore_index = ignore_index

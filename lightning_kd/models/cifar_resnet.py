@@ -7,6 +7,7 @@ import os
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.paths import expand_path
 from lightning_kd.teachers import load_weights
 
@@ -80,10 +81,10 @@ class CifarResNet(nn.Module):
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            nearest = max(8, round((depth - 2) / 6) * 6 + 2)
+        if not is_whole(depth) or depth < 8 or (depth - 2) % 6:
+            nearest = max(8, round((depth - 2) / 6) * 6 + 2) if is_number(depth) else 20
             raise ValueError(
-                f"expected a depth of 6n + 2 (8, 14, 20, 26, ...), received {depth}; the nearest is {nearest}"
+                f"expected a depth of 6n + 2 (8, 14, 20, 26, ...), received {depth!r}; the nearest is {nearest}"
             )
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)

@@ -1,10 +1,11 @@
 """What a schedule is, and how any function becomes one."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from lightning_kd.numbers import is_number
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Custom(Schedule):
         TypeError: If it cannot be called.
 
     Example:
+        >>> import math
         >>> Custom(math.sqrt)(0.25)
         0.5
     """
@@ -75,8 +77,7 @@ def factor(name: str, given: Any) -> float | Schedule:
     """
     weight = Custom(given) if callable(given) and not isinstance(given, (Schedule, type)) else given
     ends = (weight(0.0), weight(1.0)) if isinstance(weight, Schedule) else (weight,)
-    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
-    if not numbers or not all(0.0 <= end < math.inf for end in ends):
+    if not all(is_number(end) and end >= 0.0 for end in ends):
         raise ValueError(
             f"{name} is a finite number that is not negative, one of schedules.*, or a function of the fraction of the "
             f"run; got {given!r}."
@@ -87,13 +88,13 @@ def factor(name: str, given: Any) -> float | Schedule:
 
 def finite(**values: float) -> None:
     """Refuses what is no finite number."""
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values.values()):
+    if not all(map(is_number, values.values())):
         said = " and ".join(f"{name}={value!r}" for name, value in values.items())
         raise ValueError(f"the values of a schedule are finite numbers; got {said}.")
 
 
 def fraction(name: str, value: float) -> float:
     """Returns a fraction of the run that lies after its begin, or refuses it."""
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} is a fraction of the run, in (0, 1], not a number of steps; got {value}.")
+    if not (is_number(value) and 0.0 < value <= 1.0):
+        raise ValueError(f"{name} is a fraction of the run, in (0, 1], not a number of steps; got {value!r}.")
     return value

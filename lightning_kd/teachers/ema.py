@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.teachers.copies import CopyTeacher, copy_tensors
 
@@ -68,8 +69,8 @@ class EMA(CopyTeacher):
             _checked(end)
         if buffers not in ("average", "copy", "own"):
             raise ValueError(f"buffers is 'average', 'copy' or 'own', got {buffers!r}.")
-        if start_step < 0 or count < 1:
-            raise ValueError(f"start_step is 0 or more and count 1 or more, got {start_step} and {count}.")
+        if not (is_whole(start_step) and is_whole(count) and start_step >= 0 and count >= 1):
+            raise ValueError(f"start_step is 0 or more and count 1 or more, got {start_step!r} and {count!r}.")
         self.decay = decay
         self.warm_up = warm_up
         self.start_step = start_step
@@ -116,8 +117,8 @@ class EMA(CopyTeacher):
 
 def _checked(decay: float) -> float:
     given: object = decay  # what a caller without a type checker may pass
-    if not isinstance(given, (int, float)) or not 0.0 <= given <= 1.0:
-        raise ValueError(f"decay is a number in [0, 1], or a schedule of one; got {decay}.")
+    if not (is_number(given) and 0.0 <= given <= 1.0):
+        raise ValueError(f"decay is a number in [0, 1], or a schedule of one; got {decay!r}.")
     return decay
 
 

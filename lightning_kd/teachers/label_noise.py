@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_kd.numbers import is_number, is_whole
+
 
 class LabelNoise(nn.Module):
     """Puts a noised map of the labels beside an image: privileged information for a teacher of segmentation (LAD).
@@ -55,7 +57,12 @@ class LabelNoise(nn.Module):
         super().__init__()
         if values not in ("drawn", "spread"):
             raise ValueError(f"values is 'drawn' or 'spread', got {values!r}.")
-        if num_classes < 2 or noise < 0 or not scale > 0:
+        if (
+            not (is_whole(num_classes) and is_number(noise) and is_number(scale))
+            or num_classes < 2
+            or noise < 0
+            or scale <= 0
+        ):
             raise ValueError(
                 f"LabelNoise takes at least two classes, noise that is not negative and a positive scale; got "
                 f"{num_classes=}, {noise=} and {scale=}."

@@ -1,5 +1,6 @@
 """PastSelf: the student of some epochs ago teaches it."""
 
+from lightning_kd.numbers import is_whole
 from lightning_kd.schedules import Moment
 from lightning_kd.teachers.copies import CopyTeacher
 
@@ -37,8 +38,8 @@ class PastSelf(CopyTeacher):
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
-        if every < 1:
-            raise ValueError(f"every is a number of epochs, 1 or more; got {every}.")
+        if not (is_whole(every) and every >= 1):
+            raise ValueError(f"every is a number of epochs, 1 or more; got {every!r}.")
         self.every = every
 
     def begin_epoch(self, moment: Moment) -> None:

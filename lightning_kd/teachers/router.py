@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses._numerics import upcast
+from lightning_kd.numbers import is_number
 
 
 class Router(nn.Module):
@@ -41,8 +42,8 @@ class Router(nn.Module):
 
     def __init__(self, members: int, num_classes: int, hidden: int = 64, balance: float = 0.0) -> None:
         super().__init__()
-        if balance < 0:
-            raise ValueError(f"balance is a weight, 0 or more; got {balance}.")
+        if not (is_number(balance) and balance >= 0):
+            raise ValueError(f"balance is a weight, 0 or more; got {balance!r}.")
         self.members = members
         self.num_classes = num_classes
         self.balance = balance

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.wiring import describe
+
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int = 0) -> None:
     """Loads a checkpoint's weights into a model, strictly, whatever common prefix its keys have.
@@ -20,22 +22,9 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no state dict or no such peer, or if keys or shapes do not fit the model.
+        ValueError: If it cannot be read, holds no state dict or no such peer, or if keys or shapes do not fit.
     """
-    if not os.path.isfile(checkpoint):
-        raise FileNotFoundError(
-            f"No checkpoint at {os.fspath(checkpoint)!r} (looked from {os.getcwd()!r}). Train the model first, or "
-            "give the path of its weights."
-        )
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = re.split(r"\. |\n", str(error))[0]  # not torch's advice to load it as code
-        raise ValueError(
-            f"{os.fspath(checkpoint)!r} could not be read as a checkpoint of plain tensors (weights_only=True): "
-            f"{reason}. If you trust it, load it yourself, LitTeacher.load_from_checkpoint(...) for one, and save the "
-            "network's state_dict."
-        ) from error
+    content = read_checkpoint(checkpoint)
     if peer:
         content = peers_in(content).get(f"peer{peer}")
         if content is None:
@@ -46,7 +35,9 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict.")
+        raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict, but {describe(content)}.")
+    if not state:
+        raise ValueError(f"{os.fspath(checkpoint)!r} holds no weights: its state dict is empty.")
     wanted = model.state_dict()
     first = next(iter(wanted), "")
     prefixes = sorted({key.removesuffix(first) for key in state if key == first or key.endswith("." + first)})
@@ -70,6 +61,40 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
             f"{', '.join(list(state)[:5])}, .... Is it the checkpoint of another architecture?"
         )
     model.load_state_dict(found[fitting[0]], strict=True)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Reads a checkpoint: tensors and plain types, and no code.
+
+    Args:
+        path: A file that ``torch.save`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is cut short, no such file at all, or holds objects of classes.
+    """
+    name = repr(os.fspath(path))
+    if not os.path.isfile(path):
+        remedy = (
+            "It is a folder; give a file in it." if os.path.isdir(path) else "Train the model first, or give another."
+        )
+        raise FileNotFoundError(f"No checkpoint at {name} (looked from {os.getcwd()!r}). {remedy}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not str(error).startswith("Weights only load failed"):  # what else torch says of a file helps nobody
+            size = os.path.getsize(path)
+            raise ValueError(
+                f"The checkpoint {name}, {size} bytes, is damaged, or is no file that torch.save wrote (a text, or a "
+                "pointer to a large file that was not fetched?). Copy it again, or give another."
+            ) from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {found[1]}" if found else "Python objects"
+        raise ValueError(
+            f"The checkpoint {name} holds {what}, and is loaded as plain tensors (weights_only=True): what comes in a "
+            "file is not run as code. If you trust it, load it yourself, LitTeacher.load_from_checkpoint(...) for one, "
+            "and save the network's state_dict."
+        ) from error
 
 
 def peers_in(checkpoint: Any) -> Mapping[str, Mapping[str, Any]]:

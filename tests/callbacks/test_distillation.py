@@ -1,5 +1,6 @@
 """The callback on modules as users and Lightning itself write them; none of their lines is changed."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -645,6 +646,25 @@ def test_a_loss_or_projector_without_a_gradient_is_refused() -> None:
     for term in (Term(Detached()), Term(losses.FitNet(), projector=Detached())):
         with pytest.raises(ValueError, match="without a gradient"):
             fit(Base(), Distillation(net(16), {"odd": term}, student="model"))
+
+
+def test_a_loss_of_each_sample_is_refused() -> None:
+    class Unreduced(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match=r"a loss of shape \(\d+,\), and a loss is one number"):
+        fit(Unreduced(), kd())
+
+
+@pytest.mark.parametrize("task_weight", [0.0, 1.0])
+def test_the_modules_own_loss_is_blamed_where_it_is_not_finite(task_weight: float) -> None:
+    class Broken(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(batch[0]).mean() * math.nan
+
+    with pytest.raises(FloatingPointError, match=r"Step 1: .*after the module's own loss was not finite"):
+        fit(Broken(), kd(task_weight=task_weight), max_epochs=2)
 
 
 def test_a_call_that_failed_is_forgotten() -> None:

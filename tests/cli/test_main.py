@@ -360,6 +360,27 @@ def test_bad_input_is_told_with_exit_code_2(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("model:\n  task: [1\n", "mine.yaml, line 3, column 1: this is not YAML, "),
+        ("", "mine.yaml: expected keys and values (trainer:, data:, model:), received an empty file"),
+        ("- a\n- b\n", "received a list"),
+        ("trianer: {max_epochs: 3}", "Did you mean trainer"),
+        ("model: {task: {class_path: lightning_kd.tasks.Clasification}}", "Did you mean Classification?"),
+        ("model: {terms: {kd: {loss: {class_path: lightning_kd.losses.RDK}}}}", "Did you mean RKD"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_one_line(
+    content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    assert main(["fit", "--config", "digits_kd", "--config", str(tmp_path / "mine.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.ckpt")

@@ -118,6 +118,26 @@ def test_known_labels_are_no_negatives():
     assert alone < others / 10  # only the positive is left
 
 
+def test_samples_without_a_label_are_of_no_class():
+    """-100, twice, is not one class of two: nothing is known of either."""
+    x = F.normalize(torch.ones(6, 4))
+    same = crd(x, x, target=torch.tensor([0, 0, -100, -100, -100, -100]))
+    expected = 2 * (2 * math.log(5) + 4 * math.log(6)) / 6
+    torch.testing.assert_close(same, torch.tensor(expected))
+
+
+def test_the_bank_forgets_no_label_for_a_sample_that_comes_without():
+    loss, s, t, _ = _memory(samples=8, negatives=400, partition=1.0)
+    index, labels = torch.arange(8), torch.tensor([0, 0, 1, 1, 2, 2, -100, -100])
+    loss(s, t, labels, index)
+    assert loss.banks is not None
+    assert loss.banks.label.tolist() == [0, 0, 1, 1, 2, 2, -1, -1]
+    loss(s, t, torch.full((8,), -100), index)
+    assert loss.banks.label.tolist() == [0, 0, 1, 1, 2, 2, -1, -1]
+    unlabelled = loss.eval()(s, t, torch.full((8,), -100), index)
+    assert unlabelled == loss(s, t, None, index)
+
+
 def test_the_sample_itself_is_no_negative():
     """Every score is 0: each side is log(1 + K/M) and, for each draw of the other sample, log(1 + M/K)."""
     loss = losses.CRD(dim=4, memory=2, negatives=1000, partition=1.0)

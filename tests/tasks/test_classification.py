@@ -161,6 +161,15 @@ def test_samples_without_a_label_are_in_no_metric() -> None:
     assert float(metrics.compute()["accuracy"]) == 0.5
 
 
+@pytest.mark.parametrize("label", [3, -1, 255])
+def test_a_label_of_no_class_is_refused(label: int) -> None:
+    task, target = Classification(num_classes=3), torch.tensor([0, -100, label])
+    with pytest.raises(ValueError, match=f"labels hold {label}, and are 0 to 2, or -100"):
+        task.loss(torch.zeros(3, 3), (None, target))
+    with pytest.raises(ValueError, match=f"labels hold {label}"):
+        task.update(task.metrics(), torch.zeros(3, 3), (None, target))
+
+
 def test_metrics_are_fresh_and_of_float32() -> None:
     task = Classification(CLASSES)
     logits, target = torch.randn(8, CLASSES).bfloat16(), torch.randint(0, CLASSES, (8,))

@@ -317,7 +317,7 @@ def test_a_file_from_before_batches_were_counted(tmp_path: Path) -> None:
 def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*nowhere\.pt.*looked from"):
         Frozen(Net(), checkpoint=tmp_path / "nowhere.pt")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="It is a folder"):
         Frozen(Net(), checkpoint=tmp_path)
 
 
@@ -327,7 +327,7 @@ def test_a_truncated_file_is_refused(keep: float, tmp_path: Path) -> None:
     before, path = state_of(model), save(tmp_path, Net().state_dict())
     content = path.read_bytes()
     path.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
-    with pytest.raises(ValueError, match="could not be read as a checkpoint"):
+    with pytest.raises(ValueError, match=r"model\.pt.*bytes, is damaged"):
         load_weights(model, path)
     assert same(before, state_of(model))
 
@@ -349,12 +349,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(legacy: bool, tmp_path: Path)
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="weights_only=True"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch's, of the legacy file
         load_weights(Net(), path)
     assert not EXECUTED
 
 
 def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="could not be read as a checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match=r"holds an object of .*Net, and is loaded as plain tensors"):
         load_weights(nn.Linear(3, 2), save(tmp_path, Net()))
 
 
@@ -362,7 +363,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     "content", [[1, 2], torch.zeros(3), {"epoch": 3}, {"state_dict": [1]}, {1: torch.zeros(2)}, {}]
 )
 def test_a_file_without_a_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no state dict|does not fit"):
+    with pytest.raises(ValueError, match=r"holds no state dict, but a|holds no weights|does not fit"):
         load_weights(Net(), save(tmp_path, content))
 
 
