@@ -1,29 +1,33 @@
 """Copies of a user's modules."""
 
-import copy
 import inspect
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_kd.sharded_copies import deep_copy
+
 M = TypeVar("M", bound=nn.Module)
+
+_NOT_COPIED = (Dataset, DataLoader, LightningDataModule, DeviceMesh)
 
 
 def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
     """Deep-copies a module; methods that a fit replaced on the original instance are the class's own in the copy.
 
-    Data that it holds is shared and not copied.
+    Data that it holds is shared and not copied. What is sharded is sharded in the copy, too.
 
     Args:
         module: The module.
         memo: What takes the place of parts, by their ids, as ``copy.deepcopy`` takes it.
     """
     held = [value for part in module.modules() for value in vars(part).values()]
-    data = {id(value): value for value in held if isinstance(value, (Dataset, DataLoader, LightningDataModule))}
+    data = {id(value): value for value in held if isinstance(value, _NOT_COPIED)}
     try:
-        made = copy.deepcopy(module, {**data, **(memo or {})})
+        made = deep_copy(module, {**data, **(memo or {})})
     except Exception as error:
         error.add_note(
             f"This happened when {type(module).__name__} was deep-copied, to be its own teacher or to hold a peer. "

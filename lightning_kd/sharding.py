@@ -1,8 +1,9 @@
 """Models that are sharded over devices by ``torch.distributed.fsdp.fully_shard`` (FSDP2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -46,9 +47,23 @@ def shard_like(student: nn.Module, parts: list[nn.Module]) -> None:
             fully_shard(part, mesh=mesh)
 
 
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns what this process holds of tensors, in the same memory; what is done to it is done to the shards."""
+    with torch.no_grad():
+        return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
 def whole(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict with the whole of every shard; every process has to call it."""
-    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+    """Returns a state dict with the whole of every shard, on the CPU; every process has to call it."""
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        # After a fit a shard may be on the CPU, where its devices cannot gather it.
+        there: Any = value.to(value.device_mesh.device_type)
+        return there.full_tensor().cpu()
+
+    return {key: gather(value) for key, value in state.items()}
 
 
 def sharded_as(state: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,16 +75,3 @@ def sharded_as(state: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, A
         return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
     return {key: shard(value, ours.get(key)) for key, value in state.items()}
-
-
-def refuse_sharded(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses a teacher that cannot be made of, or beside, a sharded student.
-
-    Raises:
-        ValueError: If the student is sharded.
-    """
-    if is_sharded(student):
-        raise ValueError(
-            f"The student is sharded (fully_shard), and {type(teacher).__name__} does not work with that: a sharded "
-            "model cannot be copied. Train with strategy='ddp', or let a frozen teacher or an ensemble teach."
-        )

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_kd.callbacks import EMATeacher
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_kd import Distillation, Term, losses, teachers
@@ -19,17 +20,20 @@ from lightning_kd.teachers import frozen as frozen_file
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from test_invariants import Net, Plain, loader, trainer
+from test_invariants import Net, Validated, loader, trainer
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler
 from lightning_kd import Distillation, Term, losses, teachers
 from lightning_kd.callbacks import EMATeacher, MutualDistillation
+from lightning_kd.sharding import whole
 
-kind, accelerator, devices, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+accelerator, devices, folder, kinds = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 sharded = devices > 1 or accelerator == "gpu"
 
 class Halves(LightningDataModule):
@@ -38,7 +42,10 @@ class Halves(LightningDataModule):
         halves = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
         return DataLoader(data, batch_size=8 // trainer.world_size, sampler=halves)
 
-class Sharded(Plain):
+    def val_dataloader(self):
+        return loader()
+
+class Sharded(Validated):
     def __init__(self, teacher=None):
         super().__init__(norm=False)
         self.others = [teacher] if teacher else []  # in a list, so that it is not a submodule
@@ -51,105 +58,141 @@ class Sharded(Plain):
 class AllSharded(Callback):
     def on_train_start(self, trainer, pl_module):
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-        learned = 1 if kind == "ema" else len(list(trainer.callbacks[0].distiller.parameters()))
-        assert len(params) == len(list(pl_module.model.parameters())) + learned
+        assert {{id(p) for p in params}} == {{id(p) for p in pl_module.parameters()}}
+        assert len(params) > len(list(pl_module.model.parameters()))
         assert all(isinstance(p, DTensor) for p in params) == sharded
+        for callback in trainer.callbacks[:2]:
+            teacher = getattr(getattr(callback, "distiller", None), "teacher", None)
+            for copy in getattr(teacher, "copies", []) or getattr(teacher, "peers", []):
+                assert isinstance(copy.stem, FSDPModule) == isinstance(copy, FSDPModule) == sharded
+            if isinstance(teacher, teachers.EMA):
+                teacher.update = without_messages(teacher.update)
 
-def run(epochs, resume=None):
-    seed_everything(0)
-    teacher = Net(6, norm=False).eval()
+def without_messages(update):
+    def watched(moment):
+        with CommDebugMode() as messages:
+            update(moment)
+        assert not messages.get_total_counts()
+    return watched
+
+def callbacks_of(kind, teacher):
     hints = dict(student="stem", teacher="stem", weight=10.0)
-    own = torch.nn.ConvTranspose2d(4, 6, 2, 2)
-    terms = {{"hint": Term(losses.FitNet(), **hints), "own": Term(losses.FitNet(), projector=own, **hints)}}
-    if kind != "features":
-        terms |= {{"kd": Term(losses.KD(), weight=0.5), "dkd": Term(losses.DKD(), weight=0.1)}}
+    kd = {{"kd": Term(losses.KD(), weight=0.5), "dkd": Term(losses.DKD(), weight=0.1)}}
+    if kind == "averages":
+        own = torch.nn.ConvTranspose2d(4, 4, 1)
+        terms = {{"hint": Term(losses.FitNet(), projector=own, **hints), **kd}}
+        average = EMATeacher(terms, decay=0.9, student="model", count=2, evaluate=True)
+        return [average, Distillation(teachers.PastSelf(), {{"past": Term(losses.KD())}}, student="model")]
+    if kind == "mutual":
+        hint = {{"hint": Term(losses.FitNet(), **hints)}}
+        return [MutualDistillation([Net(6, norm=False)], {{**hint, **kd}}, student="model")]
     if kind == "ctkd":
         terms = {{"ctkd": Term(losses.CTKD(losses.KD()))}}
-    if kind == "vid":
+    elif kind == "vid":
         terms = {{"vid": Term(losses.VID(), student="stem", teacher="stem")}}
-    shard = kind in ("logits and features", "features")
-    module = Sharded(teacher if shard else None)
-    routed = teachers.Ensemble([teacher, Net(6, norm=False)], weights=teachers.Router(2, 5))
-    if kind == "ema":
-        callback = EMATeacher({{"kd": Term(losses.KD())}}, student="model")
-    elif kind == "mutual":
-        callback = MutualDistillation([Net(4, norm=False)], {{"kd": Term(losses.KD())}}, student="model")
     else:
-        callback = Distillation(routed if kind == "routed" else teacher, terms, student="model")
-    strategy = ModelParallelStrategy(devices, 1) if sharded else "auto"
-    keep = ModelCheckpoint(folder, filename="{{epoch}}", save_top_k=-1)
+        own = torch.nn.ConvTranspose2d(4, 6, 2, 2)
+        terms = {{"hint": Term(losses.FitNet(), **hints), "own": Term(losses.FitNet(), projector=own, **hints)}}
+        if kind != "features":
+            terms |= kd
+    routed = teachers.Ensemble([teacher, Net(6, norm=False)], weights=teachers.Router(2, 5))
+    return [Distillation(routed if kind == "routed" else teacher, terms, student="model")]
+
+def tensors(state):
+    return {{key: tensors(v) if isinstance(v, dict) else v for key, v in state.items() if key != "wiring"}}
+
+def run(kind, name, epochs, resume=None):
+    seed_everything(0)
+    teacher = Net(6, norm=False).eval()
+    callbacks = callbacks_of(kind, teacher)
+    module = Sharded(teacher if kind in ("logits and features", "features") else None)
+    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=name != "whole") if sharded else "auto"
+    keep = ModelCheckpoint(f"{{folder}}/{{kind}}/{{name}}", filename="{{epoch}}", save_top_k=-1)
     run = trainer(
-        callback, AllSharded(), keep, epochs=epochs, strategy=strategy, devices=devices, use_distributed_sampler=False,
-        accelerator=accelerator, gradient_clip_val=5.0, enable_checkpointing=True,
+        *callbacks, AllSharded(), keep, epochs=epochs, strategy=strategy, devices=devices,
+        use_distributed_sampler=False, accelerator=accelerator, gradient_clip_val=5.0, enable_checkpointing=True,
     )
     seed_everything(0)  # a strategy resets the seed of its processes before projectors are made
     run.fit(module, Halves(), ckpt_path=resume, weights_only=True)
     assert all(float(value) > 0 for value in run.callback_metrics.values()), run.callback_metrics
-    state = {{k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in module.state_dict().items()}}
-    memory = callback.state_dict()  # every process gathers
+    run.save_checkpoint(f"{{folder}}/{{kind}}/{{name}}/after.ckpt")
+    assert not any("_distillation" in key for key, _ in module.named_parameters())
+    result = {{"student": whole(module.state_dict())}}
+    result["val"] = {{key: v for key, v in run.callback_metrics.items() if "val" in key}}  # others are of a half
+    for i, callback in enumerate(callbacks):
+        result[str(i)] = tensors(callback.state_dict())  # every process gathers
     if run.is_global_zero:
-        torch.save({{"student": state, "learned": memory["learned"]}}, f"{{folder}}/{{epochs}}.pt")
+        torch.save(result, f"{{folder}}/{{kind}}/{{name}}.pt")
+
+def export(saved):
+    dcp_to_torch_save(saved, f"{{folder}}/file.ckpt")
+    student, peer = (Net(4, stride=2, norm=False), f"{{folder}}/file.ckpt"), (Net(6, norm=False), f"{{saved}}/meta.pt")
+    for peer, (net, file) in enumerate((student, peer)):
+        teachers.load_weights(net, file, peer=peer)
+        torch.save(net.state_dict(), f"{{folder}}/exported{{peer}}.pt")
 
 if __name__ == "__main__":
-    run(1)
-    run(2, f"{{folder}}/epoch=0.ckpt")
+    for kind in kinds:
+        run(kind, "one", 1)
+        run(kind, "resumed", 2, f"{{folder}}/{{kind}}/one/{{'epoch=0' if kind == 'averages' else 'after'}}.ckpt")
+        run(kind, "whole", 2)
+    if sharded:
+        if torch.distributed.get_rank() == 0:
+            export(f"{{folder}}/mutual/resumed/epoch=1.ckpt")
+        try:
+            run("ctkd", "one", 1)
+        except ValueError as error:
+            open(f"{{folder}}/refused.txt", "w").write(str(error))
 """
+KINDS = ["logits and features", "features", "routed", "vid", "averages", "mutual"]
+Results = dict[str, dict[str, Any]]
 
 
-def train(kind: str, accelerator: str, devices: int, folder: Path) -> subprocess.CompletedProcess[str]:
+def trained(accelerator: str, devices: int, folder: Path) -> dict[str, Results]:
+    """Returns of every kind what was learned: in one epoch, in one more that was resumed, and in two at once."""
+    folder.mkdir()
     script = folder / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
-    command = [sys.executable, str(script), kind, accelerator, str(devices), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
-
-
-def trained(kind: str, accelerator: str, devices: int, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
-    """Returns the student and what else learned, after one epoch and after one more that was resumed."""
-    folder.mkdir()
-    done = train(kind, accelerator, devices, folder)
+    command = [sys.executable, str(script), accelerator, str(devices), str(folder), *KINDS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{epochs}.pt", weights_only=True, map_location="cpu") for epochs in (1, 2)]
-
-
-KINDS = ["logits and features", "features", "routed", "vid"]
+    return {
+        kind: {
+            name: torch.load(folder / kind / f"{name}.pt", weights_only=True, map_location="cpu")
+            for name in ("one", "resumed", "whole")
+        }
+        for kind in KINDS
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_sharded_processes_are_the_same_training(kind: str, tmp_path: Path) -> None:
-    one, two = trained(kind, "cpu", 1, tmp_path / "one"), trained(kind, "cpu", 2, tmp_path / "two")
-    assert one[1]["learned"]
-    torch.testing.assert_close(two, one)
-    folder = tmp_path / "two" / "epoch=1.ckpt"
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    weights = {key.removeprefix("state_dict.") for key in saved if key.startswith("state_dict.")}
-    assert weights == set(one[1]["student"])
-    callbacks = torch.load(folder / "meta.pt", weights_only=True)["callbacks"]
-    (kept,) = [state for key, state in callbacks.items() if key.startswith("Distillation{")]
-    torch.testing.assert_close(kept["learned"], one[1]["learned"])
+def test_two_sharded_processes_are_the_same_training(tmp_path: Path) -> None:
+    one, two = trained("cpu", 1, tmp_path / "one"), trained("cpu", 2, tmp_path / "two")
+    for kind in KINDS:
+        torch.testing.assert_close(two[kind], one[kind], msg=lambda text, kind=kind: f"{kind}: {text}")
+        for result in (one[kind], two[kind]):
+            torch.testing.assert_close(result["resumed"], result["whole"], rtol=0, atol=0)
+        assert one[kind]["one"]["0"]["learned"]
+        folder = tmp_path / "two" / kind / "resumed" / "epoch=1.ckpt"
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        weights = {key.removeprefix("state_dict.") for key in saved if key.startswith("state_dict.")}
+        assert weights == set(one[kind]["one"]["student"])
+        file = torch.load(tmp_path / "two" / kind / "whole" / "epoch=1.ckpt", weights_only=True)
+        torch.testing.assert_close(file["state_dict"], two[kind]["whole"]["student"], rtol=0, atol=0)
+    assert set(two["averages"]["whole"]["0"]["teacher"]) == {"copies", "active", "student"}
+    mutual = two["mutual"]["resumed"]
+    for peer, state in enumerate((mutual["student"], mutual["0"]["peers"]["peer1"]["state_dict"])):
+        exported = torch.load(tmp_path / "two" / f"exported{peer}.pt", weights_only=True)
+        torch.testing.assert_close({f"model.{key}": v for key, v in exported.items()}, state, rtol=0, atol=0)
+    refused = (tmp_path / "two" / "refused.txt").read_text()
+    assert "CTKD learns a number, theta, which cannot be" in refused
 
 
 @pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_gpu_is_the_same_training(kind: str, tmp_path: Path) -> None:
-    cpu, gpu = trained(kind, "cpu", 1, tmp_path / "cpu"), trained(kind, "gpu", 1, tmp_path / "gpu")
+def test_a_sharded_gpu_is_the_same_training(tmp_path: Path) -> None:
+    cpu, gpu = trained("cpu", 1, tmp_path / "cpu"), trained("gpu", 1, tmp_path / "gpu")
     torch.testing.assert_close(gpu, cpu, rtol=1e-2, atol=1e-3)  # convolutions may be in TF32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("ema", "EMA does not work with that: a sharded model cannot be copied"),
-        ("mutual", "Peers does not work with that"),
-        ("ctkd", "CTKD learns a number, theta, which cannot be"),
-    ],
-)
-def test_what_a_sharded_student_cannot_have_is_refused(kind: str, message: str, tmp_path: Path) -> None:
-    done = train(kind, "cpu", 2, tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_kd.attachment.guest import GUEST, Guest
 from lightning_kd.attachment.labels import Label, batch_of, labels_of
-from lightning_kd.attachment.optimizers import adopt, optimizers_of
+from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
 from lightning_kd.attachment.refusals import (
     callbacks_of,
     refuse_changing_accumulation,
@@ -30,7 +31,7 @@ from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
-from lightning_kd.sharding import reshard, shard_like
+from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
 from lightning_kd.teachers.copies import CopyTeacher
 from lightning_kd.wiring import find_module
 
@@ -99,6 +100,7 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
+        forget_names(trainer.strategy)
         self._refuse(trainer, pl_module)
         self._all = attachments_of(trainer)
         training_step = pl_module.training_step
@@ -205,6 +207,8 @@ class Attachment(Callback):
     def _put_weights(self, checkpoint: dict[str, Any]) -> None:
         prefix = f"{self.student}." if self.student else ""
         weights = self.distiller.teacher.weights()
+        if not any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
+            weights = whole(weights)  # the strategy gathers what it writes into one file
         checkpoint["state_dict"].update({prefix + key: value for key, value in weights.items()})
 
     def _saving(self, on_save_checkpoint: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
@@ -316,12 +320,20 @@ class Attachment(Callback):
             self._restore_pending()
         learners = self._learners()
         unshare(learners)
-        shard_like(student, self.distiller.parts())
+        shard_like(student, [part for distiller in self._distillers for part in distiller.parts()])
         self._host(pl_module, learners, guest)
+        if is_sharded(student):
+            hosted = pl_module.get_submodule(guest)
+            self._undo.append(lambda: keep_names(trainer.strategy, pl_module, guest, hosted))
 
     def _host(self, pl_module: LightningModule, learners: nn.Module, guest: str = GUEST) -> None:
         pl_module.add_module(guest, Guest(learners))
         self._undo.append(lambda: delattr(pl_module, guest))
+
+    @property
+    def _distillers(self) -> list[Distiller]:
+        """What computes terms: one, unless several networks learn."""
+        return [self.distiller]
 
     def _learners(self) -> nn.Module:
         """Returns what is trained with the module."""

@@ -21,6 +21,8 @@ from lightning_kd.attachment.resume import restore, saved
 from lightning_kd.copying import own_copy
 from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.schedules import Schedule
+from lightning_kd.sharded_copies import shard_as
+from lightning_kd.sharding import is_sharded, reshard, sharded_as, whole
 from lightning_kd.teachers import Peers
 from lightning_kd.wiring import find_module
 
@@ -137,7 +139,8 @@ class MutualAttachment(Attachment):
         state = super().state_dict()
         if self._pending is None and self._others:
             state["peers"] = {
-                peer.name: {"state_dict": peer.module.state_dict(), **saved(peer.distiller)} for peer in self._others
+                peer.name: {"state_dict": whole(peer.module.state_dict()), **saved(peer.distiller)}
+                for peer in self._others
             }
         return state
 
@@ -155,7 +158,8 @@ class MutualAttachment(Attachment):
                 "same peers as in the run that is resumed."
             )
         for peer in self._others:
-            peer.module.load_state_dict(was[peer.name]["state_dict"])
+            state_dict = sharded_as(was[peer.name]["state_dict"], peer.module.state_dict())
+            peer.module.load_state_dict(state_dict)
 
     @property
     def _others(self) -> list[Peer]:
@@ -199,6 +203,7 @@ class MutualAttachment(Attachment):
             trainer.precision_plugin.convert_module(peer.module).to(trainer.strategy.root_device)
             calls = rehearse(trainer, peer.module, step, peer.network, peer.distiller, self._labels_of)
             self._check_called(calls, peer.module)
+            reshard(peer.module)
             found.append(calls)
         with isolate_rng():
             for peer, calls in zip(self._members, self._paired(found), strict=True):
@@ -220,6 +225,7 @@ class MutualAttachment(Attachment):
         for module in [peer.module for peer in self._others] if known else self.peers:
             if isinstance(module, LightningModule):  # a new copy is of a module that is ready
                 module.trainer = trainer
+                module._device_mesh = pl_module._device_mesh
                 module.setup(stage=str(trainer.state.fn.value))
                 module.configure_model()
         if not known:
@@ -246,7 +252,8 @@ class MutualAttachment(Attachment):
                 peer.output = None
                 vars(peer.module).pop("log", None)
                 peer.module.trainer = None
-                peer.module.cpu()  # as Lightning does with the student's
+                if not is_sharded(peer.module):
+                    peer.module.cpu()  # as Lightning does with the student's
 
         self._undo.append(part)
         for hook in HOOKS[trainer.state.fn.value]:
@@ -258,13 +265,16 @@ class MutualAttachment(Attachment):
     ) -> tuple[LightningModule, nn.Module]:
         """Returns the module in which a peer runs, and the network in it."""
         if isinstance(peer, LightningModule):
-            return peer, find_module(peer, self.student, "the peer") if self.student else peer
+            network = find_module(peer, self.student, "the peer") if self.student else peer
+            shard_as(network, student)
+            return peer, network
         if student is pl_module:
             raise ValueError(
                 f"The peer {type(peer).__name__} is a plain network, and the student is all of "
                 f"{type(pl_module).__name__}. Say where in it the student is, student='model' for one, or give "
                 "LightningModules as peers."
             )
+        shard_as(peer, student)
         module = own_copy(pl_module, {id(student): peer, id(self): self})
         module._metric_attributes = None  # by which Lightning finds the original's metrics
         return module, peer

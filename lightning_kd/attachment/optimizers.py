@@ -1,9 +1,12 @@
 """Brings parameters into optimizers that somebody else made."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -66,3 +69,23 @@ def _extend(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Par
                 else value.clone()
                 for key, value in optimizer.state[sample].items()
             }
+
+
+def keep_names(strategy: Strategy, pl_module: LightningModule, name: str, guest: nn.Module) -> None:
+    """Lets a strategy save optimizers when a guest has left the module, in which it looks for the parameters' names."""
+    optimizer_state = strategy.optimizer_state
+
+    @functools.wraps(optimizer_state)
+    def with_guest(optimizer: Optimizer) -> Any:
+        pl_module.add_module(name, guest)
+        try:
+            return optimizer_state(optimizer)
+        finally:
+            delattr(pl_module, name)
+
+    strategy.optimizer_state = with_guest  # type: ignore[method-assign]
+
+
+def forget_names(strategy: Strategy) -> None:
+    """Takes that back, since a guest comes again."""
+    vars(strategy).pop("optimizer_state", None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_kd.copying import own_copy
 from lightning_kd.schedules import Moment
-from lightning_kd.sharding import refuse_sharded
+from lightning_kd.sharding import is_sharded, local, reshard, sharded_as, whole
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of
 
@@ -64,14 +64,15 @@ class CopyTeacher(Teacher):
 
     def bind(self, student: nn.Module, paths: Collection[str]) -> None:
         """Makes the copies, and prepares to answer for the given module paths."""
-        refuse_sharded(student, self)
         self.unbind()
         self._student = [student]
         self.copies = nn.ModuleList(_copy(student) for _ in range(self.count))
         self.active = 0
         self._ended = False
         for model in self.copies:
-            taps = Taps(model, paths, "the teacher, a copy of the student,", stop_early=self._may_stop_early())
+            # A sharded model has to return, or its layers would not be sharded again.
+            stop_early = self._may_stop_early() and not is_sharded(model)
+            taps = Taps(model, paths, "the teacher, a copy of the student,", stop_early=stop_early)
             taps.attach()
             self._taps.append(taps)
 
@@ -117,17 +118,17 @@ class CopyTeacher(Teacher):
         """Returns the copies' weights, whose turn it is, and the student's own where checkpoints hold the copy's."""
         if not self.copies:
             return {}
-        memory: dict[str, Any] = {"copies": self.copies.state_dict(), "active": self.active}
+        memory: dict[str, Any] = {"copies": whole(self.copies.state_dict()), "active": self.active}
         if self.evaluated and self._student:
-            memory["student"] = self.student.state_dict()
+            memory["student"] = whole(self.student.state_dict())
         return memory
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         """Takes that back."""
-        self.copies.load_state_dict(memory["copies"])
+        _load(self.copies, memory["copies"])
         self.active = memory["active"]
         if "student" in memory:
-            self.student.load_state_dict(memory["student"])
+            _load(self.student, memory["student"])
         self._recalled = True
 
     def end(self) -> None:
@@ -156,14 +157,27 @@ class CopyTeacher(Teacher):
 
 def _copy(student: nn.Module) -> nn.Module:
     model = own_copy(student)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor.data = tensor.data.float()
+    # Not by tensor.data: of a shard that would not be what its layer gathers.
+    model._apply(_widen)  # type: ignore[no-untyped-call]  # torch's own gap
     return model.requires_grad_(False).eval()
 
 
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
+    model.load_state_dict(sharded_as(state, model.state_dict()))
+
+
 def _state(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    return parameters_of(model) + list(model.buffers())
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    """Returns a model's parameters; of a sharded one what this process holds of them, in the same memory."""
+    reshard(model)  # a forward without backward may have left them whole
+    return local(list(model.parameters()))
 
 
 @torch.no_grad()

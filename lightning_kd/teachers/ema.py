@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.schedules import Moment, Schedule
-from lightning_kd.teachers.copies import CopyTeacher, copy_tensors
+from lightning_kd.teachers.copies import CopyTeacher, copy_tensors, parameters_of
 
 Buffers = Literal["average", "copy", "own"]
 
@@ -89,7 +89,7 @@ class EMA(CopyTeacher):
     def update(self, moment: Moment) -> None:
         """Moves the teacher whose turn it is towards the student."""
         decay = self.decay_at(moment)
-        _average(list(self.model.parameters()), list(self.student.parameters()), decay)
+        _average(parameters_of(self.model), parameters_of(self.student), decay)
         own = {id(b) for m in self.model.modules() if self._is_own(m) for b in m.buffers(recurse=False)}
         averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
         copied: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_kd.sharding import refuse_sharded
 from lightning_kd.taps import Record
 from lightning_kd.teachers.base import Teacher
 
@@ -66,8 +65,7 @@ class Peers(Teacher):
         return self.peers[0]
 
     def bind(self, student: nn.Module, paths: Collection[str]) -> None:
-        """Does no more than a check: what they compute is watched where they learn."""
-        refuse_sharded(student, self)
+        """Does nothing: what they compute is watched where they learn."""
 
     def unbind(self) -> None:
         """Does nothing."""

@@ -78,6 +78,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         remedy = (
             "It is a folder; give a file in it." if os.path.isdir(path) else "Train the model first, or give another."
         )
+        if os.path.isfile(os.path.join(path, ".metadata")):
+            remedy = (
+                "It is a folder of sharded training, which is read by pickle. If you trust it, make a file of it: "
+                "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)."
+            )
         raise FileNotFoundError(f"No checkpoint at {name} (looked from {os.getcwd()!r}). {remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

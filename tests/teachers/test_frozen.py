@@ -319,6 +319,9 @@ def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
         Frozen(Net(), checkpoint=tmp_path / "nowhere.pt")
     with pytest.raises(FileNotFoundError, match="It is a folder"):
         Frozen(Net(), checkpoint=tmp_path)
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(FileNotFoundError, match="It is a folder of sharded training"):
+        Frozen(Net(), checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
