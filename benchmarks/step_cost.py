@@ -11,7 +11,6 @@ CPU by torch's profiler as the highest sum of live tensor bytes.
 
 import argparse
 import copy
-import gc
 import json
 import logging
 import platform
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _peak import cpu_peak
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18, resnet34
 
@@ -175,19 +174,6 @@ def train(make: Callable[[], tuple[LightningModule, list[Callback]]], data: Data
     return watch
 
 
-def cpu_peak(make: Callable[[], tuple[LightningModule, list[Callback]]], data: DataLoader[Any]) -> float:
-    """Highest sum of bytes that torch allocated and had not freed yet, over a few steps."""
-    gc.collect()  # what earlier variants left must not be freed, and counted, in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        train(make, data, cuda=False)
-    live = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]  # set while it recorded
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return float(peak)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
@@ -213,7 +199,7 @@ def main() -> None:
                 times[name].append(statistics.median(watch.times))
                 peaks[name] = watch.peak
         if not cuda:
-            peaks = {name: cpu_peak(make, few) for name, make in made.items()}
+            peaks = {name: cpu_peak(lambda make=make: train(make, few, cuda=False)) for name, make in made.items()}
         print(f"\n{case}\n| variant | step, median | x by hand (min .. max of rounds) | peak memory | x by hand |")
         print("|---|---|---|---|---|")
         figures = {}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check, _mask
+from lightning_kd.losses import _check, _dense, _mask
 from lightning_kd.losses._numerics import upcast
 
 _ONE_POSITION = "a softmax over one position is always 1, so the term would be silently zero."
@@ -16,6 +16,9 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor
     """Return ``T^2 * KL(p_t || p_s)`` over positions, averaged over samples and channels; see :class:`CWD`."""
     _check.maps(student, teacher, at_least=2, why=_ONE_POSITION)
     here = _mask.counted(mask, student)
+    if here is None and _dense.serves(student, temperature):
+        total = _dense.divergence(student.flatten(2), teacher.detach().flatten(2), temperature, 0.0, 2)
+        return temperature**2 * total / (student.shape[0] * student.shape[1])
     s, t = (_log_softmax(upcast(x) / temperature, here) for x in (student, teacher.detach()))
     samples = student.shape[0] if here is None else _mask.total(here.flatten(1).any(1))
     divergence = F.kl_div(s, t, reduction="sum", log_target=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.losses import _check, _mask
+from lightning_kd.losses import _check, _dense, _mask
 from lightning_kd.losses._numerics import per_position, upcast
 from lightning_kd.numbers import is_number
 
@@ -28,6 +28,12 @@ def kd(
     """Return ``T^2 * D(p_t, p_s)``, averaged over samples and positions; see :class:`KD`."""
     _check.logits(student, teacher, dim, classes=2 if activation == "softmax" else 1)
     temperature = per_position(temperature, student, dim)
+    if activation == "softmax" and _dense.serves(student, temperature):
+        here = _mask.counted(mask, student, dim)
+        distributions = student.numel() // student.shape[dim] if here is None else _mask.total(here)
+        share = {"forward": 0.0, "reverse": 1.0, "jsd": beta}[divergence]
+        total = _dense.divergence(student, teacher.detach(), temperature, share, dim, here)
+        return temperature**2 * total / distributions
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask, dim)  # two equal rows diverge by 0
     s, t = upcast(student) / temperature, upcast(teacher) / temperature
     if activation == "softmax":
