@@ -23,6 +23,9 @@ GREY: Colour = (110, 110, 110)
 LEFT_OUT = "does not count"
 """Colour and name of what is in no metric."""
 
+HEAT: tuple[Colour, ...] = ((40, 60, 150), (140, 60, 160), (225, 70, 70), (250, 160, 40), (255, 240, 110))
+"""From nothing to the most."""
+
 SMALLEST_SIDE = 320
 """Pixels; of a smaller image lines and letters would hide what they are about."""
 
@@ -134,6 +137,35 @@ def coloured(image: Tensor, masks: Tensor, colours: Sequence[Colour], left_out: 
         image = draw(image, layers[-1:], alpha=0.7, colors=[GREY])
         image = draw(image, (layers[-1] & stripe)[None], alpha=0.9, colors=[(225, 225, 225)])
     return image
+
+
+def heated(image: Tensor, heat: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns an image, grey, under a heat map: blue where it is 0, then red, to yellow where it is 1.
+
+    Args:
+        image: ``(3, H, W)`` uint8.
+        heat: ``(H, W)``, in [0, 1].
+        mask: ``(H, W)`` bool; its outline is drawn in white.
+
+    Example:
+        >>> heated(torch.zeros(3, 2, 2, dtype=torch.uint8), torch.eye(2)).shape
+        torch.Size([3, 320, 320])
+    """
+    image, factor = enlarged(image)
+    heat = F.interpolate(heat[None, None].float(), image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+    colours = torch.tensor(HEAT, device=heat.device).float()
+    place = heat.clamp(0, 1) * (len(HEAT) - 1)
+    low = place.floor().long().clamp(max=len(HEAT) - 2)
+    share = (place - low).unsqueeze(-1)
+    colour = ((1 - share) * colours[low] + share * colours[low + 1]).movedim(-1, 0)
+    strength = (0.25 + 0.45 * heat.clamp(0, 1)).to(image.device)
+    drawn = (1 - strength) * image.float().mean(0) + strength * colour.to(image.device)
+    if mask is not None and mask.any():
+        wide = enlarged(mask, factor)[0][None, None].float()
+        radius = max(2, min(image.shape[-2:]) // 160)
+        outline = F.max_pool2d(wide, 2 * radius + 1, stride=1, padding=radius)[0, 0].bool() & ~wide[0, 0].bool()
+        drawn = torch.where(outline.to(drawn.device), 255.0, drawn)
+    return drawn.round().to(torch.uint8)
 
 
 def framed(image: Tensor, boxes: Tensor, texts: Sequence[str], colours: Sequence[Colour]) -> Tensor:

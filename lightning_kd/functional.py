@@ -30,6 +30,7 @@ from lightning_kd.losses.seed import seed
 from lightning_kd.losses.skd import skd
 from lightning_kd.losses.sp import sp
 from lightning_kd.losses.standardize import standardize
+from lightning_kd.losses.stfpm import stfpm
 from lightning_kd.losses.vid import vid
 
 __all__ = [
@@ -63,5 +64,6 @@ __all__ = [
     "skd",
     "sp",
     "standardize",
+    "stfpm",
     "vid",
 ]

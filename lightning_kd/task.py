@@ -42,6 +42,10 @@ class TaskAdapter(nn.Module, ABC):
     main_metric: str = ""
     """The metric by which models are compared, of those in ``metrics()``; the first of them unless said."""
 
+    with_teacher: bool = False
+    """Whether what is said of a batch depends on the teacher that was met: then ``lightning-kd compare`` measures the
+    student alone without one."""
+
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
         """Is told which models meet, before they are called: to refuse a pair, or for its ``teacher_input``."""
 
@@ -119,6 +123,10 @@ class TaskAdapter(nn.Module, ABC):
     def prediction_file(self) -> PredictionFile | None:
         """Returns how ``lightning-kd predict`` is to write predictions; None for one file that ``torch.load`` reads."""
         return None
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """Returns what runs where the student is used, and is counted and timed: the student itself, in most tasks."""
+        return student
 
     def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing | None:
         """Returns pictures of what was predicted, or of the truth, for ``lightning-kd compare``; None to have none.

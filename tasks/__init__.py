@@ -1,5 +1,6 @@
 """Task adapters, one per file; ``TaskAdapter`` is what a new one derives from."""
 
+from lightning_kd.tasks.anomaly_detection import AnomalyDetection
 from lightning_kd.tasks.classification import Classification
 from lightning_kd.tasks.detection import Detection
 from lightning_kd.tasks.label_assisted import LabelAssisted
@@ -12,6 +13,7 @@ from lightning_kd.tasks.segmentation import Segmentation
 from lightning_kd.task import TaskAdapter
 
 __all__ = [
+    "AnomalyDetection",
     "Classification",
     "Detection",
     "LabelAssisted",

@@ -65,6 +65,7 @@ WIRING = {
     "SKD": (losses.SKD, MAPS),
     "SP": (losses.SP, VECTORS),
     "Standardized": (lambda: losses.Standardized(losses.KD()), LOGITS),
+    "STFPM": (losses.STFPM, MAPS),
     "VID": (losses.VID, MAPS),
 }
 

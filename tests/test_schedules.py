@@ -105,7 +105,8 @@ def test_it_pickles_and_comes_out_of_a_configuration(schedule: schedules.Schedul
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--schedule", type=schedules.Schedule)
     spec = {"class_path": f"lightning_kd.schedules.{type(schedule).__name__}", "init_args": arguments}
-    built = parser.instantiate(parser.parse_object({"schedule": spec})).schedule
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before jsonargparse 4.49
+    built = make(parser.parse_object({"schedule": spec})).schedule
     for copy in (built, pickle.loads(pickle.dumps(schedule))):
         assert repr(copy) == repr(schedule)
         assert "\n" not in repr(copy)

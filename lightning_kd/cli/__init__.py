@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from lightning_kd import __version__
-from lightning_kd.cli.errors import UsageError, closest_argument, unknown
+from lightning_kd.cli.errors import UsageError, alternatives, closest_argument, unknown
 
 OWN = {"list": "listing", "export": "export", "compare": "compare"}
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -129,9 +129,16 @@ def _told(error: BaseException) -> str:
     where = ""
     if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
         return f"the checkpoint is of another network: {misfits[1]}"
-    while "Union subtypes" in str(error) and error.__cause__ is not None:
+    # Before 4.47 jsonargparse tries None first, so that this is the cause; the others are in the text.
+    none = "Expected a <class 'NoneType'>"
+    while "Union subtypes" in str(error) and error.__cause__ and not str(error.__cause__).startswith(none):
         key = re.match(r'Parser key "([^"]+)"', str(error))
         where = where or (f"{key[1]}: " if key else "")
         error = error.__cause__
-    told = f"{where}{error}".partition("\nSubclass types expect one of")[0].strip()
-    return re.sub(r"\s*\n\s*", " ", told) + closest_argument(str(error))
+    told = str(error)
+    while tried := alternatives(told):
+        key = re.match(r'Parser key "([^"]+)"', told)
+        where = where or (f"{key[1]}: " if key else "")
+        told = next((each for each in tried if not each.startswith("Expected a ")), tried[0])
+    shown = f"{where}{told}".partition("\nSubclass types expect one of")[0].strip()
+    return re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)

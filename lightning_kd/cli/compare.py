@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import pydoc
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def compare(
         single = teacher.alone(settings)
         # What agrees with a teacher is measured with it; teachers that learn with the student are not there any more.
         measuring = settings if trained else single
+        kind = pydoc.locate(settings["model"]["task"]["class_path"])
+        alone_measuring = single if getattr(kind, "with_teacher", False) else measuring
         networks = [single["model"]["student"], *peers(settings)]
         each_seed = {seed: fit(settings | {"seed_everything": seed}, runs, f"{name}, seed {seed}") for seed in seeded}
         for i, network in enumerate(networks):
@@ -149,7 +152,7 @@ def compare(
             key = teacher.fingerprint(own | {"seed_everything": seeded})
             if key not in alone:
                 title = f"{name}, peer {i} alone" if i else f"student alone{_number(alone)}"
-                alone[key] = row(title, "alone", _train(title, own, measuring if i == 0 else own, seeded, runs))
+                alone[key] = row(title, "alone", _train(title, own, alone_measuring if i == 0 else own, seeded, runs))
             found = {
                 seed: Tested((own if i else measuring) | {"seed_everything": seed}, peer_file(file, i), runs)
                 for seed, file in each_seed.items()
@@ -184,8 +187,12 @@ def _number(so_far: dict[str, Row]) -> str:
 
 def _add_costs(rows: list[Row], tested: dict[str, Tested]) -> None:
     """Networks of one architecture share the numbers: measured apart, they would differ by chance."""
-    kinds = {row.name: teacher.fingerprint(tested[row.name].settings["model"]["student"]) for row in rows}
-    networks = {kinds[row.name]: tested[row.name].network() for row in rows}
+    kinds, networks = {}, {}
+    for row in rows:
+        found = tested[row.name].network()
+        recipe = {"network": tested[row.name].settings["model"]["student"], "runs as": type(found[0]).__name__}
+        kinds[row.name] = teacher.fingerprint(recipe)
+        networks[kinds[row.name]] = found
     latency = costs.latency_ms(networks)
     for row in rows:
         kind = kinds[row.name]

@@ -28,6 +28,21 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"no {what} {name!r}.{_guess(name, names)} There are: {', '.join(names) or 'none'}")
 
 
+def alternatives(told: str) -> list[str]:
+    """What each type of a union complained of, where jsonargparse says that a value fits none of them.
+
+    Example:
+        >>> told = ["... any of the Union subtypes", "Errors:", "  - one", "  - two", "Given value type: int"]
+        >>> alternatives(chr(10).join(told))
+        ['one', 'two']
+    """
+    found = re.search(r"^( *)Errors:\n(.*?)\n\1Given value type: ", told, re.DOTALL | re.MULTILINE)
+    if not found or "Union subtypes" not in told:
+        return []
+    each = re.split(rf"^{found[1]}  - ", found[2], flags=re.MULTILINE)[1:]
+    return [re.sub(rf"^{found[1]}    ", "", one, flags=re.MULTILINE).rstrip("\n") for one in each]
+
+
 def closest_argument(told: str) -> str:
     """What was probably meant, where jsonargparse says that it does not know an option or a class.
 

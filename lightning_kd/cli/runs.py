@@ -107,9 +107,10 @@ class Tested:
         return {"metrics": metrics, "inputs": seen, "main": task.main_metric, "higher": _higher(task, metrics)}
 
     def network(self) -> tuple[nn.Module, tuple[Any, ...]]:
-        """The network, and one input for it."""
-        student: nn.Module = self.cli().model.student
-        return student.eval(), random_inputs(self._inputs, batch=1)
+        """What runs where the network is used, and one input for it."""
+        model = self.cli().model
+        deployed: nn.Module = model.task.deployed(model.student)
+        return deployed.eval(), random_inputs(self._inputs, batch=1)
 
 
 def _higher(task: TaskAdapter, logged: Iterable[str]) -> dict[str, bool | None]:

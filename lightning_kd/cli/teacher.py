@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -110,7 +111,8 @@ def plain_config(cli: DistillationCLI) -> dict[str, Any]:
     parser = cli._parser(cli.subcommand)
     # With what is null, which may override a default: `encoder_weights: null` downloads nothing. With what is linked,
     # too: data that do not say a number of classes leave the one that was given.
-    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_unset=False, skip_link_targets=False)
+    whole = {"skip_unset" if "skip_unset" in inspect.signature(parser.dump).parameters else "skip_none": False}
+    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_link_targets=False, **whole)
     loaded: dict[str, Any] = json.loads(dumped)
     return loaded
 

@@ -35,6 +35,7 @@ from lightning_kd.losses.seed import SEED
 from lightning_kd.losses.skd import SKD
 from lightning_kd.losses.sp import SP
 from lightning_kd.losses.standardize import Standardized
+from lightning_kd.losses.stfpm import STFPM
 from lightning_kd.losses.vid import VID
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "SEED",
     "SKD",
     "SP",
+    "STFPM",
     "VID",
     "ALoss",
     "FitNet",

@@ -1,5 +1,6 @@
 """Models that the shipped configurations name, and makers of those of other libraries."""
 
+from lightning_kd.models.anomaly import AnomalyNet, SqueezeNetFeatures
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
 from lightning_kd.models.embedder import Embedder, SmallEmbedder
@@ -11,6 +12,7 @@ from lightning_kd.models.torchvision import Torchvision
 
 __all__ = [
     "FCOS",
+    "AnomalyNet",
     "CifarResNet",
     "Embedder",
     "FasterRCNN",
@@ -19,6 +21,7 @@ __all__ = [
     "PoseNet",
     "RetinaNet",
     "SmallEmbedder",
+    "SqueezeNetFeatures",
     "TextEmbedder",
     "Torchvision",
     "pyramid",

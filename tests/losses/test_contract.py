@@ -147,6 +147,7 @@ CASES = {
     "SKD": Case(losses.SKD, _plain(functional.skd), (8, 3, 4, 4), MAP),
     "SP": Case(losses.SP, _plain(functional.sp), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "Standardized": Case(lambda: losses.Standardized(losses.DKD()), _standardized),
+    "STFPM": Case(losses.STFPM, _plain(functional.stfpm), MAP, MAP),
     "VID": Case(losses.VID, _vid, (8, 3, 4, 4), MAP, {"zero": LEARNS}),
 }
 

@@ -1,0 +1,168 @@
+"""What detectors of anomalies say: a map and a score of each image; and how the difference of two networks says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kd.losses.stfpm import half_squared_distance
+from lightning_kd.projectors import resize
+from lightning_kd.taps import Taps
+from lightning_kd.wiring import Levels, Path, describe
+
+Combine = Literal["product", "sum"]
+
+
+class AnomalyMaps(NamedTuple):
+    """What is said of each image; the fields are called as anomalib calls them.
+
+    Attributes:
+        anomaly_map: ``(B, H, W)``, larger where something is less normal; of no certain scale.
+        pred_score: ``(B,)``, of the whole image.
+    """
+
+    anomaly_map: Tensor
+    pred_score: Tensor
+
+
+def said(output: Any) -> AnomalyMaps | None:
+    """Returns what a network said of the images; None where it says nothing of anomalies, but returns features, say.
+
+    A map is a tensor ``(B, 1, H, W)`` or ``(B, H, W)``, or the field ``anomaly_map`` of what anomalib's models return.
+    Without a field ``pred_score`` the score is the largest value of the map.
+
+    Example:
+        >>> said(torch.tensor([[[[1.0, 3.0]]]])).pred_score
+        tensor([3.])
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "anomaly_map", None)
+    if not isinstance(found, Tensor) or found.ndim not in (3, 4) or (found.ndim == 4 and found.shape[1] != 1):
+        return None
+    maps = found.flatten(1, 2) if found.ndim == 4 else found
+    score = getattr(output, "pred_score", None)
+    return AnomalyMaps(maps, score.flatten() if isinstance(score, Tensor) else maps.flatten(1).amax(1))
+
+
+def difference(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], size: tuple[int, int], combine: Combine = "product"
+) -> AnomalyMaps:
+    """Returns how student and teacher differ in the directions of their features.
+
+    Of each level it is half the squared distance of the unit vectors of a position, interpolated to the image's size;
+    the levels are multiplied (STFPM, arXiv 2103.04257, eq. 4) or added (RD4AD, arXiv 2201.10703, eq. 4, where it is
+    written as one minus the cosine, which is the same).
+
+    Args:
+        student: Levels ``(B, C, H, W)``.
+        teacher: The same levels of the teacher, of the same shapes.
+        size: Height and width of the image.
+        combine: How the levels become one map.
+
+    Example:
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> bool(difference([x], [2 * x], (8, 8)).pred_score.max() < 1e-6)
+        True
+    """
+    levels = [
+        F.interpolate(half_squared_distance(s, t).unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    stacked = torch.stack(levels)
+    maps = stacked.prod(0) if combine == "product" else stacked.sum(0)
+    return AnomalyMaps(maps, maps.flatten(1).amax(1))
+
+
+class StudentTeacher(nn.Module):
+    """A detector that is made of a student and its teacher: where their features differ, something is not normal.
+
+    It is what runs when a student that was trained by :class:`~lightning_kd.tasks.AnomalyDetection` with
+    ``difference`` is used: one network of images, which can be exported. In training mode it returns the student's
+    output alone.
+
+    Args:
+        student: The student.
+        teacher: Its teacher, which stands still.
+        levels: Paths of what is compared, in both networks.
+        teacher_levels: Paths in the teacher, where they are others.
+        combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``.
+
+    Raises:
+        ValueError: If a path is unknown, or the two sides do not fit.
+
+    Example:
+        >>> detector = StudentTeacher(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), ["output"]).eval()
+        >>> detector(torch.randn(2, 3, 16, 16)).anomaly_map.shape
+        torch.Size([2, 16, 16])
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        levels: Sequence[str],
+        teacher_levels: Sequence[str] | None = None,
+        combine: Combine = "product",
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.eval()
+        self.combine: Combine = combine
+        self._levels = [Path(text) for text in levels]
+        self._teacher_levels = [Path(text) for text in teacher_levels or levels]
+        self._taps: tuple[Taps, Taps] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taps": None}
+
+    def train(self, mode: bool = True) -> StudentTeacher:
+        """Sets the student's mode; the teacher's is always that of evaluation."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Any:
+        """Returns :class:`AnomalyMaps` of images ``(B, C, H, W)``; in training what the student returns."""
+        if self.training:
+            return self.student(images)
+        if self._taps is None:
+            self._taps = (
+                Taps(self.student, (path.module for path in self._levels), "the student"),
+                Taps(self.teacher, (path.module for path in self._teacher_levels), "the teacher"),
+            )
+        student = _read(self._taps[0], self._levels, images)
+        with torch.no_grad():
+            teacher = _read(self._taps[1], self._teacher_levels, images)
+        shapes = [[tuple(level.shape[1:]) for level in side] for side in (student, teacher)]
+        if len(shapes[0]) != len(shapes[1]) or any(s[0] != t[0] for s, t in zip(*shapes, strict=True)):
+            raise ValueError(
+                f"what is compared has the shapes {shapes[0]} in the student and {shapes[1]} in the teacher: expected "
+                "the same number of levels, each with the same channels. Name levels that belong together; a student "
+                "with other channels needs a last layer of its own that has the teacher's."
+            )
+        student = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
+        return difference(student, teacher, (images.shape[-2], images.shape[-1]), self.combine)
+
+
+def _read(taps: Taps, paths: Sequence[Path], images: Tensor) -> list[Tensor]:
+    """Returns the maps at the paths, in their order."""
+    taps.stop_early = not torch.compiler.is_exporting()  # what is left by an exception has no graph
+    taps.attach()
+    try:
+        record = taps.run(images)
+    finally:
+        taps.detach()
+    levels: list[Any] = []
+    for path in paths:
+        found = path.select(record[path.module][-1])
+        levels.extend(found if isinstance(found, Levels) else [found])
+    for level in levels:
+        if not isinstance(level, Tensor) or level.ndim != 4:
+            raise ValueError(
+                f"{', '.join(path.text for path in paths)} of {taps.owner} is {describe(level)}: expected maps "
+                "(B, C, H, W). Name convolutional layers, or a list of maps with [:] behind its name."
+            )
+    return levels

@@ -1,0 +1,84 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import squeezenet1_1
+
+from lightning_kd.anomalies import StudentTeacher, difference, said
+
+
+def test_the_difference_of_a_level_is_one_minus_the_cosine_interpolated():
+    s, t = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 8, 8)
+    found = difference([s], [t], (16, 16)).anomaly_map
+    expected = F.interpolate((1 - F.cosine_similarity(s, t)).unsqueeze(1), (16, 16), mode="bilinear").squeeze(1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_levels_are_multiplied_or_added():
+    levels = [(torch.randn(2, c, 8, 8), torch.randn(2, c, 8, 8)) for c in (3, 5)]
+    students, teachers = zip(*levels, strict=True)
+    one, other = (difference([s], [t], (8, 8)).anomaly_map for s, t in levels)
+    torch.testing.assert_close(difference(students, teachers, (8, 8)).anomaly_map, one * other)
+    summed = difference(students, teachers, (8, 8), "sum")
+    torch.testing.assert_close(summed.anomaly_map, one + other)
+    torch.testing.assert_close(summed.pred_score, (one + other).amax((1, 2)))
+
+
+@pytest.mark.slow
+def test_maps_are_those_of_anomalib():
+    maps = pytest.importorskip("anomalib.models.image.stfpm.anomaly_map").AnomalyMapGenerator()
+    levels = {name: (torch.randn(2, c, n, n), torch.randn(2, c, n, n)) for name, c, n in (("a", 3, 16), ("b", 6, 8))}
+    theirs = maps(
+        teacher_features={k: t for k, (_, t) in levels.items()},
+        student_features={k: s for k, (s, _) in levels.items()},
+        image_size=(32, 32),
+    )
+    students, teachers = zip(*levels.values(), strict=True)
+    torch.testing.assert_close(difference(students, teachers, (32, 32)).anomaly_map, theirs.squeeze(1))
+
+
+def test_what_says_nothing_of_anomalies_is_none():
+    assert said(torch.zeros(2, 512, 4, 4)) is None
+    assert said([torch.zeros(2, 1, 4, 4)]) is None
+    assert said(torch.zeros(2, 4, 4)).pred_score.shape == (2,)
+
+
+def test_a_detector_of_two_networks_leaves_no_hook_and_stands_still():
+    student, teacher = squeezenet1_1(), squeezenet1_1()
+    layers = ["features.4", "features.7"]
+    detector = StudentTeacher(student, teacher, layers)
+    images = torch.randn(2, 3, 64, 64)
+    assert detector(images).shape == (2, 1000)  # in training the student's own
+    assert not teacher.training
+    before = copy.deepcopy(teacher.state_dict())
+    detector.eval()
+    first, again = detector(images), detector(images)  # the second time only as far as it is asked
+    torch.testing.assert_close(first, again)
+    assert not any(module._forward_hooks for module in detector.modules())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(detector))(images), first)
+    assert detector(images).anomaly_map.shape == (2, 64, 64)
+    copied = StudentTeacher(teacher, copy.deepcopy(teacher), layers).eval()
+    assert copied(images).pred_score.abs().max() < 1e-5
+
+
+def test_levels_that_do_not_fit_are_told():
+    images = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"\(4, 8, 8\)\] in the student and \[\(5, 8, 8\)\] in the teacher"):
+        StudentTeacher(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 5, 1), ["output"]).eval()(images)
+    flat = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"output of the student is a tensor of shape \(1, 256\): expected maps"):
+        StudentTeacher(flat, flat, ["output"]).eval()(images)
+    with pytest.raises(ValueError, match="has no module 'layer9'"):
+        StudentTeacher(flat, flat, ["layer9"]).eval()(images)
+
+
+def test_a_detector_is_exported_as_one_network():
+    detector = StudentTeacher(squeezenet1_1(), squeezenet1_1(), ["features.4"]).eval().requires_grad_(False)
+    images = torch.randn(2, 3, 32, 32)
+    detector(images)
+    exported = torch.export.export(detector, (images,), strict=False).module()
+    torch.testing.assert_close(exported(images), detector(images))
