@@ -22,6 +22,8 @@ def half_squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
     That is one minus their cosine.
 
     Example:
+        >>> import torch
+        >>> from lightning_kd.losses.stfpm import half_squared_distance
         >>> x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
         >>> half_squared_distance(x, -x).item()
         2.0
