@@ -165,7 +165,8 @@ class DistillationModule(LightningModule):
 
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:
-            return self.task(teacher.model.eval(), batch)
+            with teacher.context():
+                return self.task(teacher.model.eval(), batch)
         finally:
             handle.remove()
 

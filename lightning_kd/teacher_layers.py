@@ -82,7 +82,8 @@ class TeacherLayers(nn.Module):
         for layer in self._layers:
             layer.eval()  # as the teacher is, whatever is called around it
             own = {name: value.detach() for name, value in layer.named_parameters()}
-            dtype = next((value.dtype for value in own.values()), x.dtype)
+            # BatchNorm may have float32 between layers of half precision, which it takes; they do not take float32.
+            dtype = min((value.dtype for value in own.values()), key=lambda each: each.itemsize, default=x.dtype)
             x = functional_call(layer, own, (x.to(dtype),))
         return x
 

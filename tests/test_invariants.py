@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import Logger
 from lightning_kd.callbacks import EMATeacher, MutualDistillation, TemperatureScheduler, WeightScheduler
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import Distillation, DistillationModule, Term, losses, schedules, teachers
+from lightning_kd.finite import FiniteCheck
 
 LOGITS = ("output", "output")
 MAPS = ("stem", "stem")
@@ -516,6 +518,53 @@ def test_on_a_gpu_no_step_waits_in_mixed_precision(precision: Any, name: str) ->
     assert all(0 < step["train/it"] < float("inf") for step in history.steps)
 
 
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a number, or shapes that depend on numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, self.operations = torch.ops.aten, self.operations + 1
+        waiting = (aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten._unique2)
+        assert func.overloadpacket not in waiting, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("door", ["callback", "module"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_step_reads_a_number(name: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Waits():
+        torch.ones(1).item()
+    # On a CPU it stops the step itself; on a GPU it waits for nobody: test_on_a_gpu_no_step_waits.
+    monkeypatch.setattr(FiniteCheck, "__call__", lambda *args: None)
+    modes: list[Waits] = []
+
+    class NoWaiting(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            modes.append(Waits())
+            modes[-1].__enter__()
+
+        def on_before_backward(self, *args: Any) -> None:
+            modes[-1].__exit__(None, None, None)
+
+    def update(moment: schedules.Moment) -> None:
+        with Waits():
+            own_update(moment)
+
+    callback = of_any_teacher(name)
+    teacher, terms = callback.distiller.teacher, dict(callback.distiller.named_terms())
+    own_update, teacher.update = teacher.update, update
+    if door == "module":
+        module = DistillationModule(Classification(5), Net(4, stride=2, norm=False), teacher, terms)
+        trainer(NoWaiting(), epochs=1).fit(module, loader(), loader())
+    else:
+        trainer(callback, NoWaiting(), epochs=1).fit(Plain(norm=False), loader())
+    assert len(modes) == 4
+    assert all(mode.operations > 20 for mode in modes)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_terms_are_alive_in_other_precisions(precision: Any, name: str) -> None:
     history = History()
@@ -614,8 +663,9 @@ class Halves(LightningDataModule):
 class SameOnAllRanks(Callback):
     def on_train_end(self, trainer, pl_module):
         for callback in attachments_of(trainer):
-            own = torch.cat([x.flatten().double() for x in tree_leaves(callback.state_dict()) if torch.is_tensor(x)])
-            if trainer.world_size > 1:
+            held = [x.flatten().double() for x in tree_leaves(callback.state_dict()) if torch.is_tensor(x)]
+            if trainer.world_size > 1 and held:
+                own = torch.cat(held)
                 ranks = trainer.strategy.all_gather(own)
                 assert torch.equal(ranks[0], ranks[1]), type(callback)
 
@@ -633,7 +683,11 @@ if __name__ == "__main__":
         ensemble = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=teachers.Router(2, 5))
         callbacks = [Distillation(ensemble, {{"kd": kd}}, student="model")]
     elif kind == "past":
-        callbacks = [Distillation(teachers.PastSelf(), {{"kd": kd, "hint": hint}}, student="model")]
+        both = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights="entropy")
+        callbacks = [
+            Distillation(teachers.PastSelf(), {{"kd": kd, "hint": hint}}, student="model"),
+            Distillation(both, {{"both": Term(losses.KD(), weight=schedules.Linear(0.1, 0.5))}}, student="model"),
+        ]
     else:
         ctkd = Term(losses.CTKD(losses.KD()), weight=0.1)
         terms = {{"kd": kd, "dkd": Term(losses.DKD(), weight=0.1), "ctkd": ctkd, "hint": hint, "own": own}}
@@ -657,7 +711,10 @@ LOGGED = {
     "frozen and EMA": FROZEN_AND_EMA,
     "norm": FROZEN_AND_EMA,
     "routed": {"my_loss", *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "teacher/router"))},
-    "past": {"my_loss", *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint"))},
+    "past": {
+        "my_loss",
+        *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint", "both", "both/weight")),
+    },
     "mutual": {
         *("my_loss", "peer1/my_loss", "train/loss"),
         *(f"{peer}train/{name}" for peer in ("", "peer1/") for name in ("task", "kd", "kd/weight", "hint")),

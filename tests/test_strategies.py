@@ -29,8 +29,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler
-from lightning_kd import Distillation, Term, losses, teachers
-from lightning_kd.callbacks import EMATeacher, MutualDistillation
+from lightning_kd import Distillation, Term, losses, schedules, teachers
+from lightning_kd.attachment import attachments_of
+from lightning_kd.callbacks import EMATeacher, MutualDistillation, TemperatureScheduler
 from lightning_kd.sharding import whole
 
 accelerator, devices, folder, kinds = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
@@ -59,10 +60,10 @@ class AllSharded(Callback):
     def on_train_start(self, trainer, pl_module):
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
         assert {{id(p) for p in params}} == {{id(p) for p in pl_module.parameters()}}
-        assert len(params) > len(list(pl_module.model.parameters()))
+        learners = [p for each in attachments_of(trainer) for p in each.distiller.parameters()]
+        assert len(params) >= len(list(pl_module.model.parameters())) + len(learners)
         assert all(isinstance(p, DTensor) for p in params) == sharded
-        for callback in trainer.callbacks[:2]:
-            teacher = getattr(getattr(callback, "distiller", None), "teacher", None)
+        for teacher in (each.distiller.teacher for each in attachments_of(trainer)):
             for copy in getattr(teacher, "copies", []) or getattr(teacher, "peers", []):
                 assert isinstance(copy.stem, FSDPModule) == isinstance(copy, FSDPModule) == sharded
             if isinstance(teacher, teachers.EMA):
@@ -82,10 +83,14 @@ def callbacks_of(kind, teacher):
         own = torch.nn.ConvTranspose2d(4, 4, 1)
         terms = {{"hint": Term(losses.FitNet(), projector=own, **hints), **kd}}
         average = EMATeacher(terms, decay=0.9, student="model", count=2, evaluate=True)
-        return [average, Distillation(teachers.PastSelf(), {{"past": Term(losses.KD())}}, student="model")]
+        past = {{"past": Term(losses.KD(), weight=schedules.Linear(0.1, 0.8))}}
+        return [average, Distillation(teachers.PastSelf(), past, student="model")]
     if kind == "mutual":
         hint = {{"hint": Term(losses.FitNet(), **hints)}}
         return [MutualDistillation([Net(6, norm=False)], {{**hint, **kd}}, student="model")]
+    if kind == "ensemble":
+        both = teachers.Ensemble([teacher, Net(6, norm=False)], weights="confidence")
+        return [Distillation(both, kd, student="model"), TemperatureScheduler("kd", schedules.Linear(8.0, 1.0))]
     if kind == "ctkd":
         terms = {{"ctkd": Term(losses.CTKD(losses.KD()))}}
     elif kind == "vid":
@@ -106,7 +111,7 @@ def run(kind, name, epochs, resume=None):
     teacher = Net(6, norm=False).eval()
     callbacks = callbacks_of(kind, teacher)
     module = Sharded(teacher if kind in ("logits and features", "features") else None)
-    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=name != "whole") if sharded else "auto"
+    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=name != "resumed") if sharded else "auto"
     keep = ModelCheckpoint(f"{{folder}}/{{kind}}/{{name}}", filename="{{epoch}}", save_top_k=-1)
     run = trainer(
         *callbacks, AllSharded(), keep, epochs=epochs, strategy=strategy, devices=devices,
@@ -133,23 +138,26 @@ def export(saved):
 
 if __name__ == "__main__":
     for kind in kinds:
-        run(kind, "one", 1)
-        run(kind, "resumed", 2, f"{{folder}}/{{kind}}/one/{{'epoch=0' if kind == 'averages' else 'after'}}.ckpt")
         run(kind, "whole", 2)
+        before = "whole/epoch=0"
+        if kind == "mutual":  # without schedules, which know how long a run is
+            run(kind, "one", 1)
+            before = "one/after"
+        run(kind, "resumed", 2, f"{{folder}}/{{kind}}/{{before}}.ckpt")
     if sharded:
         if torch.distributed.get_rank() == 0:
-            export(f"{{folder}}/mutual/resumed/epoch=1.ckpt")
+            export(f"{{folder}}/mutual/whole/epoch=1.ckpt")
         try:
             run("ctkd", "one", 1)
         except ValueError as error:
             open(f"{{folder}}/refused.txt", "w").write(str(error))
 """
-KINDS = ["logits and features", "features", "routed", "vid", "averages", "mutual"]
+KINDS = ["logits and features", "features", "ensemble", "routed", "vid", "averages", "mutual"]
 Results = dict[str, dict[str, Any]]
 
 
 def trained(accelerator: str, devices: int, folder: Path) -> dict[str, Results]:
-    """Returns of every kind what was learned: in one epoch, in one more that was resumed, and in two at once."""
+    """Returns of every kind what was learned: in one epoch and one more that was resumed, and in two at once."""
     folder.mkdir()
     script = folder / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
@@ -159,7 +167,7 @@ def trained(accelerator: str, devices: int, folder: Path) -> dict[str, Results]:
     return {
         kind: {
             name: torch.load(folder / kind / f"{name}.pt", weights_only=True, map_location="cpu")
-            for name in ("one", "resumed", "whole")
+            for name in ("resumed", "whole")
         }
         for kind in KINDS
     }
@@ -172,15 +180,15 @@ def test_two_sharded_processes_are_the_same_training(tmp_path: Path) -> None:
         torch.testing.assert_close(two[kind], one[kind], msg=lambda text, kind=kind: f"{kind}: {text}")
         for result in (one[kind], two[kind]):
             torch.testing.assert_close(result["resumed"], result["whole"], rtol=0, atol=0)
-        assert one[kind]["one"]["0"]["learned"]
-        folder = tmp_path / "two" / kind / "resumed" / "epoch=1.ckpt"
+        assert kind == "ensemble" or one[kind]["whole"]["0"]["learned"]
+        folder = tmp_path / "two" / kind / "whole" / "epoch=1.ckpt"
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata
         weights = {key.removeprefix("state_dict.") for key in saved if key.startswith("state_dict.")}
-        assert weights == set(one[kind]["one"]["student"])
-        file = torch.load(tmp_path / "two" / kind / "whole" / "epoch=1.ckpt", weights_only=True)
-        torch.testing.assert_close(file["state_dict"], two[kind]["whole"]["student"], rtol=0, atol=0)
+        assert weights == set(one[kind]["whole"]["student"])
+        file = torch.load(tmp_path / "two" / kind / "resumed" / "epoch=1.ckpt", weights_only=True)
+        torch.testing.assert_close(file["state_dict"], two[kind]["resumed"]["student"], rtol=0, atol=0)
     assert set(two["averages"]["whole"]["0"]["teacher"]) == {"copies", "active", "student"}
-    mutual = two["mutual"]["resumed"]
+    mutual = two["mutual"]["whole"]
     for peer, state in enumerate((mutual["student"], mutual["0"]["peers"]["peer1"]["state_dict"])):
         exported = torch.load(tmp_path / "two" / f"exported{peer}.pt", weights_only=True)
         torch.testing.assert_close({f"model.{key}": v for key, v in exported.items()}, state, rtol=0, atol=0)

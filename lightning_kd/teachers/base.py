@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -93,10 +94,10 @@ class Teacher(nn.Module, ABC):
 
 
 def in_type_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments with their floating-point tensors in the type of the model's weights."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    """Returns the arguments with their floating-point tensors in the type of the model's weights, or in one given."""
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def convert(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x

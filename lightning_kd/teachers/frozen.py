@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
 from lightning_kd.copying import unshare
 from lightning_kd.sharding import is_sharded
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of, made_by
+from lightning_kd.teachers.precision import Precision, checked, context, convert, type_of_weights
 from lightning_kd.teachers.weights import load_weights
 
 
@@ -28,10 +31,17 @@ class Frozen(Teacher):
             an explicit choice of some recipes; ``"eval"`` is the rule.
         input: Makes the model's arguments out of those that the teacher is called with, ``Renormalize(...)`` say: it
             returns a tensor, a tuple of positional arguments or a dict of keyword arguments. Paths stay the model's.
+        precision: What the model runs in, whatever the Trainer's precision, in Lightning's words: ``"bf16-mixed"``
+            (or ``"bf16"``) is autocast, ``"bf16-true"`` converts the model's weights, in place, when a fit begins: half
+            the memory. BatchNorm stays as it is. Unless given: the type of its weights, under the Trainer's autocast.
+        channels_last: Whether its weights and images have their channels last in memory, in which convolutions in half
+            precision are faster on a GPU. The weights are so in place.
+        compile: Whether it is compiled during a fit; a dict is what ``torch.compile`` gets, ``{"mode":
+            "max-autotune"}`` say.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint's keys do not fit the model.
+        ValueError: If the checkpoint's keys do not fit the model, or there is no such mode or precision.
 
     Example:
         >>> import torch
@@ -47,6 +57,9 @@ class Frozen(Teacher):
         checkpoint: str | os.PathLike[str] | None = None,
         mode: Literal["eval", "train"] = "eval",
         input: Callable[..., Any] | None = None,
+        precision: Precision | None = None,
+        channels_last: bool = False,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__()
         if mode not in ("eval", "train"):
@@ -60,16 +73,20 @@ class Frozen(Teacher):
         self.model = model
         self.mode = mode
         self.input = input
+        self.precision = checked(precision)
+        self.channels_last = channels_last
+        self.compile_options = {} if compile is True else compile
         if checkpoint is not None:
             load_weights(model, checkpoint)
         self._taps: Taps | None = None
+        self._compiled = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # What stands still needs no copy: weight averaging deep-copies all that it finds around a student.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None}
+        return {**self.__dict__, "_taps": None, "_compiled": False}
 
     def root(self, student: nn.Module) -> nn.Module:
         """Returns the model."""
@@ -79,8 +96,8 @@ class Frozen(Teacher):
         """Prepares to answer for the given module paths; see ``Teacher.bind``.
 
         Raises:
-            ValueError: If a path is unknown, or if the teacher shares parameters with the student: it would
-                not stand still.
+            ValueError: If a path is unknown, if the teacher shares parameters with the student, so that it would
+                not stand still, or if it is sharded and its weights are to change.
         """
         shared = _places(self.model) & _places(student)
         if shared:
@@ -91,6 +108,19 @@ class Frozen(Teacher):
         if self.mode == "train":
             unshare(self.model)
         self.unbind()
+        dtype = type_of_weights(self.precision)
+        if is_sharded(self.model) and (dtype or self.channels_last):
+            raise ValueError(
+                f"The frozen teacher ({type(self.model).__name__}) is sharded (fully_shard), and a '-true' precision and "
+                "channels_last change its weights. Give fully_shard an mp_policy, or take a '-mixed' precision."
+            )
+        if dtype:
+            convert(self.model, dtype)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.compile_options is not False and self.model._compiled_call_impl is None:
+            self.model.compile(**self.compile_options)  # before the hooks, with which it is compiled then
+            self._compiled = True
         # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
         # A sharded model has to return, or its layers would not be sharded again.
         stop_early = self.mode == "eval" and not is_sharded(self.model)
@@ -102,19 +132,35 @@ class Frozen(Teacher):
         if self._taps is not None:
             self._taps.detach()
             self._taps = None
+        if self._compiled:
+            self.model._compiled_call_impl = None
+            self._compiled = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Runs the model without gradient, in the floating-point type of its own weights."""
         if self._taps is None:
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
         self.model.train(self.mode == "train")
-        with torch.no_grad():
+        with torch.no_grad(), self.context():
             args, kwargs = self.arguments(args, kwargs)
             return self._taps.run(*args, **kwargs)
 
+    def context(self) -> AbstractContextManager[object]:
+        """Returns the context in which the model is called: its precision."""
+        tensors = (*self.model.parameters(), *self.model.buffers()) if self.precision else ()
+        return context(self.precision, next((t.device.type for t in tensors), "cpu"))
+
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns what the model is called with where the teacher is called with ``args`` and ``kwargs``."""
-        return in_type_of(self.model, *(made_by(self.input, args, kwargs) if self.input else (args, kwargs)))
+        args, kwargs = made_by(self.input, args, kwargs) if self.input else (args, kwargs)
+        args, kwargs = in_type_of(self.model, args, kwargs, type_of_weights(self.precision))
+        if self.channels_last:
+            args, kwargs = tree_map(_channels_last, (args, kwargs))
+        return args, kwargs
+
+
+def _channels_last(x: Any) -> Any:
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
 
 
 def _places(model: nn.Module) -> set[object]:
