@@ -111,8 +111,8 @@ class Frozen(Teacher):
         dtype = type_of_weights(self.precision)
         if is_sharded(self.model) and (dtype or self.channels_last):
             raise ValueError(
-                f"The frozen teacher ({type(self.model).__name__}) is sharded (fully_shard), and a '-true' precision and "
-                "channels_last change its weights. Give fully_shard an mp_policy, or take a '-mixed' precision."
+                f"The frozen teacher ({type(self.model).__name__}) is sharded (fully_shard), and a '-true' precision "
+                "and channels_last change its weights. Give fully_shard an mp_policy, or take a '-mixed' precision."
             )
         if dtype:
             convert(self.model, dtype)
