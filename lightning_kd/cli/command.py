@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.cli.progress import progress
+from lightning_kd.cli.progress import progress, quiet
 from lightning_kd.cli.recipe import Recipe, accepts, plain, read
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
@@ -145,18 +144,12 @@ class DistillationCLI(LightningCLI):
         trainer = self.own_config["trainer"]
         trainer.fast_dev_run = True
         trainer.enable_checkpointing = trainer.enable_model_summary = trainer.enable_progress_bar = False
-        loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-        levels = [logger.level for logger in loggers]
         try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            super().instantiate_classes()
-            with contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
+            with quiet(), contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
+                super().instantiate_classes()
                 self.trainer.fit(self.model, datamodule=self.datamodule)
         finally:
             self.config, self.save_config_callback = config, kept
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
     def _with_stand_in(self) -> Any:
         """The configuration, with no checkpoint for a teacher that was not trained yet."""

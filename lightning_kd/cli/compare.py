@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import pydoc
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning_kd.cli import costs, examples, plot, report, teacher
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.configs import find
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.progress import quiet
 from lightning_kd.cli.report import Row
 from lightning_kd.cli.runs import Settings, Tested, fit, peer_file
 from lightning_kd.teachers import load_weights
@@ -27,6 +27,7 @@ STANDING = ("lightning_kd.teachers.Frozen", "lightning_kd.teachers.Ensemble")
 """Teachers that do not learn with the student."""
 
 
+@quiet()  # a banner for each of many runs
 def main(arguments: list[str]) -> None:
     """Compare, print the table, and save it with the plot."""
     parser = argparse.ArgumentParser(prog="lightning-kd compare", description=DESCRIPTION, allow_abbrev=False)
@@ -48,8 +49,6 @@ def main(arguments: list[str]) -> None:
     if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
         raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
     output: Path = options.output or Path("comparisons", "+".join(names))
-    for logger in ("lightning.pytorch", "lightning.fabric"):  # a banner for each of many runs
-        logging.getLogger(logger).setLevel(logging.WARNING)
     files = [find(given) for given in options.config]
     clis = [read(file, options.teacher, overrides) for file in files]
     students = [Path(path) for path in options.student_ckpt]

@@ -68,9 +68,8 @@ def main(arguments: list[str]) -> None:
     finally:
         part.unlink(missing_ok=True)
     size = output.stat().st_size / 1024
-    takes = ["batch size"] * (ending.endswith(".onnx") and not saved.takes_lists) + [
-        "height and width"
-    ] * saved.any_size
+    takes = ["batch size"] if ending.endswith(".onnx") and not saved.takes_lists else []
+    takes += ["height and width"] if saved.any_size else []
     sizes = f"; any {', '.join(takes)}" if takes else ""
     print(f"{output}: {size:.0f} kB{sizes}; largest difference to the network's outputs: {difference:.2g}")
 

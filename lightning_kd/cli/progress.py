@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -12,6 +15,20 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 def progress() -> Callback:
     """What suits where standard error goes."""
     return TermsProgressBar() if sys.stderr.isatty() else EpochLines()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's banner of each run; warnings are shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class TermsProgressBar(TQDMProgressBar):

@@ -1,3 +1,4 @@
+import logging
 import pickle
 import re
 import runpy
@@ -208,6 +209,17 @@ def test_a_record_of_a_teacher_that_is_broken_is_named(tmp_path: Path) -> None:
 def test_compare_refuses_what_it_would_merge(wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--config", "digits_kd", *wrong]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_compare_leaves_lightnings_loggers_as_they_were(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.INFO)
+    assert main(["compare", "--config", "nowhere"]) == 2
+    assert all(logger.level == logging.INFO for logger in loggers)
 
 
 def test_compare_looks_at_everything_before_it_trains(
