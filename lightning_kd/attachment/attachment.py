@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_kd.attachment.guest import GUEST, Guest
 from lightning_kd.attachment.labels import Label, batch_of, labels_of
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
+from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
     refuse_changing_accumulation,
@@ -78,6 +79,7 @@ class Attachment(Callback):
         self._own_step: Callable[..., Any] | None = None
         self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
+        self._random: dict[str, Any] | None = None
         self._total_steps = 0.0
         self._epochs = math.nan
         self._steps_done = 0
@@ -124,6 +126,10 @@ class Attachment(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches terms that have no parameters, and brings the teacher to the student's device."""
         self._get_ready(pl_module)
+        # Before the training data are asked for, whose order is drawn then.
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns how long the run is, if a schedule has to know, and tells the teacher that it begins."""
@@ -164,8 +170,10 @@ class Attachment(Callback):
         self.distiller.teacher.end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the weights that are evaluated into the checkpoint."""
+        """Puts the weights that are evaluated into the checkpoint, and where the random numbers are."""
         self._put_weights(checkpoint)
+        if trainer.world_size == 1:  # one process saves, and each has random numbers of its own
+            checkpoint[KEY] = random_state()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
@@ -194,6 +202,7 @@ class Attachment(Callback):
         """Refuses to resume what cannot be resumed."""
         if not trainer.training:
             return
+        self._random = checkpoint.get(KEY) if trainer.world_size == 1 else None
         keys = [each.state_key for each in attachments_of(trainer)]
         states = checkpoint.get("callbacks", {})
         refuse_other_order(states, keys)

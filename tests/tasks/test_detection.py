@@ -398,14 +398,8 @@ import lightning as L
 import torch
 from lightning_kd import DistillationModule, Term, losses
 from lightning_kd.models import detectors
-from lightning_kd.data.box_images import collate
 from lightning_kd.data.box_scenes import BoxScenes
-from torch.utils.data import DataLoader
 from lightning_kd.tasks import Detection
-
-class InOrder(BoxScenes):
-    def train_dataloader(self):
-        return DataLoader(self.splits["train"], batch_size=2, collate_fn=collate)  # Lightning restores no shuffling
 
 if __name__ == "__main__":
     kind, out, resume = sys.argv[1:4]
@@ -415,7 +409,7 @@ if __name__ == "__main__":
     terms = {name: Term(loss, student="features", teacher="features") for name, loss in
              {"cwd": losses.CWD(), "fgd": losses.FGD()}.items()}
     module = DistillationModule(Detection(10), student, teacher, terms)
-    data = InOrder(train_size=8, val_size=3, test_size=2, batch_size=2)
+    data = BoxScenes(train_size=8, val_size=3, test_size=2, batch_size=2)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     keep = L.pytorch.callbacks.ModelCheckpoint(Path(out).parent / "kept", filename="{epoch}", save_top_k=-1)
     devices = dict(strategy="ddp", devices=2) if kind == "ddp" else dict(devices=1)

@@ -29,7 +29,6 @@ def student() -> torch.nn.Module:
         classes=11,
         decoder_pyramid_channels=32,
         decoder_segmentation_channels=32,
-        decoder_dropout=0.0,
     )
     return model
 
@@ -76,10 +75,7 @@ def distilled(folder: Path, epochs: int, resume: Path | None = None) -> dict[str
     module = DistillationModule(Segmentation(11), student(), teacher, terms)
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = Trainer(max_epochs=epochs, callbacks=[keep], limit_val_batches=0, **QUIET)
-    data = MaskScenes(**TINY)
-    data.setup("fit")
-    data.train_dataloader = data.val_dataloader  # type: ignore[method-assign]  # the same order in every epoch
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    trainer.fit(module, datamodule=MaskScenes(**TINY), ckpt_path=resume, weights_only=True)
     return module.state_dict()
 
 
