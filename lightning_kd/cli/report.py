@@ -69,12 +69,14 @@ def in_percent(rows: Sequence[Row], metric: str) -> bool:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; that of one value is not a number.
+    """Mean and sample standard deviation; that of one value is not a number, as both are where a value is not.
 
     Example:
         >>> mean_std([1.0, 3.0])
         (2.0, 1.4142135623730951)
     """
+    if any(map(math.isnan, values)):  # what statistics.stdev stumbles over
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 

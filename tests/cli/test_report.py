@@ -96,3 +96,14 @@ def test_single_classes_are_in_the_files_only(tmp_path: Path) -> None:
     assert "sky" not in markdown(rows)
     save(rows, "text", tmp_path)
     assert "miou/sky_mean" in (tmp_path / "comparison.csv").read_text()
+
+
+def test_what_no_seed_has_is_no_number_and_no_error(tmp_path: Path) -> None:
+    each = {
+        seed: {"mAP": 0.5 + seed / 10, "mAP/large": float("nan")} for seed in range(3)
+    }  # scenes without large boxes
+    save([Row("student alone", "alone", each, main="mAP", higher={"mAP": True, "mAP/large": True})], "text", tmp_path)
+    with (tmp_path / "comparison.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["mAP_std"]) == pytest.approx(0.1)
+    assert (row["mAP/large_mean"], row["mAP/large_std"]) == ("nan", "nan")
