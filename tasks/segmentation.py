@@ -55,6 +55,8 @@ class Segmentation(TaskAdapter):
         aux_weight: Weight of the same loss of the output ``aux``, where the model has one.
         class_names: Names for ``iou/<class>``; default: their numbers.
         boundary_tolerance: Of ``boundary_f1``, in pixels.
+        class_weights: Of the default cross-entropy, multi-class: how much a pixel of each class counts. A rare class
+            is learned sooner if it has more than a frequent background.
 
     Raises:
         ValueError: If the arguments contradict each other, or logits or labels are of another kind.
@@ -78,6 +80,7 @@ class Segmentation(TaskAdapter):
         aux_weight: float = 0.4,
         class_names: Sequence[str] | None = None,
         boundary_tolerance: int = 2,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_given(num_classes)
@@ -88,7 +91,9 @@ class Segmentation(TaskAdapter):
                 f"num_classes={num_classes} with mode={mode!r}: binary has one output, num_classes=1; background and "
                 "object as two classes are multiclass, num_classes=2."
             )
-        if criterion is not None and getattr(criterion, "ignore_index", ignore_index) != ignore_index:
+        # -100 is torch's default, and what is left out where no other index is: see UNLABELLED.
+        told = getattr(criterion, "ignore_index", ignore_index)
+        if criterion is not None and told != ignore_index and (ignore_index is not None or told != UNLABELLED):
             raise ValueError(
                 f"{type(criterion).__name__} has ignore_index={criterion.ignore_index} and the task {ignore_index}: "
                 "give both the same."
@@ -97,6 +102,14 @@ class Segmentation(TaskAdapter):
             raise ValueError(
                 f"{type(criterion).__name__} has no ignore_index, and would count the pixels that ignore_index="
                 f"{ignore_index} leaves out. Give a loss that takes it, or no criterion."
+            )
+        if class_weights is not None and (mode != "multiclass" or criterion is not None):
+            raise ValueError(
+                "class_weights are those of the default loss with mode='multiclass'; give another loss its own."
+            )
+        if class_weights is not None and not (len(class_weights) == num_classes and min(class_weights) > 0):
+            raise ValueError(
+                f"class_weights: expected {num_classes} positive numbers, one for each class; got {[*class_weights]}."
             )
         self.num_classes = num_classes
         self.mode = mode
@@ -111,6 +124,9 @@ class Segmentation(TaskAdapter):
             self.dice_loss = library.losses.DiceLoss(mode, ignore_index=self._left_out)
         self.class_names = checked_names(class_names, num_classes)
         self.boundary_tolerance = boundary_tolerance
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
         self.main_metric = "iou" if mode == "binary" else "miou"
 
     @property
@@ -161,8 +177,10 @@ class Segmentation(TaskAdapter):
             loss: Tensor = self.criterion(logits, labels if self.mode == "multiclass" else labels.to(logits.dtype))
         elif self.mode == "multiclass":
             # The mean over what is labelled; of nothing it is 0 and not torch's nan.
-            total = F.cross_entropy(logits, target, ignore_index=self._left_out, reduction="sum")
-            loss = total / known.sum().clamp(min=1)
+            weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+            total = F.cross_entropy(logits, target, weights, ignore_index=self._left_out, reduction="sum")
+            count = known.sum() if weights is None else weights[target.where(known, 0)].where(known, 0.0).sum()
+            loss = total / torch.where(count > 0, count, 1.0)
         else:
             flat = logits.squeeze(1) if self.mode == "binary" else logits
             each = F.binary_cross_entropy_with_logits(flat, target.clamp(0, 1).to(flat.dtype), reduction="none")

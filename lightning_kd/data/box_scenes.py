@@ -21,14 +21,14 @@ class BoxScenes(BoxDataModule):
         num_workers: Processes that load; 0 is fastest for what is in memory.
         labelled: Fraction of the training scenes whose target is known; that of the others is empty, for
             :class:`lightning_kd.tasks.PseudoBoxes`.
+        kinds: The digits from 0 to ``kinds - 1`` are drawn: fewer are learned sooner.
+        digits: Fewest and most digits in a scene.
+        scale: Smallest and largest factor by which a digit of 8x8 pixels is enlarged.
 
     Raises:
-        ValueError: If the fraction is not in (0, 1].
+        ValueError: If the fraction is not in (0, 1], or scenes cannot be composed so.
         ModuleNotFoundError: Without scikit-learn.
     """
-
-    num_classes = 10
-    class_names = tuple(map(str, range(10)))
 
     def __init__(
         self,
@@ -39,20 +39,29 @@ class BoxScenes(BoxDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
         labelled: float = 1.0,
+        kinds: int = 10,
+        digits: tuple[int, int] = (2, 4),
+        scale: tuple[float, float] = (2.0, 4.0),
     ) -> None:
         super().__init__(batch_size, num_workers)
         self.labelled = checked_fraction(labelled)
         self.counts = {"train": train_size, "val": val_size, "test": test_size}
         self.size = size
+        self.kinds = kinds
+        self.digits = digits
+        self.scale = scale
+        self.num_classes = kinds
+        self.class_names = tuple(map(str, range(kinds)))
 
     def setup(self, stage: str) -> None:
         """Compose the scenes, equal ones in every run."""
         wanted = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
         for seed, (split, count) in enumerate(self.counts.items()):
             if split in wanted and split not in self.splits:
+                scenes = compose(count, seed, split, self.size, self.digits, self.scale, kinds=self.kinds)
                 # They are independent of each other: the first are as good as any.
                 known = labelled_count(self.labelled, count) if split == "train" else count
-                self.splits[split] = _SceneBoxes(compose(count, seed, split, self.size), known)
+                self.splits[split] = _SceneBoxes(scenes, known)
 
 
 class _SceneBoxes(Dataset[Sample]):

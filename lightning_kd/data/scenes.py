@@ -41,6 +41,7 @@ def compose(
     scale: tuple[float, float] = (2.0, 4.0),
     overlap: float = 0.1,
     noise: float = 0.08,
+    kinds: int = 10,
 ) -> Scenes:
     """Composes scenes: some digits, enlarged and coloured, on a textured and noisy background.
 
@@ -55,12 +56,13 @@ def compose(
         scale: Smallest and largest factor by which a digit of 8x8 pixels is enlarged.
         overlap: Largest fraction of a digit's box that another one's box may share.
         noise: Standard deviation of the pixels' noise; the range of a pixel is 1.
+        kinds: The digits from 0 to ``kinds - 1`` are drawn: fewer are learned sooner.
 
     Returns:
         The scenes.
 
     Raises:
-        ValueError: For another split, or if the digits do not fit into the scene.
+        ValueError: For another split, if the digits do not fit into the scene, or if there are no such kinds.
         ModuleNotFoundError: Without scikit-learn.
 
     Example:
@@ -77,14 +79,14 @@ def compose(
         )
     if not 0 <= digits[0] <= digits[1]:
         raise ValueError(f"digits: expected the fewest and the most of a scene, 0 <= fewest <= most, got {digits}")
-    ink, kinds = handwritten(split)
+    ink, labels_of_ink = handwritten(split, kinds)
     rng = torch.Generator().manual_seed(seed)
     images = backgrounds(count, size, rng)
     masks = torch.zeros(count, size, size, dtype=torch.uint8)
     boxes, labels = [], []
     for image, mask in zip(images, masks, strict=True):
         wanted = int(torch.randint(digits[0], digits[1] + 1, (), generator=rng))
-        owner = _paint(image, mask, ink, kinds, wanted, scale, overlap, rng)
+        owner = _paint(image, mask, ink, labels_of_ink, wanted, scale, overlap, rng)
         drawn = [(box, mask[owner == i][0] - 1) for i in range(wanted) if (box := _box(owner == i)) is not None]
         boxes.append(torch.stack([box for box, _ in drawn]) if drawn else torch.zeros(0, 4))
         labels.append(torch.tensor([int(kind) for _, kind in drawn], dtype=torch.int64))
@@ -92,18 +94,21 @@ def compose(
     return Scenes(images.clamp(0, 1).mul(255).round().to(torch.uint8), masks, boxes, labels)
 
 
-def handwritten(split: str) -> tuple[Tensor, Tensor]:
-    """The digits of a split, ``(n, 8, 8)`` in [0, 1], and which they are, ``(n,)``.
+def handwritten(split: str, kinds: int = 10) -> tuple[Tensor, Tensor]:
+    """The digits of a split, below ``kinds``: ``(n, 8, 8)`` in [0, 1], and which they are, ``(n,)``.
 
     Raises:
-        ValueError: For another split.
+        ValueError: For another split, or if there are no such kinds.
         ModuleNotFoundError: Without scikit-learn.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, received {split!r}")
+    if not 1 <= kinds <= 10:
+        raise ValueError(f"kinds: expected from 1 to 10, of the digits 0 to kinds - 1, received {kinds}")
     bunch = late_import("sklearn.datasets", "scikit-learn", "segmentation").load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))[SPLITS[split]]
-    return torch.from_numpy(bunch.images).float().div(16)[order], torch.from_numpy(bunch.target).long()[order]
+    ink, labels = torch.from_numpy(bunch.images).float().div(16)[order], torch.from_numpy(bunch.target).long()[order]
+    return ink[labels < kinds], labels[labels < kinds]
 
 
 def backgrounds(count: int, size: int, rng: torch.Generator) -> Tensor:

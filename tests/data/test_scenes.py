@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision.ops import box_iou, masks_to_boxes
 
+from lightning_kd.data import BoxScenes, MaskScenes
 from lightning_kd.data.scenes import SPLITS, compose
 
 
@@ -62,6 +63,21 @@ def test_a_scene_without_digits_has_no_boxes() -> None:
     assert not scenes.masks.any()
 
 
+def test_fewer_kinds_are_the_first_ones_and_the_data_say_so() -> None:
+    scenes = compose(40, 0, digits=(5, 8), scale=(1.5, 2.5), kinds=3)
+    assert {int(k) for labels in scenes.labels for k in labels} == {0, 1, 2}
+    masks = MaskScenes(4, 12, 4, 4, kinds=3, digits=(5, 8), scale=(1.5, 2.5))
+    boxes = BoxScenes(12, 4, 4, kinds=3, digits=(5, 8), scale=(1.5, 2.5))
+    assert (masks.num_classes, masks.class_names) == (4, ("background", "0", "1", "2"))
+    assert (boxes.num_classes, boxes.class_names) == (3, ("0", "1", "2"))
+    for data in (masks, boxes):
+        data.setup("fit")
+    (_, of_masks), (_, of_boxes) = next(iter(masks.val_dataloader())), next(iter(boxes.val_dataloader()))
+    for mask, target in zip(of_masks, of_boxes, strict=True):
+        assert set(mask.unique().tolist()) == {0, *(target["labels"] + 1).tolist()}
+        assert 5 <= len(target["labels"]) <= 8
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -69,6 +85,7 @@ def test_a_scene_without_digits_has_no_boxes() -> None:
         ({"size": 24}, "fit into size=24"),
         ({"digits": (3, 2)}, "fewest"),
         ({"scale": (4.0, 2.0)}, "smallest <= largest"),
+        ({"kinds": 11}, "kinds: expected from 1 to 10"),
     ],
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, object], told: str) -> None:

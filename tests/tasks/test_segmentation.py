@@ -36,6 +36,9 @@ def masks(n: int = 3, size: int = 16, classes: int = CLASSES) -> Tensor:
         ({"num_classes": 3, "class_names": ["a"]}, "expected 3 names"),
         ({"num_classes": 3, "ignore_index": 255, "criterion": nn.CrossEntropyLoss()}, "give both the same"),
         ({"num_classes": 3, "ignore_index": 255, "criterion": nn.BCEWithLogitsLoss()}, "has no ignore_index"),
+        ({"num_classes": 3, "class_weights": [1.0, 2.0]}, "expected 3 positive numbers"),
+        ({"num_classes": 2, "class_weights": [0.0, 1.0]}, "expected 2 positive numbers"),
+        ({"num_classes": 1, "mode": "binary", "class_weights": [1.0]}, "default loss with mode='multiclass'"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(wrong: dict[str, Any], told: str) -> None:
@@ -63,6 +66,31 @@ def test_the_loss_of_nothing_is_zero() -> None:
     target = torch.full((2, 8, 8), -100)
     for task in (Segmentation(CLASSES), Segmentation(1, mode="binary")):
         assert float(task.loss(torch.randn(2, task.num_classes, 8, 8), (None, target))) == 0.0
+
+
+@pytest.mark.parametrize("ignored", [None, 255])
+def test_classes_weigh_as_in_torch(ignored: int | None) -> None:
+    weights = [0.2, 1.0, 3.0, 0.5]
+    task, logits, target = (
+        Segmentation(CLASSES, ignore_index=ignored, class_weights=weights),
+        torch.randn(3, CLASSES, 16, 16),
+        masks(),
+    )
+    target[0, :8], target[1] = -100 if ignored is None else ignored, -100
+    known = (target >= 0) & (target < CLASSES)
+    expected = F.cross_entropy(logits.movedim(1, -1)[known], target[known], torch.tensor(weights))
+    torch.testing.assert_close(task.loss(logits, (None, target)), expected)
+    assert float(task.loss(logits, (None, torch.full_like(target, -100)))) == 0.0
+    assert not task.state_dict()
+
+
+def test_torchs_own_default_of_what_is_ignored_is_none_to_the_task() -> None:
+    task, target, logits = (
+        Segmentation(CLASSES, criterion=nn.CrossEntropyLoss()),
+        masks(),
+        torch.randn(3, CLASSES, 16, 16),
+    )
+    torch.testing.assert_close(task.loss(logits, (None, target)), F.cross_entropy(logits, target))
 
 
 def test_logits_of_any_stride_meet_the_labels() -> None:
