@@ -79,7 +79,7 @@ class Attachment(Callback):
         self._own_step: Callable[..., Any] | None = None
         self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
-        self._random: dict[str, Any] | None = None
+        self._saved_random: dict[str, Any] | None = None
         self._total_steps = 0.0
         self._epochs = math.nan
         self._steps_done = 0
@@ -127,9 +127,9 @@ class Attachment(Callback):
         """Attaches terms that have no parameters, and brings the teacher to the student's device."""
         self._get_ready(pl_module)
         # Before the training data are asked for, whose order is drawn then.
-        if self._random is not None:
-            set_random_state(self._random)
-            self._random = None
+        if self._saved_random is not None:
+            set_random_state(self._saved_random)
+            self._saved_random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns how long the run is, if a schedule has to know, and tells the teacher that it begins."""
@@ -202,7 +202,7 @@ class Attachment(Callback):
         """Refuses to resume what cannot be resumed."""
         if not trainer.training:
             return
-        self._random = checkpoint.get(KEY) if trainer.world_size == 1 else None
+        self._saved_random = checkpoint.get(KEY) if trainer.world_size == 1 else None
         keys = [each.state_key for each in attachments_of(trainer)]
         states = checkpoint.get("callbacks", {})
         refuse_other_order(states, keys)

@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has none there
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
