@@ -141,7 +141,7 @@ def shardings_of(parts: list[nn.Module]) -> list[Sharding]:
 
 
 def _groups(state: Any) -> list[Any]:
-    if hasattr(state, "_fsdp_param_groups"):  # torch 2.11
+    if hasattr(state, "_fsdp_param_groups"):  # newer versions of torch: one for each mesh of parameters
         return list(state._fsdp_param_groups)
     return [state._fsdp_param_group] if state._fsdp_param_group else []
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, Literal, Self
 
 import torch
@@ -80,6 +81,7 @@ class Frozen(Teacher):
             load_weights(model, checkpoint)
         self._taps: Taps | None = None
         self._compiled = False
+        self._prepared = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # What stands still needs no copy: weight averaging deep-copies all that it finds around a student.
@@ -108,6 +110,18 @@ class Frozen(Teacher):
         if self.mode == "train":
             unshare(self.model)
         self.unbind()
+        self._prepare()
+        if self.compile_options is not False and self.model._compiled_call_impl is None:
+            self.model.compile(**self.compile_options)  # before the hooks, with which it is compiled then
+            self._compiled = True
+        # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
+        # A sharded model has to return, or its layers would not be sharded again.
+        stop_early = self.mode == "eval" and not is_sharded(self.model)
+        self._taps = Taps(self.model, paths, "the teacher", stop_early=stop_early)
+        self._taps.attach()
+
+    def _prepare(self) -> None:
+        """Brings the weights into the type and the order that were asked for."""
         dtype = type_of_weights(self.precision)
         if is_sharded(self.model) and (dtype or self.channels_last):
             raise ValueError(
@@ -118,14 +132,7 @@ class Frozen(Teacher):
             convert(self.model, dtype)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if self.compile_options is not False and self.model._compiled_call_impl is None:
-            self.model.compile(**self.compile_options)  # before the hooks, with which it is compiled then
-            self._compiled = True
-        # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
-        # A sharded model has to return, or its layers would not be sharded again.
-        stop_early = self.mode == "eval" and not is_sharded(self.model)
-        self._taps = Taps(self.model, paths, "the teacher", stop_early=stop_early)
-        self._taps.attach()
+        self._prepared = True
 
     def unbind(self) -> None:
         """Removes the hooks from the model."""
@@ -147,7 +154,9 @@ class Frozen(Teacher):
 
     def context(self) -> AbstractContextManager[object]:
         """Returns the context in which the model is called: its precision."""
-        tensors = (*self.model.parameters(), *self.model.buffers()) if self.precision else ()
+        if not self._prepared:  # tests come without a fit, and bind nothing
+            self._prepare()
+        tensors = chain(self.model.parameters(), self.model.buffers())
         return context(self.precision, next((t.device.type for t in tensors), "cpu"))
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

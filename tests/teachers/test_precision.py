@@ -156,6 +156,7 @@ def test_through_both_doors_and_in_an_ensemble() -> None:
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,
         )  # fmt: skip
+        trainer.test(module, data, verbose=False)
         trainer.fit(module, data, data)
         assert all(0 < trainer.callback_metrics[f"train/{name}"] < float("inf") for name in terms)
         trainer.test(module, data, verbose=False)
