@@ -59,7 +59,7 @@ class Matryoshka(Wrapped):
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the mean of the wrapped loss over the lengths."""
         _check.tensors(student, teacher)
-        shorter = student if self.whole_teacher else min(student, teacher, key=lambda x: x.shape[-1])
+        shorter = student if self.whole_teacher or student.shape[-1] <= teacher.shape[-1] else teacher
         if student.ndim != 2 or teacher.ndim != 2 or shorter.shape[1] < max(self.dims):
             raise ValueError(
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be embeddings (B, D) that can "
