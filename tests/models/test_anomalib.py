@@ -1,0 +1,150 @@
+"""anomalib's Engine with this library's students, and its own modules with this library's callback."""
+
+# ruff: noqa: PLC0415 - anomalib takes seconds to import, and a collection of all tests should not wait for it
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torchvision.models import squeezenet1_1
+from torchvision.transforms.v2.functional import to_pil_image
+
+from lightning_kd import Distillation, Term, losses, projectors
+from lightning_kd.data import Textures
+
+pytestmark = [
+    pytest.mark.slow,
+    # Of the frozen teacher inside of a detector; anomalib's own are told the same.
+    pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training"),
+    # anomalib's own: it logs without a batch size, and uses an older transform of torchvision's.
+    pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection"),
+    pytest.mark.filterwarnings("ignore:The transform `ToTensor..` is deprecated"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
+]
+
+QUIET = {
+    "accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False,
+    "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1,
+}  # fmt: skip
+LAYERS = ["features.4", "features.7"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bricks in folders, as anomalib's Folder reads them."""
+    root = tmp_path_factory.mktemp("bricks")
+    module = Textures(train_size=8, val_size=2, test_size=8, synthetic=0.0, batch_size=2)
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    for folder in ("good", "good_test", "spoiled", "masks"):
+        (root / folder).mkdir()
+    for i in range(8):
+        to_pil_image(module.splits["train"][i][0]).save(root / "good" / f"{i}.png")
+        image, target = module.splits["test"][i]
+        to_pil_image(image).save(root / ("spoiled" if target["label"] else "good_test") / f"{i}.png")
+        if target["label"]:
+            to_pil_image(255 * target["mask"].byte()).save(root / "masks" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def folder(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    import timm
+    from anomalib.data import Folder
+
+    create = timm.create_model  # anomalib would download weights
+    monkeypatch.setattr(timm, "create_model", lambda *args, **how: create(*args, **{**how, "pretrained": False}))
+    monkeypatch.chdir(tmp_path)
+
+    def make(batch_size: int = 4) -> Any:
+        return Folder(
+            name="bricks", root=root, normal_dir="good", abnormal_dir="spoiled", normal_test_dir="good_test",
+            mask_dir="masks", train_batch_size=batch_size, eval_batch_size=2 * batch_size, num_workers=0,
+            val_split_mode="same_as_test",
+        )  # fmt: skip
+
+    return make
+
+
+def _pre_processor() -> Any:
+    from anomalib.pre_processing import PreProcessor
+    from torchvision.transforms.v2 import Resize
+
+    return PreProcessor(transform=Resize((64, 64), antialias=True))
+
+
+def test_a_student_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
+    from anomalib.engine import Engine
+
+    from lightning_kd.models.anomalib import StudentTeacherModule
+
+    student, teacher = squeezenet1_1(), squeezenet1_1()
+    module = StudentTeacherModule(
+        student, teacher, LAYERS, optimizer=torch.optim.AdamW, pre_processor=_pre_processor(), visualizer=True
+    )
+    before, fresh = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
+    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    data = folder()
+    engine.fit(module, datamodule=data)
+    assert all(engine.trainer.callback_metrics[f"train/stfpm{i}"] > 0 for i in range(2))
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert any(not torch.equal(value, fresh[key]) for key, value in student.state_dict().items())
+    (measured,) = engine.test(module, datamodule=data, verbose=False)
+    assert {"image_AUROC", "pixel_AUROC", "image_F1Score"} <= set(measured)
+    assert list(tmp_path.rglob("images/**/*.png"))  # of the visualiser
+
+    engine.trainer.save_checkpoint("module.ckpt")
+    content = torch.load("module.ckpt", weights_only=True)
+    assert not any("teacher" in key for key in content["state_dict"])
+    again = StudentTeacherModule(squeezenet1_1(), teacher, LAYERS)
+    again.load_state_dict(content["state_dict"] | {f"model.teacher.{k}": v for k, v in before.items()})
+    loaded = StudentTeacherModule.load_from_checkpoint(
+        "module.ckpt", student=squeezenet1_1(), teacher=teacher, levels=LAYERS, pre_processor=_pre_processor()
+    ).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(images), module.eval().model(images))
+        assert loaded(images).pred_mask.shape[-2:] == (64, 64)  # what anomalib exports
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+def _own(name: str) -> tuple[Any, str, Term]:
+    """A module of anomalib, where its student is, and a term with a bigger network of ImageNet's kind."""
+    from anomalib import models
+
+    how = {"pre_processor": _pre_processor()}
+    if name == "Stfpm":  # by a projector that is made for the shapes
+        own, student = models.Stfpm(layers=["layer1", "layer2"], **how), "model.student_model"
+        return own, student, Term(losses.FitNet(), student="feature_extractor.layer1", teacher="features.4")
+    if name == "ReverseDistillation":  # what is called with the images is the whole
+        own = models.ReverseDistillation(backbone="resnet18", **how)
+        return own, "model", Term(losses.FitNet(), student="decoder[0]", teacher="features.4")
+    # Its training step cannot be rehearsed before the training begins, so the term is given its projector.
+    projector = projectors.MapToMap(768, 128, (63, 63))
+    return models.EfficientAd(), "model.student", Term(losses.FitNet(), 1.0, "conv4", "features.4", projector)
+
+
+@pytest.mark.parametrize("name", ["Stfpm", "ReverseDistillation", "EfficientAd"])
+def test_anomalib_s_own_learn_from_a_bigger_teacher_through_the_callback(
+    name: str, folder: Callable[..., Any], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anomalib.engine import Engine
+
+    module, student, term = _own(name)
+    callback = Distillation(teacher=squeezenet1_1(), student=student, terms={"hint": term})
+    how = dict(QUIET)
+    if name == "EfficientAd":  # would download its teacher, and Imagenette
+        module.imagenet_dir = root
+        how["limit_val_batches"] = 0  # its quantiles are of all images
+        monkeypatch.setattr(type(module), "prepare_pretrained_model", lambda module: None)
+    engine = Engine(**how, default_root_dir=tmp_path, logger=CSVLogger(tmp_path), callbacks=[callback])
+    engine.fit(module, datamodule=folder(1 if name == "EfficientAd" else 4))
+    logged = engine.trainer.callback_metrics
+    assert logged["train/hint"] > 0
+    torch.testing.assert_close(logged["train/loss"], logged["train/task"] + logged["train/hint"])
+    assert not any(part._forward_hooks for part in module.modules())
+    assert not any("projector" in key for key in module.state_dict())
