@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_kd.counts import COUNTS
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
-from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.teachers import Cached, Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked, made_by
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
@@ -206,9 +206,10 @@ class Distiller(nn.Module):
         paths = {path.module for path in self._teacher_paths.values()}
         self._asks_teacher = ANSWER in labels_asked(self.student_input)
         self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)
+        taught = self.teacher.teacher if isinstance(self.teacher, Cached) else self.teacher
         for name, term in self.named_terms():
             with _naming(name):
-                term.meet(self.teacher.model if isinstance(self.teacher, Frozen) else None)
+                term.meet(taught.model if isinstance(taught, Frozen) else None)
         self._read = [
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
             for name, term in self.named_terms()
@@ -289,13 +290,15 @@ class Distiller(nn.Module):
                 return None
             if not torch.is_grad_enabled():
                 return None
-            labels = self._labels() if self._labels_of_inputs else {}
+            labels = self._labels() if self._labels_of_inputs or self.teacher.labels else {}
             own = None
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
             given = args, kwargs
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
+                if self.teacher.labels:
+                    self.teacher.look(labels)
                 knowledge = self.teacher(*args, **kwargs)
             except Exception as error:
                 what = "the student's arguments" if self.teacher_input is None else "what teacher_input returned"

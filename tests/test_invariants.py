@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -171,6 +172,7 @@ TEACHERS: dict[str, Callable[..., Any]] = {
     "Ensemble routed": lambda terms, **kwargs: Distillation(
         teachers.Ensemble([Net(8), Net(5)], weights=teachers.Router(2, 5)), terms, "model", **kwargs
     ),
+    "Cached": lambda terms, **kwargs: Distillation(teachers.Cached(mkdtemp(), Net(8)), terms, "model", **kwargs),
     "PastSelf": lambda terms, **kwargs: Distillation(teachers.PastSelf(), terms, "model", **kwargs),
     "Peers": lambda terms, **kwargs: MutualDistillation([Net(8), Net(5)], terms, "model", **kwargs),
     "Peers ensemble": lambda terms, **kwargs: MutualDistillation([Net(8)], terms, "model", "ensemble", **kwargs),
@@ -180,7 +182,7 @@ TEACHERS: dict[str, Callable[..., Any]] = {
 def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwargs: Any) -> Any:
     if name in TEACHERS:
         logits = Term(losses.KD(), weight=0.5)
-        if name.startswith(("Peers", "Ensemble")):
+        if name.startswith(("Peers", "Ensemble", "Cached")):
             return TEACHERS[name]({"it": logits}, **kwargs)
         hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
@@ -409,6 +411,7 @@ def test_projectors_learn_however_configure_optimizers_is_written(optimizer: str
 
 
 OPTIONS = ["frozen", *TEACHERS]
+WAITING_FOR_NOBODY = [name for name in OPTIONS if name != "Cached"]  # which copies what it writes to the host
 
 
 def of_any_teacher(name: str) -> Any:
@@ -418,6 +421,9 @@ def of_any_teacher(name: str) -> Any:
     if name == "frozen":
         built = Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0)
         return Distillation(Net(6, norm=False), {"it": logits, "hint": built}, "model")
+    if name == "Cached":
+        cached = teachers.Cached(mkdtemp(), Net(6, norm=False), storage="float32")
+        return Distillation(cached, {"it": logits}, "model")
     if name.startswith("Ensemble"):
         weights = teachers.Router(2, 5) if name == "Ensemble routed" else None
         ensemble = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=weights)
@@ -480,7 +486,7 @@ def test_a_compiled_or_checkpointed_student_learns_the_same(change: str, name: s
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", WAITING_FOR_NOBODY)
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_on_a_gpu_no_step_waits_in_mixed_precision(precision: Any, name: str) -> None:
     class NoSync(Callback):
@@ -526,7 +532,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("door", ["callback", "module"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", WAITING_FOR_NOBODY)
 def test_no_step_reads_a_number(name: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense"), Waits():
         torch.ones(1).item()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_kd.attachment.guest import GUEST, Guest
 from lightning_kd.attachment.labels import Label, batch_of, labels_of
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
+from lightning_kd.attachment.positions import Positions
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
@@ -85,10 +86,12 @@ class Attachment(Callback):
         self._steps_done = 0
         self._ready = False
         self._check = FiniteCheck()
+        self._positions = Positions()
         self._undo: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_undo": [], "_values": {}, "_ready": False, "_all": [], "_own_step": None}
+        fresh = {"_undo": [], "_values": {}, "_ready": False, "_all": [], "_own_step": None, "_positions": Positions()}
+        return {**self.__dict__, **fresh}
 
     @property
     def state_key(self) -> str:
@@ -111,6 +114,7 @@ class Attachment(Callback):
         self._patch(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
         if self.distiller.teacher.evaluated:  # for checkpoints of weights alone Lightning asks no callback
             self._patch(pl_module, "on_save_checkpoint", self._saving(pl_module.on_save_checkpoint))
+        self._undo.append(self._positions.watch(trainer, lambda: self.distiller.teacher))
         if self._has_parameters():
             # Made here, since the optimizer and the strategy's wrapper are made next. Not functools.wraps: Lightning
             # follows __wrapped__ and would find that the user's class has no configure_model.
@@ -141,6 +145,10 @@ class Attachment(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells the teacher, which may take turns or copies."""
         self.distiller.teacher.begin_epoch(self._moment(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Learns which samples the batch has."""
+        self._positions.advance(batch_idx)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Logs the losses of the step, and lets the teacher follow the student once per optimizer step."""
@@ -179,13 +187,13 @@ class Attachment(Callback):
         """Leaves the module as it was."""
         if stage == "fit":
             self._check.finish()
-            self._leave(trainer)
+            self.leave(trainer)
         else:  # what was tested is not what the next fit begins with
             self._pending = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the module as it was after an interrupted fit, too."""
-        self._leave(trainer)
+        self.leave(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the terms learned and what the teacher remembers; nothing of a frozen one."""
@@ -294,7 +302,7 @@ class Attachment(Callback):
         while self._undo:
             self._undo.pop()()
 
-    def _leave(self, trainer: Trainer) -> None:
+    def leave(self, trainer: Trainer) -> None:
         """Takes off what is attached, the outermost first."""
         for attachment in reversed(attachments_of(trainer)):
             attachment._undo_all()
@@ -394,7 +402,9 @@ class Attachment(Callback):
         return training_step_and_terms
 
     def _labels_of(self, batch: Any) -> dict[str, Any]:
-        return labels_of(batch, self.labels, self.distiller.labels)
+        found = labels_of(batch, self.labels, self.distiller.labels)
+        here = self._positions.current
+        return found if here is None or "position" in found else {**found, "position": here}
 
     def _total(
         self,

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-kd fit|validate|test|predict|list|export|compare``."""
+"""The command line: ``lightning-kd fit|validate|test|predict|cache|list|export|compare``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from lightning_kd import __version__
 from lightning_kd.cli.errors import UsageError, alternatives, closest_argument, unknown
 
-OWN = {"list": "listing", "export": "export", "compare": "compare"}
+OWN = {"cache": "cache", "list": "listing", "export": "export", "compare": "compare"}
 LIGHTNING = ("fit", "validate", "test", "predict")
 
 HELP = """\
@@ -22,6 +22,7 @@ Task-specific knowledge distillation: everything in YAML, nothing in code.
   validate   measure a student on the validation data
   test       measure a student on the test data
   predict    predict with a student
+  cache      ask a teacher once for all, and write down what it says
   compare    train teacher, student alone and distilled student; say what was gained
   export     write a student as ONNX, TorchScript or a plain state dict
   list       name the losses, teachers, tasks, callbacks, schedules, projectors, configs

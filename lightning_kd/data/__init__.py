@@ -9,6 +9,7 @@ from lightning_kd.data.image_mask_folder import ImageMaskFolder
 from lightning_kd.data.keypoint_csv import KeypointCsv
 from lightning_kd.data.keypoint_scenes import KeypointScenes
 from lightning_kd.data.mask_scenes import MaskScenes
+from lightning_kd.data.replayed import Replayed
 from lightning_kd.data.tensor_images import RandomShift
 from lightning_kd.data.textures import Textures
 from lightning_kd.data.unseen_classes import Omniglot, UnseenDigits
@@ -28,6 +29,7 @@ __all__ = [
     "MaskScenes",
     "Omniglot",
     "RandomShift",
+    "Replayed",
     "Textures",
     "UnseenDigits",
     "VocFolder",

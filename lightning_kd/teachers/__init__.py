@@ -1,6 +1,7 @@
 """Teachers: where the other side's knowledge comes from."""
 
 from lightning_kd.teachers.base import Teacher
+from lightning_kd.teachers.cached import Cached
 from lightning_kd.teachers.ema import EMA
 from lightning_kd.teachers.ensemble import Ensemble
 from lightning_kd.teachers.frozen import Frozen
@@ -13,6 +14,7 @@ from lightning_kd.teachers.weights import load_weights
 
 __all__ = [
     "EMA",
+    "Cached",
     "Ensemble",
     "Frozen",
     "LabelNoise",

@@ -32,7 +32,7 @@ class Teacher(nn.Module, ABC):
     """Whether it must know how long the run is, as schedules must."""
 
     labels: Mapping[str, bool] = {}
-    """What ``losses`` reads of a batch, by name, and whether it cannot do without."""
+    """What ``look`` and ``losses`` read of a batch, by name, and whether they cannot do without; see ``order``, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +61,21 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Returns the captured outputs by path."""
+
+    def look(self, labels: Mapping[str, Any]) -> None:
+        """Is shown what there is of the batch before it is called, if its ``labels`` name something."""
+
+    def order(self, dataset: Any, batches: Any) -> Any:
+        """Is asked in which order training samples come, if its ``labels`` name ``position``, where a sample is.
+
+        Args:
+            dataset: The training data.
+            batches: The loader's batch sampler.
+
+        Returns:
+            The batch sampler to use.
+        """
+        return batches
 
     def losses(self, answers: Sequence[Record], labels: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns losses by which its ``learner`` learns, of what it answered to the calls of a step; they weigh 1."""

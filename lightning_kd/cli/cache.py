@@ -1,0 +1,80 @@
+"""``lightning-kd cache``: what the teacher of a configuration says of its training data, written to disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+from lightning_kd.callbacks import TeacherCache
+from lightning_kd.cli.command import DistillationCLI
+
+EPILOG = """\
+All else is as for `lightning-kd fit`: --trainer.accelerator gpu, --data.init_args.batch_size 512. Then read it with
+  --trainer.callbacks+=lightning_kd.callbacks.TeacherCache --trainer.callbacks.folder FOLDER   and the same --config,
+or with a teacher of the class lightning_kd.teachers.Cached and its argument folder, which needs no network.
+"""
+
+ONE_PASS: dict[str, Any] = {
+    "max_epochs": 1,
+    "max_steps": -1,
+    "limit_train_batches": None,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+class FillingCLI(DistillationCLI):
+    """Runs a configuration for its teacher's answers alone.
+
+    Args:
+        arguments: What would stand after ``lightning-kd fit``.
+        folder: Where to write; as the configuration's ``TeacherCache`` says, unless given.
+        storage: How to store, likewise.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path | None, storage: Any) -> None:
+        self.folder = folder
+        self.storage = storage
+        super().__init__(["fit", *arguments])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with a callback that fills the cache and without those of the training."""
+        given = list(self._get(self.config_init, "trainer").get("callbacks") or [])
+        said = next((each for each in given if isinstance(each, TeacherCache)), None)
+        folder = self.folder or (said.folder if said else "teacher_cache")
+        storage = self.storage or (said.storage if said else "float16")
+        self.filling = TeacherCache(folder, storage, fill_only=True)
+        shown = [each for each in given if isinstance(each, ProgressBar)]
+        return super().instantiate_trainer(**ONE_PASS, callbacks=[*shown, self.filling], **kwargs)
+
+    def after_fit(self) -> None:
+        """Say where it is."""
+        size = sum(path.stat().st_size for path in Path(self.filling.folder).iterdir())
+        print(f"teacher cache: complete, {size / 1e6:.3g} MB in {self.filling.folder}")
+
+
+def main(arguments: list[str]) -> None:
+    """Write what the teacher says of each training sample; what is there already is not asked again."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-kd cache",
+        usage="lightning-kd cache --config NAME_OR_FILE [--output FOLDER] [--storage STORAGE] [--KEY VALUE ...]",
+        allow_abbrev=False,
+        description="Ask the teacher once for each training sample, and write its answers: training then reads them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="NAME_OR_FILE", help="as for fit")
+    parser.add_argument("--output", type=Path, help="folder to write; default: the TeacherCache's, or teacher_cache")
+    parser.add_argument(
+        "--storage", type=yaml.safe_load, help="float16 (default), bfloat16, float32, top20; '{output: top20}' by path"
+    )
+    options, others = parser.parse_known_args(arguments)
+    FillingCLI([*(f"--config={each}" for each in options.config), *others], options.output, options.storage)
