@@ -11,6 +11,7 @@ from lightning_kd.losses.crd import crd
 from lightning_kd.losses.cwd import cwd
 from lightning_kd.losses.dist import dist
 from lightning_kd.losses.dkd import dkd
+from lightning_kd.losses.efficient_ad import efficient_ad
 from lightning_kd.losses.fgd import fgd
 from lightning_kd.losses.fitnet import fitnet
 from lightning_kd.losses.ifvd import ifvd
@@ -25,6 +26,7 @@ from lightning_kd.losses.pkd import pkd
 from lightning_kd.losses.pkt import pkt
 from lightning_kd.losses.pld import pld
 from lightning_kd.losses.qfl import qfl
+from lightning_kd.losses.rd4ad import rd4ad
 from lightning_kd.losses.rkd import rkd
 from lightning_kd.losses.seed import seed
 from lightning_kd.losses.skd import skd
@@ -45,6 +47,7 @@ __all__ = [
     "cwd",
     "dist",
     "dkd",
+    "efficient_ad",
     "fgd",
     "fitnet",
     "ifvd",
@@ -59,6 +62,7 @@ __all__ = [
     "pkt",
     "pld",
     "qfl",
+    "rd4ad",
     "rkd",
     "seed",
     "skd",

@@ -12,6 +12,7 @@ from lightning_kd.losses.cwd import CWD
 from lightning_kd.losses.dist import DIST
 from lightning_kd.losses.dkd import DKD
 from lightning_kd.losses.dts import DTS
+from lightning_kd.losses.efficient_ad import EfficientAD
 from lightning_kd.losses.fgd import FGD
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.ifvd import IFVD
@@ -29,6 +30,7 @@ from lightning_kd.losses.pkd import PKD
 from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.qfl import QFL
+from lightning_kd.losses.rd4ad import RD4AD
 from lightning_kd.losses.rkd import RKD
 from lightning_kd.losses.sample_temperature import SampleTemperature
 from lightning_kd.losses.seed import SEED
@@ -62,6 +64,7 @@ __all__ = [
     "PKT",
     "PLD",
     "QFL",
+    "RD4AD",
     "RKD",
     "SEED",
     "SKD",
@@ -69,6 +72,7 @@ __all__ = [
     "STFPM",
     "VID",
     "ALoss",
+    "EfficientAD",
     "FitNet",
     "Jointwise",
     "MarginMSE",

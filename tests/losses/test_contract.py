@@ -119,6 +119,7 @@ CASES = {
     "DIST": Case(losses.DIST, _plain(functional.dist)),
     "DKD": Case(losses.DKD, _plain(functional.dkd)),
     "DTS": Case(lambda: losses.DTS(losses.DKD()), _dts),
+    "EfficientAD": Case(losses.EfficientAD, _plain(functional.efficient_ad), MAP, MAP),
     "FGD": Case(losses.FGD, _fgd, MAP, MAP, {"learns at once": "the last layers of its GcBlocks start at zero"}),
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
     "IFVD": Case(lambda: losses.IFVD(10), _ifvd, (8, 3, 4, 4), MAP, dense=True),
@@ -137,6 +138,7 @@ CASES = {
     "PKT": Case(losses.PKT, _plain(functional.pkt), (8, 12), (8, 20), {"duplicates": RELATIONS}),
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "QFL": Case(losses.QFL, _plain(functional.qfl)),
+    "RD4AD": Case(losses.RD4AD, _plain(functional.rd4ad), MAP, MAP),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
     "SampleTemperature": Case(lambda: losses.SampleTemperature(losses.DKD()), _sample_temperature),
     "SEED": Case(
