@@ -52,8 +52,8 @@ class AnomalyDetection(TaskAdapter):
     images may be left out: ``label`` alone.
 
     In training anomalies are synthetic, with a mask: a network that draws a map learns them (binary cross entropy of
-    its logits), and terms on maps leave their pixels out. An anomalous image without one is an error. A network that
-    returns features only has no loss of its own, and learns from its teacher.
+    its logits), and with ``difference`` terms leave their pixels out. An anomalous image without one is an error. A
+    network that returns features only has no loss of its own, and learns from its teacher.
 
     Metrics: ``image_auroc``, ``pixel_auroc``, ``aupro`` and ``image_f1`` of
     :class:`~lightning_kd.metrics.AnomalyQuality`. Terms may name ``anomaly_map``.
@@ -156,8 +156,9 @@ class AnomalyDetection(TaskAdapter):
         return Known(mask, mask.flatten(1).any(1) if label is None else label.bool())
 
     def labels(self) -> dict[str, Callable[[Any], Any]]:
-        """Offers losses the ``mask`` of the pixels that are normal: of others a student must not learn."""
-        return {"index": self.index, "mask": self.normal}
+        """Offers losses the ``mask`` of the normal pixels where the difference is the map: others stay out."""
+        offered: dict[str, Callable[[Any], Any]] = {"index": self.index}
+        return offered if self.difference is None else {**offered, "mask": self.normal}
 
     def normal(self, batch: Any) -> Tensor:
         """Returns the pixels that are normal, bool ``(B, H, W)``.

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning_kd.tasks import AnomalyDetection
 from torchvision.models import squeezenet1_1
 from torchvision.transforms.v2.functional import to_pil_image
 
-from lightning_kd import Distillation, Term, losses, projectors
+from lightning_kd import Distillation, DistillationModule, Term, losses, projectors
 from lightning_kd.data import Textures
+from lightning_kd.models import AnomalyNet
 
 pytestmark = [
     pytest.mark.slow,
@@ -148,3 +151,42 @@ def test_anomalib_s_own_learn_from_a_bigger_teacher_through_the_callback(
     torch.testing.assert_close(logged["train/loss"], logged["train/task"] + logged["train/hint"])
     assert not any(part._forward_hooks for part in module.modules())
     assert not any("projector" in key for key in module.state_dict())
+
+
+def test_a_small_network_learns_the_maps_of_patchcore() -> None:
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    normal = Textures(train_size=16, synthetic=0.0, batch_size=16)
+    normal.setup("fit")
+    patchcore = PatchcoreModel(layers=["layer2"], backbone="resnet18", pre_trained=False)
+    with torch.no_grad():
+        patchcore.train()(normal.on_after_batch_transfer(next(iter(normal.train_dataloader())), 0)[0])
+    patchcore.subsample_embedding(sampling_ratio=0.1)
+    before = copy.deepcopy(patchcore.state_dict())
+    module = DistillationModule(
+        task=AnomalyDetection(),
+        student=AnomalyNet(width=8),
+        teacher=patchcore,
+        terms={"map": Term(losses.PKD(), student="anomaly_map", teacher="anomaly_map")},
+        task_weight=0.0,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    )
+    data = Textures(train_size=32, test_size=16, batch_size=16)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=6, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+    def correlation() -> float:
+        data.setup("test")
+        images, _ = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+        with torch.no_grad():
+            maps = [net.eval()(images) for net in (module.student, patchcore)]
+        return float(torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].anomaly_map.flatten()]))[0, 1])
+
+    untrained = correlation()
+    trainer.fit(module, datamodule=data)
+    assert correlation() > max(0.3, untrained + 0.2)
+    assert all(torch.equal(value, before[key]) for key, value in patchcore.state_dict().items())
+    (measured,) = trainer.test(module, datamodule=data, verbose=False)
+    assert "test/image_auroc" in measured

@@ -96,7 +96,8 @@ def test_the_loss_is_the_cross_entropy_of_the_masks():
 
 def test_terms_leave_anomalous_pixels_out():
     images, masks = _batch()
-    assert torch.equal(AnomalyDetection().labels()["mask"]((images, masks)), ~masks)
+    assert torch.equal(AnomalyDetection(LAYERS).labels()["mask"]((images, masks)), ~masks)
+    assert "mask" not in AnomalyDetection().labels()  # what a teacher's map says of them is to be learned
 
 
 def test_features_without_a_teacher_teach_nothing():
