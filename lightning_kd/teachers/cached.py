@@ -364,7 +364,7 @@ class Cached(Teacher):
         assert self.teacher is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         clean(self.folder)
-        size = sum(tensor.nbytes / len(tensor) for tensor in rows.values())
+        size = 8 + sum(tensor.nbytes / len(tensor) for tensor in rows.values())  # with the sample's number
         if self._samples:
             refuse_full(self.folder, size * self._samples)
             print(f"teacher cache: {self._samples} samples of {in_words(size)} each, {in_words(size * self._samples)}")

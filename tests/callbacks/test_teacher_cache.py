@@ -248,10 +248,44 @@ for writer in range(20):
 
 @pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_whole_shards_or_none(tmp_path: Path) -> None:
-    """Twenty writers, killed one after the other at random moments."""
+    """Twenty writers, one after the other, at random moments."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)], check=True, timeout=120)
     shards = Shards(tmp_path, "a", {"x": ([2000], "F32")})
     keys = shards.has(torch.arange(200_000)).nonzero().squeeze(1)
     assert len(keys) >= 100
     assert len(keys) % 50 == 0
     assert torch.equal(shards.read(keys)["x"], keys[:, None].float().repeat(1, 2000))
+
+
+TWO = """
+import sys, torch
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+sys.path.insert(0, sys.argv[1])
+from test_teacher_cache import Module, TeacherCache, digits, distillation
+
+torch.manual_seed(0)
+teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(), torch.nn.Linear(12, 10))
+calls = []
+teacher.register_forward_hook(lambda *_: calls.append(1))
+options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=4, callbacks=[distillation(teacher), TeacherCache("it")],
+    **options,
+)
+pl.seed_everything(0)
+trainer.fit(Module(), DataLoader(digits(), batch_size=10, shuffle=True))
+assert len(calls) < 1 + 2 * 5, len(calls)  # of four epochs with five batches each, after a rehearsal
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fill_and_read_one_cache(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-W", "ignore", "two.py", str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "it").glob("*.safetensors"))) >= 2
+    cached = teachers.Cached(tmp_path / "it")
+    cached.bind(nn.Identity(), ["output", "1"])
+    assert cached.lacking(100) == []

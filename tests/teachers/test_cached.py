@@ -340,8 +340,8 @@ def test_refuses_what_does_not_stand_still() -> None:
 def test_a_full_disk_is_told_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = bound(tmp_path, Network())
     cached.order(Data(0.0), None)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5000}))  # ten samples are 6.7 kB
-    with pytest.raises(OSError, match=r"needs 6\.7\d kB more .* 5 kB are free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5000}))  # ten samples are 6.8 kB
+    with pytest.raises(OSError, match=r"needs 6\.8 kB more .* 5 kB are free"):
         ask(cached, [0, 1])
     assert not list(tmp_path.glob("*.safetensors"))
 
