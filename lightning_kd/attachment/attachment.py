@@ -80,7 +80,6 @@ class Attachment(Callback):
         self._own_step: Callable[..., Any] | None = None
         self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
-        self._saved_random: dict[str, Any] | None = None
         self._total_steps = 0.0
         self._epochs = math.nan
         self._steps_done = 0
@@ -130,10 +129,6 @@ class Attachment(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches terms that have no parameters, and brings the teacher to the student's device."""
         self._get_ready(pl_module)
-        # Before the training data are asked for, whose order is drawn then.
-        if self._saved_random is not None:
-            set_random_state(self._saved_random)
-            self._saved_random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns how long the run is, if a schedule has to know, and tells the teacher that it begins."""
@@ -210,7 +205,9 @@ class Attachment(Callback):
         """Refuses to resume what cannot be resumed."""
         if not trainer.training:
             return
-        self._saved_random = checkpoint.get(KEY) if trainer.world_size == 1 else None
+        if KEY in checkpoint and trainer.world_size == 1:
+            # Now: a learning-rate schedule over the run asks for the data next, whose order is drawn then.
+            set_random_state(checkpoint[KEY])
         keys = [each.state_key for each in attachments_of(trainer)]
         states = checkpoint.get("callbacks", {})
         refuse_other_order(states, keys)
