@@ -27,6 +27,7 @@ class Positions:
         self._drawn: deque[list[int]] = deque()
         self._last: int | None = None
         self._loaders: list[DataLoader[Any]] = []
+        self._begun = False
 
     def watch(self, trainer: Trainer, teacher: Callable[[], Teacher]) -> Callable[[], None]:
         """Watches the loaders that the trainer is about to prepare; returns what ends that.
@@ -59,6 +60,8 @@ class Positions:
             return _nothing
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
             return _nothing
+        if self._begun:  # prepared anew, after an epoch
+            self._loaders, self._begun = [], False
         self._loaders = [each for each in self._loaders if each is not loader] + [loader]
         before: Any = loader.batch_sampler
         if isinstance(before, _Noted) and before.positions is self:  # a loader that is prepared anew
@@ -72,6 +75,7 @@ class Positions:
         """Is told that the sampler begins anew."""
         self._drawn.clear()
         self._last = None
+        self._begun = True
 
     def drew(self, batch: Any) -> None:
         """Is told what the sampler drew."""

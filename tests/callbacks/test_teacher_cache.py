@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning_kd.callbacks import Distillation, TeacherCache
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
@@ -165,6 +165,37 @@ def test_the_module_door(tmp_path: Path) -> None:
     live = trained()
     torch.testing.assert_close(trained(TeacherCache(tmp_path, "float32")), live)
     torch.testing.assert_close(trained(teacher=teachers.Cached(tmp_path)), live)
+
+
+def test_loaders_that_are_made_anew_each_epoch_and_several_at_once(tmp_path: Path) -> None:
+    class Anew(LightningDataModule):
+        several = False
+
+        def train_dataloader(self) -> Any:
+            made = DataLoader(digits(), batch_size=10)
+            return [made, DataLoader(digits(), batch_size=10)] if self.several else made
+
+    class OfTheFirst(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch[0] if isinstance(batch[0], list) else batch, batch_idx)
+
+    def run(data: Anew) -> None:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=3,
+            reload_dataloaders_every_n_epochs=1,
+            callbacks=[distillation(), TeacherCache(tmp_path)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(OfTheFirst(), data)
+
+    run(data := Anew())
+    data.several = True
+    with pytest.raises(ValueError, match="needs to know which samples"):
+        run(data)
 
 
 class Shifted(Dataset[Any]):
