@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -40,7 +39,7 @@ def aupro(maps: Tensor, masks: Tensor, limit: float = 0.3) -> Tensor:
     sizes = torch.zeros(masks.shape, dtype=torch.float64)
     count = 0
     for i, mask in enumerate(masks.cpu().numpy()):
-        regions, found = label(mask, structure=np.ones((3, 3)))
+        regions, found = label(mask, structure=[[1, 1, 1]] * 3)
         labelled = torch.from_numpy(regions).long()
         sizes[i] = torch.bincount(labelled.flatten(), minlength=found + 1)[labelled]
         count += found
