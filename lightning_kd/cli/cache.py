@@ -10,7 +10,7 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from lightning_kd.callbacks import TeacherCache
+from lightning_kd.attachment.caching import Caching
 from lightning_kd.cli.command import DistillationCLI
 
 EPILOG = """\
@@ -48,10 +48,10 @@ class FillingCLI(DistillationCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a callback that fills the cache and without those of the training."""
         given = list(self._get(self.config_init, "trainer").get("callbacks") or [])
-        said = next((each for each in given if isinstance(each, TeacherCache)), None)
+        said = next((each for each in given if isinstance(each, Caching)), None)
         folder = self.folder or (said.folder if said else "teacher_cache")
         storage = self.storage or (said.storage if said else "float16")
-        self.filling = TeacherCache(folder, storage, fill_only=True)
+        self.filling = Caching(folder, storage, fill_only=True)
         shown = [each for each in given if isinstance(each, ProgressBar)]
         return super().instantiate_trainer(**ONE_PASS, callbacks=[*shown, self.filling], **kwargs)
 
