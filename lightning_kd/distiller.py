@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_kd.counts import COUNTS
 from lightning_kd.schedules import Moment
@@ -295,6 +296,7 @@ class Distiller(nn.Module):
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
             given = args, kwargs
+            versions = [(x, x._version) for x in tree_leaves(given) if isinstance(x, Tensor) and not x.is_inference()]
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
                 if self.teacher.labels:
@@ -308,6 +310,7 @@ class Distiller(nn.Module):
                     "teacher's arguments out of the student's."
                 )
                 raise
+            _refuse_overwritten(versions)
             if self.student_input and self._asks_teacher:
                 own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
@@ -421,6 +424,15 @@ class Distiller(nn.Module):
                 for key, f in (("min", _least), ("max", _most))
             ]
         )
+
+
+def _refuse_overwritten(versions: list[tuple[Tensor, int]]) -> None:
+    for x, version in versions:
+        if x._version != version:
+            raise ValueError(
+                f"the teacher overwrites its input ({describe(x)}), which the student is called with next. Give it its "
+                "own: teacher_input=lambda x: x.clone()."
+            )
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Taps: named outputs of named modules, captured by forward hooks and cleared on read."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         for item in value:
             yield from _tensors(item)
     elif is_dataclass(value):
-        yield from _tensors(list(vars(value).values()))
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
 
 
 class Taps:

@@ -311,6 +311,8 @@ class Term(nn.Module):
             return selected
         if isinstance(selected, Levels) and selected and all(isinstance(level, Tensor) for level in selected):
             return selected
+        if selected is None:
+            raise ValueError(f"the {side}'s {path.text!r} is None, of which nothing can be selected; tap a module.")
         raise ValueError(
             f"the {side}'s {path.text!r} is {describe(selected)}, and a loss compares tensors. Select one: "
             f"'{path.text}[0]' or '{path.text}[\"key\"]', or all of them as levels: '{path.text}[:]'."

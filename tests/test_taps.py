@@ -117,6 +117,21 @@ def test_what_is_not_a_path_is_refused_with_the_grammar(text: str) -> None:
         Path(text)
 
 
+def test_a_dataclass_with_slots() -> None:
+    @dataclass(slots=True)
+    class Output:
+        logits: torch.Tensor
+
+    class Net(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return Output(super().forward(x))
+
+    taps = Taps(Net(2, 3), ["output"], "the net")
+    taps.attach()
+    record = taps.run(torch.zeros(1, 2))
+    assert Path("output.logits").select(record["output"][0]).shape == (1, 3)
+
+
 @pytest.mark.parametrize("given", [0, None, torch.nn.ReLU()])
 def test_what_is_no_text_is_no_path(given: Any) -> None:
     with pytest.raises(TypeError, match="name of a module as text"):

@@ -207,6 +207,11 @@ def test_parameters_made_too_late_are_an_error(loss: type[nn.Module]) -> None:
             term([student], [teacher], {})
 
 
+def test_what_returns_nothing_is_told_so() -> None:
+    with pytest.raises(ValueError, match="the student's 'output' is None, of which nothing can be selected"):
+        Term(nn.MSELoss())([None], [torch.zeros(2, 3)], {})
+
+
 @pytest.mark.parametrize("loss", [Learned, Aligned, losses.FitNet, nn.MSELoss])
 def test_what_needs_no_new_parameters_need_not_be_built(loss: type[nn.Module]) -> None:
     term = Term(loss())
@@ -261,7 +266,7 @@ def test_calls_that_cannot_be_paired(students: int, teachers: int) -> None:
 def test_a_path_has_to_select_a_tensor() -> None:
     with pytest.raises(ValueError, match=r"the teacher's 'output' is a tuple of 2 items.*'output\[0\]'"):
         Term(nn.MSELoss()).pairs([torch.zeros(2)], [(torch.zeros(2), torch.zeros(2))])
-    with pytest.raises(ValueError, match=r"the student's 'output\.x' is a NoneType"):
+    with pytest.raises(ValueError, match=r"the student's 'output\.x' is None"):
         Term(nn.MSELoss(), student="output.x").pairs([{"x": None}], [torch.zeros(2)])
 
 

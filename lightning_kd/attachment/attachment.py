@@ -21,6 +21,7 @@ from lightning_kd.attachment.refusals import (
     refuse_changing_accumulation,
     refuse_earlier_average,
     refuse_forgotten,
+    refuse_iterator,
     refuse_manual,
     refuse_shared,
     refuse_strategy,
@@ -146,10 +147,13 @@ class Attachment(Callback):
         self._positions.advance(batch_idx)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Logs the losses of the step, and lets the teacher follow the student once per optimizer step."""
+        """Lets the teacher follow the student once per optimizer step."""
         if trainer.global_step != self._steps_done:
             self._steps_done = trainer.global_step
             self.distiller.teacher.update(self._moment(trainer))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Logs the losses of the step; in a hook in which few modules log, and a name is logged once in each."""
         values, self._values = self._values, {}
         own = {result.meta.name for result in trainer._results.values()} if trainer._results else set()
         # A name that the module's training_step logs is the module's.
@@ -236,6 +240,8 @@ class Attachment(Callback):
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses what cannot work, before anything is changed."""
         refuse_manual(pl_module)
+        if self._has_parameters() or any(self.distiller.labels.values()):
+            refuse_iterator(pl_module)
         refuse_strategy(trainer, self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher))
         if self._has_parameters():
             refuse_earlier_average(trainer, self)
@@ -476,6 +482,11 @@ class Attachment(Callback):
     def _move_teacher(self, device: torch.device) -> None:
         teacher = self.distiller.teacher
         home = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), device)
+        if home.type == "meta":
+            raise ValueError(
+                "the teacher has no weights: it is on the meta device. Load them first: model.to_empty(device='cpu'), "
+                "then model.load_state_dict(...)."
+            )
         if home != device:
             teacher.to(device)
 

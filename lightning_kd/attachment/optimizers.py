@@ -56,6 +56,11 @@ def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
 
 
 def _extend(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    if type(optimizer).__name__ == "Muon" and (odd := [tuple(p.shape) for p in parameters if p.ndim != 2]):
+        raise ValueError(
+            f"Muon optimizes matrices only, and a term or peer learns parameters of the shapes {odd}. Take another "
+            "optimizer, or give the term a projector= that learns nothing."
+        )
     sample = group["params"][0] if group["params"] else None
     if "param_names" in group:
         group["param_names"].extend(f"{GUEST}.{len(group['params']) + i}" for i in range(len(parameters)))

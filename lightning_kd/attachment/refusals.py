@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from lightning_kd.distiller import Distiller
@@ -29,6 +30,15 @@ def refuse_manual(pl_module: LightningModule) -> None:
             "a callback sees any loss. Call the engine there instead: `with distiller.watch() as calls:` around "
             "the student's forward, and add `distiller.total(distiller(calls, target=...))` to the loss before "
             "manual_backward (lightning_kd.Distiller)."
+        )
+
+
+def refuse_iterator(pl_module: LightningModule) -> None:
+    """Refuses a ``training_step(dataloader_iter)``, which takes its batch where nobody else can see it."""
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(pl_module).__name__}.training_step takes its batch from a dataloader_iter, so that no label can be "
+            "read of it, and no shape before the fit. Let it take the batch: training_step(self, batch, batch_idx)."
         )
 
 

@@ -75,7 +75,8 @@ def rehearse(
 def first_samples(trainer: Trainer, pl_module: LightningModule) -> Any:
     """Returns a small training batch on the student's device, in the format of the module's own batches.
 
-    No worker is started and no sampler is asked where the data has indices; other data gives its first batch.
+    No worker is started, and no sampler of torch's that counts is asked; others are asked for one batch, and their
+    generators put back. An iterable data set gives its first batch.
     """
     # The one place where Lightning keeps the loader before the loop makes it, whichever way it was given.
     loader = trainer.fit_loop._data_source.dataloader()
@@ -91,12 +92,8 @@ def _small_batch(loader: Any) -> Any:
         return {key: _small_batch(value) for key, value in loader.items()}
     if isinstance(loader, (list, tuple)):
         return [_small_batch(value) for value in loader]
-    if isinstance(loader, DataLoader) and _has_plain_indices(loader):
-        indices = range(min(2, len(loader.dataset)))  # type: ignore[arg-type]  # such a sampler has asked its length
-        if not indices:
-            raise ValueError("The training data is empty, so that nothing can be learned.")
-        many = getattr(loader.dataset, "__getitems__", None)
-        return loader.collate_fn(many(list(indices)) if many else [loader.dataset[i] for i in indices])
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return _of_indices(loader)
     if isinstance(loader, Iterator):
         raise ValueError(
             "The training data is an iterator, which can be read only once, and projectors need a batch of it before "
@@ -106,10 +103,35 @@ def _small_batch(loader: Any) -> Any:
     return next(iter(loader))
 
 
-def _has_plain_indices(loader: DataLoader[Any]) -> bool:
-    """Whether torch's own samplers count through the data set; others may give keys of any kind."""
-    plain = isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler))
-    return plain and type(loader.batch_sampler) is BatchSampler and not isinstance(loader.dataset, IterableDataset)
+def _of_indices(loader: DataLoader[Any]) -> Any:
+    """Returns a batch of a data set that is asked for samples, in this process."""
+    dataset: Any = loader.dataset
+    if isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler)) and (
+        type(loader.batch_sampler) is BatchSampler
+    ):
+        keys: Any = list(range(min(2, len(dataset))))
+        if not keys:
+            raise ValueError("The training data is empty, so that nothing can be learned.")
+    else:  # which may give keys of any kind
+        sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        with _generators_restored(loader, loader.sampler, sampler, getattr(sampler, "sampler", None)):
+            keys = next(iter(sampler))
+    if loader.batch_sampler is None:
+        return loader.collate_fn(dataset[keys])
+    many = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn(many(keys) if many else [dataset[key] for key in keys])
+
+
+@contextmanager
+def _generators_restored(*owners: Any) -> Iterator[None]:
+    """Puts back the random numbers of samplers that have generators of their own."""
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 class _RehearsalEndedError(Exception):

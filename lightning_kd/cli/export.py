@@ -45,6 +45,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.format not in FORMATS:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, received {options.format!r}")
+    if not options.tolerance >= 0:
+        raise UsageError(f"--tolerance: expected a number that is not negative, received {options.tolerance}")
     ending, write = FORMATS[options.format]
     saved = Saved(options.checkpoint, options.peer)
     try:

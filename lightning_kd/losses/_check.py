@@ -13,6 +13,12 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def temperature(value: float | Tensor) -> None:
+    """Raise ``ValueError`` if a number that divides logits is not positive; of a tensor it would be to wait for it."""
+    if not isinstance(value, Tensor):
+        positive("temperature", value)
+
+
 def bounds(low: float, high: float) -> tuple[float, float]:
     """Return the bounds of a temperature, or raise ``ValueError``."""
     if not (is_number(low) and is_number(high) and 0 < low < high):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_kd.losses._numerics import upcast
 
@@ -16,9 +16,34 @@ BLOCK = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 def serves(logits: Tensor, temperature: float | Tensor) -> bool:
-    """Tell whether these are maps, at one temperature that does not learn, and no compiler fuses the chain itself."""
+    """Tell whether these are maps large enough, at one temperature that does not learn, and no transform is at work.
+
+    A compiler fuses the chain itself, and ``torch.func`` follows torch's own functions only.
+    """
     one = not isinstance(temperature, Tensor) or not (temperature.ndim or temperature.requires_grad)
-    return logits.ndim > 2 and one and not torch.compiler.is_compiling()
+    large = logits.ndim > 2 and logits.numel() > _block(logits)
+    return large and one and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def chain(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, beta: float, dim: int, reduction: str = "sum"
+) -> Tensor:
+    """Return what :func:`divergence` is by torch's own functions, summed over everything or over nothing."""
+    log_s, log_t = (upcast(x).div(temperature).log_softmax(dim) for x in (student, teacher))
+    return of_logs(log_s, log_t, beta, reduction)
+
+
+def of_logs(log_s: Tensor, log_t: Tensor, beta: float, reduction: str) -> Tensor:
+    """Return the divergence of two distributions given by their logarithms."""
+    # kl_div(log q, log p) is KL(p || q)
+    if beta == 0:
+        return F.kl_div(log_s, log_t, reduction=reduction, log_target=True)
+    if beta == 1:
+        return F.kl_div(log_t, log_s, reduction=reduction, log_target=True)
+    mixture = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    from_teacher = F.kl_div(mixture, log_t, reduction=reduction, log_target=True)
+    from_student = F.kl_div(mixture, log_s, reduction=reduction, log_target=True)
+    return beta * from_teacher + (1 - beta) * from_student
 
 
 def divergence(
@@ -39,6 +64,8 @@ def divergence(
         dim: Where the softmax is; it is one block, however long.
         here: The shape of the logits without ``dim``: what does not count is False, and may be no number.
     """
+    # what a model computed under inference_mode cannot be saved for a backward; a copy of it can
+    teacher = teacher.clone() if teacher.is_inference() else teacher.detach()
     total: Tensor = _Divergence.apply(student, teacher, temperature, beta, dim, here)
     return total
 
@@ -54,22 +81,32 @@ class _Divergence(torch.autograd.Function):
         dim: int,
         here: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(student)
-        ctx.others = teacher, temperature, beta, dim, here
+        ctx.save_for_backward(student, teacher, here)
+        ctx.settings = temperature, beta, dim
+        ctx.kind = student.dtype
         learns = ctx.needs_input_grad[0]
         total, ctx.gradient = _with_gradient(student, teacher, temperature, beta, dim, here, learns)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (student,) = ctx.saved_tensors
+        nothing = (None,) * 5
+        if torch.is_grad_enabled():  # create_graph=True: of the gradient, which is a constant here, another is asked
+            student, teacher, here = ctx.saved_tensors
+            temperature, beta, dim = ctx.settings
+            blanked = (student, teacher)
+            if here is not None:
+                blanked = tuple(torch.where(here.unsqueeze(dim), x, 0.0) for x in blanked)  # type: ignore[assignment]
+            total = chain(*blanked, temperature, beta, dim)
+            (made,) = torch.autograd.grad(total, student, upstream, create_graph=True)
+            return made, *nothing
         # It is given away, so that no second map is needed; who retains the graph and asks again has it made again.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            teacher, temperature, beta, dim, here = ctx.others
+            student, teacher, here = ctx.saved_tensors
+            temperature, beta, dim = ctx.settings
             _, gradient = _with_gradient(student, teacher, temperature, beta, dim, here, learns=True)
-        return gradient.mul_(upstream).to(student.dtype), None, None, None, None, None
+        return gradient.mul_(upstream).to(ctx.kind), *nothing
 
 
 def _with_gradient(
@@ -87,7 +124,7 @@ def _with_gradient(
     gradient = torch.empty_like(student, dtype=kind) if learns else None
     total = torch.zeros((), dtype=upcast(student[:0]).dtype, device=student.device)
     counted = None if here is None else here.unsqueeze(dim)
-    for block in _blocks(student.shape, dim % student.ndim, BLOCK.get(student.device.type, BLOCK["cuda"])):
+    for block in _blocks(student.shape, dim % student.ndim, _block(student)):
         s, t = upcast(student[block]), upcast(teacher[block])
         if counted is not None:
             only = counted[block]
@@ -115,8 +152,14 @@ def _of_block(log_s: Tensor, log_t: Tensor, beta: float, dim: int) -> tuple[Tens
     return value, p_s.mul_(ratio.sub_((p_s * ratio).sum(dim, keepdim=True)))
 
 
+def _block(x: Tensor) -> int:
+    return BLOCK.get(x.device.type, BLOCK["cuda"])
+
+
 def _blocks(shape: torch.Size, dim: int, limit: int) -> Iterator[tuple[slice, ...]]:
     """Yield parts of a tensor that are whole along ``dim`` and have about so many elements at most."""
+    if dim < len(shape) - 1:  # a few positions of many classes would be far apart in memory
+        limit = max(limit, 64 * shape[dim])
     others = [d for d in range(len(shape)) if d != dim]
     step = list(shape)
     for d in others:  # the outermost first, whose parts lie together

@@ -10,6 +10,7 @@ from lightning_kd.losses._numerics import rows, upcast
 
 def bdkd(student: Tensor, teacher: Tensor, temperature: float = 4.0, emphasis: float = 2.0) -> Tensor:
     """Return ``T^2 * (a KL(p_t || p_s) + b KL(p_s || p_t))``; see :class:`BDKD`."""
+    _check.temperature(temperature)
     _check.logits(student, teacher)
     log_s = (rows(upcast(student)) / temperature).log_softmax(1)
     log_t = (rows(upcast(teacher.detach())) / temperature).log_softmax(1)

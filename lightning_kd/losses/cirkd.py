@@ -15,6 +15,7 @@ def cirkd(
     student: Tensor, teacher: Tensor, temperature: float = 0.1, patch: int = 1, mask: Tensor | None = None
 ) -> Tensor:
     """Return ``KL(p_t || p_s)`` of the similarities to the pixels of each image; see :class:`CIRKD`."""
+    _check.temperature(temperature)
     _check.maps(student, teacher, channels=False)
     s, t, counts = nodes(student, teacher, patch, "average", mask)
     images = _mask.total(counts.any(1))

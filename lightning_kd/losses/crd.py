@@ -15,6 +15,7 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Ten
 
     The gradient reaches both embeddings, since the teacher's comes from a head that is trained.
     """
+    _check.temperature(temperature)
     _check.same_shape(student, teacher, "Embed both sides with as many dimensions.")
     _check.samples(student, teacher, 2, "the negatives are the batch's other samples.")
     with full_precision(student):

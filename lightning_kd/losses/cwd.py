@@ -14,6 +14,7 @@ _ONE_POSITION = "a softmax over one position is always 1, so the term would be s
 
 def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Return ``T^2 * KL(p_t || p_s)`` over positions, averaged over samples and channels; see :class:`CWD`."""
+    _check.temperature(temperature)
     _check.maps(student, teacher, at_least=2, why=_ONE_POSITION)
     here = _mask.counted(mask, student)
     if here is None and _dense.serves(student, temperature):

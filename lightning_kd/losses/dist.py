@@ -14,6 +14,7 @@ _TWO_CLASSES = (
 
 def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
     """Return ``T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))``; see :class:`DIST`."""
+    _check.temperature(temperature)
     _check.logits(student, teacher, classes=2 if gamma != 0 else 3, why=_TWO_CLASSES)
     p_s = (rows(upcast(student)) / temperature).softmax(1)
     p_t = (rows(upcast(teacher.detach())) / temperature).softmax(1)

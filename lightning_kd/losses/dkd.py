@@ -17,6 +17,7 @@ def dkd(
     temperature: float | Tensor = 4.0,
 ) -> Tensor:
     """Return ``T^2 * (alpha * TCKD + beta * NCKD)``; see :class:`DKD`."""
+    _check.temperature(temperature)
     _check.logits(student, teacher, classes=3, why=_check.TWO_CLASSES)
     label = _check.class_target(target, student).reshape(-1, 1)
     mask = torch.zeros_like(rows(student), dtype=torch.bool).scatter(1, label, True)

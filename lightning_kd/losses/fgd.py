@@ -20,6 +20,7 @@ def fgd(
     attention: float = 1e-3,
 ) -> Tensor:
     """Return the focal part, without the relation; see :class:`FGD`."""
+    _check.temperature(temperature)
     _check.maps(student, teacher)
     student, teacher = upcast(student), upcast(teacher.detach())
     things = _things(boxes, teacher)

@@ -1,6 +1,5 @@
 """KD: soft labels, as forward, reverse or Jensen-Shannon divergence."""
 
-import math
 from typing import Literal
 
 import torch
@@ -26,37 +25,36 @@ def kd(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Return ``T^2 * D(p_t, p_s)``, averaged over samples and positions; see :class:`KD`."""
+    _check_kind(divergence, activation, beta)
+    _check.temperature(temperature)
     _check.logits(student, teacher, dim, classes=2 if activation == "softmax" else 1)
     temperature = per_position(temperature, student, dim)
+    share = {"forward": 0.0, "reverse": 1.0, "jsd": beta}[divergence]
     if activation == "softmax" and _dense.serves(student, temperature):
         here = _mask.counted(mask, student, dim)
         distributions = student.numel() // student.shape[dim] if here is None else _mask.total(here)
-        share = {"forward": 0.0, "reverse": 1.0, "jsd": beta}[divergence]
-        total = _dense.divergence(student, teacher.detach(), temperature, share, dim, here)
+        total = _dense.divergence(student, teacher, temperature, share, dim, here)
         return temperature**2 * total / distributions
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask, dim)  # two equal rows diverge by 0
-    s, t = upcast(student) / temperature, upcast(teacher) / temperature
-    if activation == "softmax":
-        log_s, log_t = s.log_softmax(dim), t.log_softmax(dim)
-    else:  # each label is a distribution over (present, absent)
-        log_s = torch.stack((F.logsigmoid(s), F.logsigmoid(-s)))
-        log_t = torch.stack((F.logsigmoid(t), F.logsigmoid(-t)))
     distributions = student.numel() // student.shape[dim] if here is None else _mask.total(here)
     # one temperature scales the sum, one for each sample its parts
     reduction = "none" if isinstance(temperature, Tensor) and temperature.ndim else "sum"
-    return (temperature**2 * _divergence(log_s, log_t, divergence, beta, reduction)).sum() / distributions
+    if activation == "softmax":
+        value = _dense.chain(student, teacher, temperature, share, dim, reduction)
+    else:  # each label is a distribution over (present, absent)
+        logs = (upcast(x) / temperature for x in (student, teacher))
+        log_s, log_t = (torch.stack((F.logsigmoid(x), F.logsigmoid(-x))) for x in logs)
+        value = _dense.of_logs(log_s, log_t, share, reduction)
+    return (temperature**2 * value).sum() / distributions
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float, reduction: str) -> Tensor:
-    # kl_div(log q, log p) is KL(p || q), summed over everything or over nothing
-    if divergence == "forward" or (divergence == "jsd" and beta == 0):
-        return F.kl_div(log_s, log_t, reduction=reduction, log_target=True)
-    if divergence == "reverse" or beta == 1:
-        return F.kl_div(log_t, log_s, reduction=reduction, log_target=True)
-    mixture = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    from_teacher = F.kl_div(mixture, log_t, reduction=reduction, log_target=True)
-    from_student = F.kl_div(mixture, log_s, reduction=reduction, log_target=True)
-    return beta * from_teacher + (1 - beta) * from_student
+def _check_kind(divergence: str, activation: str, beta: float) -> None:
+    if divergence not in ("forward", "reverse", "jsd"):
+        raise ValueError(f"divergence must be 'forward', 'reverse' or 'jsd', got {divergence!r}.")
+    if activation not in ("softmax", "sigmoid"):
+        raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}.")
+    if not (is_number(beta) and 0 <= beta <= 1):
+        raise ValueError(f"beta is the teacher's share in the mixture, in [0, 1], got {beta!r}.")
 
 
 class KD(nn.Module):
@@ -118,12 +116,7 @@ class KD(nn.Module):
         dim: int = 1,
     ) -> None:
         super().__init__()
-        if divergence not in ("forward", "reverse", "jsd"):
-            raise ValueError(f"divergence must be 'forward', 'reverse' or 'jsd', got {divergence!r}.")
-        if activation not in ("softmax", "sigmoid"):
-            raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}.")
-        if not (is_number(beta) and 0 <= beta <= 1):
-            raise ValueError(f"beta is the teacher's share in the mixture, in [0, 1], got {beta!r}.")
+        _check_kind(divergence, activation, beta)
         self.temperature: float | Tensor = _check.positive("temperature", temperature)
         self.divergence: Divergence = divergence
         self.activation: Activation = activation

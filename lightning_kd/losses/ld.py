@@ -21,6 +21,7 @@ def ld(
     temperature: float = 10.0,
 ) -> Tensor:
     """Return ``T^2 * KL`` of the edges' distributions, averaged over edges and positions; see :class:`LD`."""
+    _check.temperature(temperature)
     _check.maps(student, teacher)
     channels = student.shape[1]
     if channels % (4 * bins):

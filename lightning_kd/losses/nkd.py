@@ -9,6 +9,7 @@ from lightning_kd.losses._numerics import rows, upcast
 
 def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, temperature: float = 1.0) -> Tensor:
     """Return ``-t_y log s_y - gamma T^2 sum_i t^_i log s^_i``; see :class:`NKD`."""
+    _check.temperature(temperature)
     _check.logits(student, teacher, classes=3, why=_check.TWO_CLASSES)
     label = _check.class_target(target, student).reshape(-1, 1)
     s, t = rows(upcast(student)), rows(upcast(teacher.detach()))

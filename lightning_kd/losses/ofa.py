@@ -20,6 +20,7 @@ def ofa(
     enhance: Enhance = "all",
 ) -> Tensor:
     """Return ``-sum(((p_t + 1_y)^eps - 1_y) log p_s)``; see :class:`OFA`."""
+    _check.temperature(temperature)
     _check.logits(student, teacher)
     label = _check.class_target(target, student).reshape(-1, 1)
     log_s = (rows(upcast(student)) / temperature).log_softmax(1)

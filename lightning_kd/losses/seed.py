@@ -14,6 +14,8 @@ def seed(
     student: Tensor, teacher: Tensor, others: Tensor, temperature: float = 0.2, teacher_temperature: float = 0.01
 ) -> Tensor:
     """Return ``KL(p_t || p_s)`` of the similarities to teacher embeddings (K, D); see :class:`SEED`."""
+    _check.temperature(temperature)
+    _check.temperature(teacher_temperature)
     _check.same_shape(student, teacher, "Let the term's projector map the student's embedding to the teacher's length.")
     if student.ndim != 2:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Frozen: a trained model that stands still."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, Literal, Self
@@ -82,13 +82,14 @@ class Frozen(Teacher):
         self._taps: Taps | None = None
         self._compiled = False
         self._prepared = False
+        self._shared: list[nn.Module] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # What stands still needs no copy: weight averaging deep-copies all that it finds around a student.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None, "_compiled": False}
+        return {**self.__dict__, "_taps": None, "_compiled": False, "_shared": []}
 
     def root(self, student: nn.Module) -> nn.Module:
         """Returns the model."""
@@ -101,12 +102,15 @@ class Frozen(Teacher):
             ValueError: If a path is unknown, if the teacher shares parameters with the student, so that it would
                 not stand still, or if it is sharded and its weights are to change.
         """
-        shared = _places(self.model) & _places(student)
-        if shared:
-            raise ValueError(
-                f"The frozen teacher ({type(self.model).__name__}) shares {len(shared)} parameters with the student "
-                f"({type(student).__name__}), so it would change as the student learns. Pass copy.deepcopy(model)."
-            )
+        for what in ("parameters", "buffers"):
+            shared = _places(getattr(self.model, what)()) & _places(getattr(student, what)())
+            if shared:
+                raise ValueError(
+                    f"The frozen teacher ({type(self.model).__name__}) shares {len(shared)} {what} with the student "
+                    f"({type(student).__name__}), so it would change as the student learns. Pass copy.deepcopy(model)."
+                )
+        ours = {id(part) for part in self.model.modules()}
+        self._shared = [part for part in student.modules() if id(part) in ours]
         if self.mode == "train":
             unshare(self.model)
         self.unbind()
@@ -147,10 +151,15 @@ class Frozen(Teacher):
         """Runs the model without gradient, in the floating-point type of its own weights."""
         if self._taps is None:
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
+        modes = [(part, part.training) for part in self._shared]
         self.model.train(self.mode == "train")
-        with torch.no_grad(), self.context():
-            args, kwargs = self.arguments(args, kwargs)
-            return self._taps.run(*args, **kwargs)
+        try:
+            with torch.no_grad(), self.context():
+                args, kwargs = self.arguments(args, kwargs)
+                return self._taps.run(*args, **kwargs)
+        finally:
+            for part, training in modes:  # a dropout or an augmentation that the student has, too
+                part.training = training
 
     def context(self) -> AbstractContextManager[object]:
         """Returns the context in which the model is called: its precision."""
@@ -172,9 +181,9 @@ def _channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
 
 
-def _places(model: nn.Module) -> set[object]:
-    """Returns where a model's parameters are in memory; the parameters themselves while they are nowhere."""
+def _places(tensors: Iterable[Tensor]) -> set[object]:
+    """Returns where parameters or buffers are in memory; they themselves while they are nowhere."""
     return {
-        (p.device, p.data_ptr()) if not is_lazy(p) and p.device.type != "meta" and p.numel() and p.data_ptr() else id(p)
-        for p in model.parameters()
+        (t.device, t.data_ptr()) if not is_lazy(t) and t.device.type != "meta" and t.numel() and t.data_ptr() else id(t)
+        for t in tensors
     }

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_kd.callbacks import EMATeacher
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, schedules, teachers
 
@@ -646,6 +646,69 @@ def test_a_loss_or_projector_without_a_gradient_is_refused() -> None:
     for term in (Term(Detached()), Term(losses.FitNet(), projector=Detached())):
         with pytest.raises(ValueError, match="without a gradient"):
             fit(Base(), Distillation(net(16), {"odd": term}, student="model"))
+
+
+def test_a_teacher_that_overwrites_its_input_is_refused() -> None:
+    class InPlace(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    teacher = InPlace(*net(16))
+    with pytest.raises(ValueError, match=r"overwrites its input .*teacher_input=lambda x: x\.clone\(\)"):
+        fit(Base(), kd(teacher=teacher))
+    fit(Base(), kd(teacher=teacher, teacher_input=torch.clone))
+
+
+def test_a_module_may_log_the_same_name_at_the_end_of_a_batch() -> None:
+    class Logging(Base):
+        def on_train_batch_end(self, outputs: Any, *args: Any) -> None:
+            self.log("train/loss", outputs["loss"], on_step=True, on_epoch=True)
+
+    assert "train/kd" in logged(fit(Logging(), kd()))
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")  # Lightning's, of its feature
+def test_a_step_that_fetches_its_own_batch() -> None:
+    class Fetching(Base):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return super().training_step(batch, 0)
+
+    with pytest.raises(ValueError, match="takes its batch from a dataloader_iter"):
+        fit(Fetching(), hint())
+
+
+def test_a_teacher_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        teacher = net(16)
+    with pytest.raises(ValueError, match="has no weights: it is on the meta device"):
+        fit(Base(), kd(teacher=teacher))
+
+
+def test_muon_is_told_what_it_cannot_optimize() -> None:
+    class Matrices(Base):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Muon([p for p in self.parameters() if p.ndim == 2], lr=0.01)
+
+    with pytest.raises(ValueError, match="Muon optimizes matrices only"):
+        fit(Matrices(), hint())
+
+
+def test_the_rehearsal_puts_a_samplers_generator_back() -> None:
+    def run(callback: Distillation) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        class Seeing(Base):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                seen.append(batch[1])
+                return super().training_step(batch, batch_idx)
+
+        sampler = SubsetRandomSampler(range(12), generator=torch.Generator().manual_seed(3))
+        fit(Seeing(), callback, batches=DataLoader(data(), batch_size=4, sampler=sampler))
+        return seen[-3:]
+
+    plain, rehearsed = run(kd()), run(hint())
+    assert all(map(torch.equal, plain, rehearsed))
 
 
 def test_a_loss_of_each_sample_is_refused() -> None:

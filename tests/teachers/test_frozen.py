@@ -313,6 +313,26 @@ def test_a_file_from_before_batches_were_counted(tmp_path: Path) -> None:
     assert same(state_of(model), state_of(saved))
 
 
+def test_modules_that_both_have_keep_the_students_mode() -> None:
+    shared = nn.Dropout(0.5)
+    teacher, student = nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(nn.Linear(4, 4), shared)
+    frozen = Frozen(teacher)
+    frozen.bind(student.train(), ["output"])
+    x = torch.ones(2, 4)
+    assert torch.equal(frozen(x)["output"][0], teacher[0](x))
+    assert shared.training
+    shared.eval()
+    frozen(x)
+    assert not shared.training
+
+
+def test_statistics_that_both_have_are_refused() -> None:
+    shared = nn.BatchNorm1d(4, affine=False)
+    teacher, student = nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(nn.Linear(4, 4), shared)
+    with pytest.raises(ValueError, match="shares 3 buffers with the student"):
+        Frozen(teacher).bind(student, ["output"])
+
+
 def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*nowhere\.pt.*looked from"):
         Frozen(Net(), checkpoint=tmp_path / "nowhere.pt")
