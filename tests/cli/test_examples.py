@@ -57,7 +57,7 @@ def test_a_column_each_of_the_same_images_and_none_of_others(tmp_path: Path, col
     def scenes(count: int) -> MaskScenes:
         return MaskScenes(train_size=4, val_size=2, test_size=count)
 
-    task = Segmentation(11, class_names=MaskScenes.class_names)
+    task = Segmentation(11, class_names=scenes(1).class_names)
     each = {"teacher": Constant(3), "student_alone": Constant(0)}
     networks = {name: network(task, scenes(12), student) for name, student in each.items()}
     networks["other"] = network(task, scenes(5), Constant(1))
