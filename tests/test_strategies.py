@@ -207,7 +207,7 @@ def test_a_sharded_gpu_is_the_same_training(tmp_path: Path) -> None:
 def test_wrappers_that_split_parameters_are_refused_where_something_learns(strategy: str) -> None:
     hint = Term(losses.FitNet(), student="model", teacher="output")
     run = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    run._accelerator_connector.strategy = type(strategy, (), {})()  # neither runs on a CPU
+    run._accelerator_connector.strategy = type(strategy, (), {"process_dataloader": id})()  # neither runs on a CPU
     for callback in (Distillation(nn.Linear(2, 2), {"hint": hint}), EMATeacher({"kd": Term(losses.KD())})):
         run.callbacks.append(callback)
         with pytest.raises(ValueError, match=f"{strategy} splits parameters.*ModelParallelStrategy"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -176,6 +176,10 @@ class DistillationCLI(LightningCLI):
             callbacks.append(shown)
         if not config.get("logger", True) or config.get("fast_dev_run"):  # it would land in the folder one stands in
             self.save_config_callback = None
+        saves = config.get("enable_checkpointing") is not False
+        if self.subcommand == "fit" and saves and not any(isinstance(each, Checkpoint) for each in callbacks):
+            # Lightning's own saves where it validates: with check_val_every_n_epoch=5, of 8 epochs the first five.
+            callbacks.append(ModelCheckpoint(save_on_train_epoch_end=True))
         if output := self.own_config.get("output"):
             callbacks.append(SavePredictions(Path(output)))
         kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes())]}

@@ -306,7 +306,8 @@ trainer = pl.Trainer(
 )
 pl.seed_everything(0)
 trainer.fit(Module(), DataLoader(digits(), batch_size=10, shuffle=True))
-assert len(calls) < 1 + 2 * 5, len(calls)  # of four epochs with five batches each, after a rehearsal
+# Of four epochs with five batches each, after a rehearsal: what the other process writes is there in the third.
+assert len(calls) <= 1 + 2 * 5, len(calls)
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_kd import __version__
-from lightning_kd.cli import main, teacher
+from lightning_kd.cli import export, main, teacher
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.listing import KINDS, members
 from lightning_kd.cli.progress import progress
@@ -211,6 +211,21 @@ def test_compare_refuses_what_it_would_merge(wrong: list[str], told: str, capsys
     assert told in capsys.readouterr().err
 
 
+def test_the_last_epoch_is_saved_where_none_validates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.check_val_every_n_epoch",
+        "3",
+        "--data.init_args.train_size",
+        "50",
+    ]
+    assert main(["fit", "--config", "digits_kd", *ALONE, *options, "--trainer.enable_progress_bar", "false"]) == 0
+    (saved,) = Path("runs").rglob("*.ckpt")
+    assert torch.load(saved, weights_only=True)["epoch"] == 1
+
+
 def test_compare_leaves_lightnings_loggers_as_they_were(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,12 +282,14 @@ def test_export_survives_moving_the_checkpoint(
 
 
 def test_export_leaves_no_file_that_failed_the_check(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "student.onnx"
-    arguments = ["--format", "onnx", "--output", str(output), "--tolerance=-1"]
-    assert main(["export", str(student(trained)), *arguments]) == 2
-    assert "differs by" in capsys.readouterr().err
+    arguments = ["export", str(student(trained)), "--format", "onnx", "--output", str(tmp_path / "student.onnx")]
+    monkeypatch.setattr(export, "_difference", lambda *_: 0.5)
+    assert main(arguments) == 2
+    assert "differs by 0.5 (--tolerance is 0.0001)" in capsys.readouterr().err
+    assert main([*arguments, "--tolerance=-1"]) == 2
+    assert "--tolerance: expected a number that is not negative" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -375,7 +375,7 @@ def test_compare_predict_and_export(
     for kind in ("onnx", "state_dict"):
         assert main(["export", checkpoint, "--format", kind, "--traceback"]) == 0
     student = detectors.FCOS(
-        num_classes=10, backbone="mobilenet_v3_small", channels=32, convs=2, min_size=64, max_size=64
+        num_classes=4, backbone="mobilenet_v3_small", channels=32, strides=[4, 8], convs=1, min_size=64, max_size=64
     )
     student.load_state_dict(torch.load(Path(checkpoint).with_suffix(".state_dict.pt"), weights_only=True))
     file = Path(checkpoint).with_suffix(".onnx")
