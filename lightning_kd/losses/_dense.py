@@ -132,6 +132,8 @@ def _with_gradient(
         value, slope = _of_block((s / temperature).log_softmax(dim), (t / temperature).log_softmax(dim), beta, dim)
         total += value
         if gradient is not None:
+            if counted is not None:
+                slope.masked_fill_(~counted[block], 0.0)  # and not what rounding leaves of 0
             gradient[block] = slope.div_(temperature)
     return total, gradient
 
