@@ -680,14 +680,13 @@ if __name__ == "__main__":
     own = Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.ConvTranspose2d(4, 6, 2, 2))
     if kind == "mutual":
         callbacks = [MutualDistillation([Net(6, norm=False)], {{"kd": kd, "hint": hint}}, student="model")]
-    elif kind == "routed":
-        ensemble = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=teachers.Router(2, 5))
-        callbacks = [Distillation(ensemble, {{"kd": kd}}, student="model")]
-    elif kind == "past":
+    elif kind == "past and ensembles":
         both = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights="entropy")
+        routed = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=teachers.Router(2, 5))
         callbacks = [
             Distillation(teachers.PastSelf(), {{"kd": kd, "hint": hint}}, student="model"),
             Distillation(both, {{"both": Term(losses.KD(), weight=schedules.Linear(0.1, 0.5))}}, student="model"),
+            Distillation(routed, {{"routed": Term(losses.KD(), weight=0.5)}}, student="model"),
         ]
     else:
         ctkd = Term(losses.CTKD(losses.KD()), weight=0.1)
@@ -711,10 +710,10 @@ FROZEN_AND_EMA = {
 LOGGED = {
     "frozen and EMA": FROZEN_AND_EMA,
     "norm": FROZEN_AND_EMA,
-    "routed": {"my_loss", *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "teacher/router"))},
-    "past": {
+    "past and ensembles": {
         "my_loss",
-        *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint", "both", "both/weight")),
+        *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint")),
+        *(f"train/{name}" for name in ("both", "both/weight", "routed", "teacher/router")),
     },
     "mutual": {
         *("my_loss", "peer1/my_loss", "train/loss"),
@@ -745,18 +744,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "strategy"),
-    [
-        ("frozen and EMA", "ddp"),
-        ("frozen and EMA", "ddp_spawn"),
-        ("frozen and EMA", "ddp_find_unused_parameters_false"),
-        ("mutual", "ddp"),
-        ("mutual", "ddp_spawn"),
-        ("routed", "ddp"),
-        ("past", "ddp"),
-    ],
-)
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_false"])
+@pytest.mark.parametrize("kind", ["frozen and EMA", "mutual", "past and ensembles"])
 def test_two_processes_are_the_same_training(
     kind: str, strategy: str, one_process: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
