@@ -20,30 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _user import Alone
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_kd.callbacks import TeacherCache
-from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, resnet34
 
 from lightning_kd import Distillation, Term, losses
 
 CLASSES = 100
-
-
-class Alone(LightningModule):
-    """A user's module."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.model = student
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.model(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
 class Clock(Callback):

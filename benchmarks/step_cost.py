@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from _peak import cpu_peak
+from _user import Alone, sgd
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
@@ -47,24 +48,6 @@ class Repeated(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.item
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-
-
-class Alone(LightningModule):
-    """A user's module."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.model = student
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.model(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return sgd(self.model.parameters())
 
 
 class ByHand(Alone):

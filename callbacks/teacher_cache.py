@@ -1,8 +1,5 @@
 """A cache of the teacher's answers, for a run that knows nothing of it."""
 
-import os
-from collections.abc import Mapping
-
 from lightning_kd.attachment.caching import Caching
 
 
@@ -29,11 +26,3 @@ class TeacherCache(Caching):
         >>> distillation = Distillation(teacher=torch.nn.Linear(32, 2), terms={"kd": Term(losses.KD())})
         >>> trainer = Trainer(callbacks=[distillation, TeacherCache("teacher_cache")])
     """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        storage: str | Mapping[str, str] = "float16",
-        fill_only: bool = False,
-    ) -> None:
-        super().__init__(folder, storage, fill_only)

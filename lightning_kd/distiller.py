@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_kd.counts import COUNTS
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
-from lightning_kd.teachers import Cached, Frozen, Teacher
+from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked, made_by
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
@@ -207,10 +207,9 @@ class Distiller(nn.Module):
         paths = {path.module for path in self._teacher_paths.values()}
         self._asks_teacher = ANSWER in labels_asked(self.student_input)
         self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)
-        taught = self.teacher.teacher if isinstance(self.teacher, Cached) else self.teacher
         for name, term in self.named_terms():
             with _naming(name):
-                term.meet(taught.model if isinstance(taught, Frozen) else None)
+                term.meet(self.teacher.still)
         self._read = [
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
             for name, term in self.named_terms()

@@ -18,7 +18,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor
     _check.maps(student, teacher, at_least=2, why=_ONE_POSITION)
     here = _mask.counted(mask, student)
     if here is None and _dense.serves(student, temperature):
-        total = _dense.divergence(student.flatten(2), teacher.detach().flatten(2), temperature, 0.0, 2)
+        total = _dense.divergence(student.flatten(2), teacher.flatten(2), temperature, 0.0, 2)
         return temperature**2 * total / (student.shape[0] * student.shape[1])
     s, t = (_log_softmax(upcast(x) / temperature, here) for x in (student, teacher.detach()))
     samples = student.shape[0] if here is None else _mask.total(here.flatten(1).any(1))

@@ -38,6 +38,11 @@ class Teacher(nn.Module, ABC):
         super().__init__()
         self.learner = None  # not on the class, where it would hide the submodule of this name
 
+    @property
+    def still(self) -> nn.Module | None:
+        """The model that stands still, with whose layers a projector may work; None where there is none."""
+        return None
+
     def root(self, student: nn.Module) -> nn.Module | None:
         """Returns the model in which terms name their paths, or None if it can tell only in ``bind``."""
         return None

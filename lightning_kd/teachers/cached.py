@@ -120,6 +120,11 @@ class Cached(Teacher):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_paths": [], "_shards": None, "_labels": None, "_seen": None, "_pending": []}
 
+    @property
+    def still(self) -> nn.Module | None:
+        """That of the teacher, if there is one."""
+        return self.teacher.still if isinstance(self.teacher, Teacher) else None
+
     def root(self, student: nn.Module) -> nn.Module | None:
         """Returns the model of the teacher, if there is one."""
         return self.teacher.root(student) if isinstance(self.teacher, Teacher) else None

@@ -91,6 +91,11 @@ class Frozen(Teacher):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taps": None, "_compiled": False, "_shared": []}
 
+    @property
+    def still(self) -> nn.Module:
+        """The model."""
+        return self.model
+
     def root(self, student: nn.Module) -> nn.Module:
         """Returns the model."""
         return self.model
