@@ -1,7 +1,6 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,26 +12,30 @@ from torch.distributed.tensor import DTensor
 
 from lightning_kd.attachment.guest import GUEST, Guest
 from lightning_kd.attachment.labels import Label, batch_of, labels_of
+from lightning_kd.attachment.log import Log
+from lightning_kd.attachment.moments import Moments
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
+from lightning_kd.attachment.patches import Patches
 from lightning_kd.attachment.positions import Positions
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
-    refuse_changing_accumulation,
     refuse_earlier_average,
     refuse_forgotten,
     refuse_iterator,
     refuse_manual,
+    refuse_same_names,
     refuse_shared,
     refuse_strategy,
     refuse_two_swaps,
+    refuse_uncalled,
 )
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
 from lightning_kd.copying import unshare
 from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
-from lightning_kd.schedules import Moment, Schedule
+from lightning_kd.schedules import Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
 from lightning_kd.teachers.copies import CopyTeacher
@@ -76,22 +79,20 @@ class Attachment(Callback):
         self.task_weight = factor("task_weight", task_weight)
         if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
             raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
-        self.prog_bar = prog_bar
         self._all: list[Attachment] = [self]
         self._own_step: Callable[..., Any] | None = None
-        self._values: dict[str, Tensor | float] = {}
         self._pending: dict[str, Any] | None = None
-        self._total_steps = 0.0
-        self._epochs = math.nan
         self._steps_done = 0
         self._ready = False
+        self._log = Log(prog_bar)
+        self._moment = Moments()
         self._check = FiniteCheck()
         self._positions = Positions()
-        self._undo: list[Callable[[], None]] = []
+        self._patches = Patches()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_undo": [], "_values": {}, "_ready": False, "_all": [], "_own_step": None, "_positions": Positions()}
-        return {**self.__dict__, **fresh}
+        fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches()}
+        return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None}
 
     @property
     def state_key(self) -> str:
@@ -111,10 +112,10 @@ class Attachment(Callback):
         training_step = pl_module.training_step
         # The user's own, whoever else is attached.
         self._own_step = training_step if self is self._all[0] else self._all[0]._own_step
-        self._patch(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
+        self._patches.replace(pl_module, "training_step", self._distilling(trainer, pl_module, training_step))
         if self.distiller.teacher.evaluated:  # for checkpoints of weights alone Lightning asks no callback
-            self._patch(pl_module, "on_save_checkpoint", self._saving(pl_module.on_save_checkpoint))
-        self._undo.append(self._positions.watch(trainer, lambda: self.distiller.teacher))
+            self._patches.replace(pl_module, "on_save_checkpoint", self._saving(pl_module.on_save_checkpoint))
+        self._patches.add(self._positions.watch(trainer, lambda: self.distiller.teacher))
         if self._has_parameters():
             # Made here, since the optimizer and the strategy's wrapper are made next. Not functools.wraps: Lightning
             # follows __wrapped__ and would find that the user's class has no configure_model.
@@ -124,8 +125,8 @@ class Attachment(Callback):
                 configure_model()
                 self._enter(trainer, pl_module)
 
-            self._patch(pl_module, "configure_model", configure_model_and_terms)
-            self._patch(pl_module, "configure_optimizers", self._optimizing(pl_module.configure_optimizers))
+            self._patches.replace(pl_module, "configure_model", configure_model_and_terms)
+            self._patches.replace(pl_module, "configure_optimizers", self._optimizing(pl_module.configure_optimizers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches terms that have no parameters, and brings the teacher to the student's device."""
@@ -154,13 +155,7 @@ class Attachment(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Logs the losses of the step; in a hook in which few modules log, and a name is logged once in each."""
-        values, self._values = self._values, {}
-        own = {result.meta.name for result in trainer._results.values()} if trainer._results else set()
-        # A name that the module's training_step logs is the module's.
-        ours = {name: value for name, value in values.items() if name not in own or name in self._logged}
-        self._logged |= ours.keys()
-        # Nothing is averaged over an epoch, so the size does not matter; some batches do not tell it.
-        pl_module.log_dict(ours, prog_bar=self.prog_bar, batch_size=1)
+        self._log.write(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a teacher that is to be evaluated take the student's place."""
@@ -247,11 +242,9 @@ class Attachment(Callback):
             refuse_earlier_average(trainer, self)
         attached = attachments_of(trainer)
         refuse_two_swaps(trainer, [each for each in attached if each.distiller.teacher.evaluated])
-        names = [name for attachment in attached for name in attachment.distiller.terms]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"More than one callback has a term named {', '.join(twice)}; each name is logged once.")
-        refuse_shared([each.distiller for each in attached])
+        distillers = [each.distiller for each in attached]
+        refuse_same_names(distillers)
+        refuse_shared(distillers)
         if self is not attached[0] and self.task_weight != 1.0:
             raise ValueError(
                 f"task_weight={self.task_weight} of {type(self).__name__}: the module's own loss has one weight, which "
@@ -266,21 +259,7 @@ class Attachment(Callback):
             self._ready = True
 
     def _measure_run(self, trainer: Trainer) -> None:
-        needed = self.distiller.needs_end or isinstance(self.task_weight, Schedule)
-        if needed:
-            refuse_changing_accumulation(trainer)
-        self._total_steps = float(trainer.estimated_stepping_batches) if needed else float("inf")
-        self._epochs = _epochs_of(trainer)
-        if needed and not 0.0 < self._total_steps < float("inf"):
-            raise ValueError(
-                "A schedule is over the run, and the run has no end. Set max_epochs of the Trainer, or max_steps where "
-                "the data has no length."
-            )
-
-    def _moment(self, trainer: Trainer) -> Moment:
-        """Returns where in the run the next step is; without a schedule, nobody asks how far."""
-        step, epoch = trainer.global_step, trainer.current_epoch
-        return Moment(step / self._total_steps, step, epoch, epoch / self._epochs)
+        self._moment.measure(trainer, self.distiller.needs_end or isinstance(self.task_weight, Schedule))
 
     def _needs_sample(self) -> bool:
         return self.distiller.needs_sample
@@ -288,22 +267,9 @@ class Attachment(Callback):
     def _has_parameters(self) -> bool:
         return self._needs_sample() or any(True for _ in self.distiller.parameters())
 
-    def _patch(self, pl_module: LightningModule, name: str, value: Any) -> None:
-        had = vars(pl_module).get(name)
-
-        def undo() -> None:
-            if had is None:
-                vars(pl_module).pop(name, None)
-            else:
-                setattr(pl_module, name, had)
-
-        setattr(pl_module, name, value)
-        self._undo.append(undo)
-
     def _undo_all(self) -> None:
         self._ready = False
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     def leave(self, trainer: Trainer) -> None:
         """Takes off what is attached, the outermost first."""
@@ -316,8 +282,8 @@ class Attachment(Callback):
     def _attach(self, pl_module: LightningModule) -> nn.Module:
         student = self._student_in(pl_module)
         self.distiller.attach(student)
-        self._undo.append(self.distiller.detach)
-        self._logged: set[str] = set()
+        self._patches.add(self.distiller.detach)
+        self._log.clear()
         if not self._needs_sample():
             self._restore_pending()
         return student
@@ -344,11 +310,11 @@ class Attachment(Callback):
         self._host(pl_module, learners, guest)
         if is_sharded(student):
             hosted = pl_module.get_submodule(guest)
-            self._undo.append(lambda: keep_names(trainer.strategy, pl_module, guest, hosted))
+            self._patches.add(lambda: keep_names(trainer.strategy, pl_module, guest, hosted))
 
     def _host(self, pl_module: LightningModule, learners: nn.Module, guest: str = GUEST) -> None:
         pl_module.add_module(guest, Guest(learners))
-        self._undo.append(lambda: delattr(pl_module, guest))
+        self._patches.add(lambda: delattr(pl_module, guest))
 
     @property
     def _distillers(self) -> list[Distiller]:
@@ -367,7 +333,7 @@ class Attachment(Callback):
         self._move_teacher(device)
         assert self._own_step is not None
         calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller, self._labels_of)
-        self._check_called(calls, pl_module)
+        refuse_uncalled(calls, self.student, pl_module)
         reshard(pl_module)  # no backward does it
         with isolate_rng():  # data order and dropout are those of the student trained alone
             self.distiller.build(calls[0])
@@ -396,7 +362,7 @@ class Attachment(Callback):
                     f"training_step returned a loss of shape {tuple(task_loss.shape)}, and a loss is one number: "
                     "reduce it, with .mean() for one."
                 )
-            self._check_called(calls, pl_module)
+            refuse_uncalled(calls, self.student, pl_module)
             total = self._total(trainer, task_loss, calls, labels, args, kwargs)
             if total is None:
                 return None
@@ -419,11 +385,12 @@ class Attachment(Callback):
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Returns what a training step returns, the module's own loss and the terms; None skips the batch."""
-        total, self._values = self._weigh(trainer, self.distiller, task_loss, calls, labels)
+        total, values = self._weigh(trainer, self.distiller, task_loss, calls, labels)
         if self is not self._all[0]:
-            del self._values["train/task"]
+            del values["train/task"]
         if self is self._all[-1]:
-            self._values["train/loss"] = total.detach()
+            values["train/loss"] = total.detach()
+        self._log.values = values
         return total
 
     def _begin_step(self) -> None:
@@ -450,21 +417,6 @@ class Attachment(Callback):
             values["task/weight"] = weight
         logged = {f"{name}train/{key}": v.detach() if isinstance(v, Tensor) else v for key, v in values.items()}
         return weight * task_loss + distiller.total(losses), logged
-
-    def _check_called(self, calls: list[Call], pl_module: LightningModule) -> None:
-        if calls:
-            return
-        name = f"{self.student!r}" if self.student else f"{type(pl_module).__name__}.forward"
-        children = [
-            n
-            for n, child in pl_module.named_children()
-            if not n.startswith(GUEST) and any(True for _ in child.parameters())
-        ]
-        raise RuntimeError(
-            f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
-            "Say which module it calls: Distillation(student=...), one of "
-            f"{', '.join(map(repr, children)) or 'its submodules'}. self.forward(x) bypasses hooks, self(x) does not."
-        )
 
     def _optimizing(self, configure_optimizers: Callable[[], Any]) -> Callable[[], Any]:
         """Wraps ``configure_optimizers`` so that the terms' parameters are optimized, however it is written."""
@@ -493,17 +445,7 @@ class Attachment(Callback):
             def undo() -> None:
                 teacher.to(home)
 
-            self._undo.append(undo)
-
-
-def _epochs_of(trainer: Trainer) -> float:
-    """Returns how many epochs a run has, which max_steps may end sooner; not a number, where nothing says it."""
-    if not trainer.max_epochs or trainer.max_epochs < 0:
-        return math.nan
-    if trainer.max_steps < 0 or trainer.num_training_batches == math.inf:
-        return float(trainer.max_epochs)
-    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    return float(min(trainer.max_epochs, math.ceil(trainer.max_steps / steps)))
+            self._patches.add(undo)
 
 
 def attachments_of(trainer: Trainer) -> list[Attachment]:

@@ -16,6 +16,7 @@ from lightning_kd.attachment.attachment import Attachment, attachments_of
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
+from lightning_kd.attachment.refusals import refuse_uncalled
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
 from lightning_kd.copying import own_copy
@@ -118,11 +119,11 @@ class MutualAttachment(Attachment):
                 self._meet(trainer, pl_module)
                 self._host(pl_module, nn.ModuleList([peer.module for peer in self._others]))
 
-            self._patch(pl_module, "configure_model", configure_model_and_peers)
+            self._patches.replace(pl_module, "configure_model", configure_model_and_peers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
-        for peer in self._others if self._undo else []:
+        for peer in self._others if self._patches else []:
             peer.module.teardown(stage)
         super().teardown(trainer, pl_module, stage)
         self._undo_all()
@@ -184,7 +185,7 @@ class MutualAttachment(Attachment):
         student = super()._attach(pl_module)
         for peer in self._others:
             peer.distiller.attach(peer.network)
-            self._undo.append(peer.distiller.detach)
+            self._patches.add(peer.distiller.detach)
         return student
 
     def _learners(self) -> nn.Module:
@@ -202,7 +203,7 @@ class MutualAttachment(Attachment):
             step = self._own_step if peer.module is pl_module else peer.module.training_step
             trainer.precision_plugin.convert_module(peer.module).to(trainer.strategy.root_device)
             calls = rehearse(trainer, peer.module, step, peer.network, peer.distiller, self._labels_of)
-            self._check_called(calls, peer.module)
+            refuse_uncalled(calls, self.student, peer.module)
             reshard(peer.module)
             found.append(calls)
         with isolate_rng():
@@ -255,10 +256,10 @@ class MutualAttachment(Attachment):
                 if not is_sharded(peer.module):
                     peer.module.cpu()  # as Lightning does with the student's
 
-        self._undo.append(part)
+        self._patches.add(part)
         for hook in HOOKS[trainer.state.fn.value]:
             if any(is_overridden(hook, peer.module) for peer in self._others):
-                self._patch(pl_module, hook, self._calling_all(getattr(pl_module, hook), hook))
+                self._patches.replace(pl_module, hook, self._calling_all(getattr(pl_module, hook), hook))
 
     def _module_of(
         self, peer: nn.Module, pl_module: LightningModule, student: nn.Module
@@ -303,7 +304,7 @@ class MutualAttachment(Attachment):
             if not isinstance(loss, Tensor):
                 raise ValueError(f"training_step returned a loss for the student and {loss!r} for {peer.name}.")
             peer.output = recursive_detach({**(result if isinstance(result, Mapping) else {}), "loss": loss})
-            self._check_called(theirs, peer.module)
+            refuse_uncalled(theirs, self.student, peer.module)
             found.append(theirs)
             tasks.append(loss)
         total: Tensor | None = None
@@ -316,7 +317,7 @@ class MutualAttachment(Attachment):
             values |= measured
             total = own if total is None else total + own
         assert total is not None
-        self._values = {**values, "train/loss": total.detach()}
+        self._log.values = {**values, "train/loss": total.detach()}
         return total
 
     def _follow_the_students_terms(self, peer: Peer) -> None:

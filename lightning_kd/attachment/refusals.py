@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAve
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_kd.distiller import Distiller
+from lightning_kd.attachment.guest import GUEST
+from lightning_kd.distiller import Call, Distiller
 
 WRAPPING = ("FSDPStrategy", "DeepSpeedStrategy")
 """Strategies that hold parameters in a wrapper; by name, since pytorch_lightning has classes of its own."""
@@ -75,6 +76,14 @@ def refuse_two_swaps(trainer: Trainer, evaluated: Sequence[Callback]) -> None:
         )
 
 
+def refuse_same_names(distillers: Sequence[Distiller]) -> None:
+    """Refuses terms of one name in several callbacks."""
+    names = [name for distiller in distillers for name in distiller.terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"More than one callback has a term named {', '.join(twice)}; each name is logged once.")
+
+
 def refuse_shared(distillers: Sequence[Distiller]) -> None:
     """Refuses what several callbacks would bind, teach or schedule at once."""
     owned = [
@@ -111,3 +120,20 @@ def refuse_changing_accumulation(trainer: Trainer) -> None:
             "A schedule is over the run, and with GradientAccumulationScheduler its length is not known before. "
             "Accumulate the same number of batches throughout: Trainer(accumulate_grad_batches=...)."
         )
+
+
+def refuse_uncalled(calls: Sequence[Call], student: str | None, pl_module: LightningModule) -> None:
+    """Refuses a ``training_step`` in which the student was not called."""
+    if calls:
+        return
+    name = f"{student!r}" if student else f"{type(pl_module).__name__}.forward"
+    children = [
+        n
+        for n, child in pl_module.named_children()
+        if not n.startswith(GUEST) and any(True for _ in child.parameters())
+    ]
+    raise RuntimeError(
+        f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
+        "Say which module it calls: Distillation(student=...), one of "
+        f"{', '.join(map(repr, children)) or 'its submodules'}. self.forward(x) bypasses hooks, self(x) does not."
+    )
