@@ -86,10 +86,12 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
     settings = settings_of(cli)
     model = settings["model"]
     standing = (model.get("teacher") or {}).get("class_path") in STANDING
-    if not model.get("terms") or (standing and not teacher.trained(model)):
+    if any(not one.get("checkpoint") for one in teacher.standing(model)):
+        print("teacher: no checkpoint is given; it has the weights that its network brings")
+    if not model.get("terms") or (standing and not teacher.standing(model)):
         raise UsageError(
-            f"{file}: compare needs terms, and a teacher: a lightning_kd.teachers.Frozen with a model and a "
-            "checkpoint, an Ensemble of such, or one that learns with the student"
+            f"{file}: compare needs terms, and a teacher: a lightning_kd.teachers.Frozen with a model, an Ensemble of "
+            "such, or one that learns with the student"
         )
     return cli
 
@@ -128,8 +130,8 @@ def compare(
         return Row(name, role, metrics, baseline, main=first.main, higher=first.higher)
 
     for name, settings in configs.items():
-        trained = teacher.trained(settings["model"])
-        for network, checkpoint in ((one["model"], one["checkpoint"]) for one in trained):
+        standing = teacher.standing(settings["model"])
+        for network, checkpoint in ((one["model"], one.get("checkpoint")) for one in standing):
             key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
             if key not in teachers:
                 # At the student's task it is measured in agreement with the ensemble that it may belong to.
@@ -137,11 +139,11 @@ def compare(
                 own = {"student": network, "task": tasks[name] or settings["model"]["task"]}
                 taught = taught | {"model": taught["model"] | own}
                 title = f"teacher{_number(teachers)}"
-                teachers[key] = row(title, "teacher", {0: Tested(taught, Path(checkpoint), runs)})
+                teachers[key] = row(title, "teacher", {0: Tested(taught, checkpoint and Path(checkpoint), runs)})
         seeded = seeds or [settings["seed_everything"]]
         single = teacher.alone(settings)
         # What agrees with a teacher is measured with it; teachers that learn with the student are not there any more.
-        measuring = settings if trained else single
+        measuring = settings if standing else single
         kind = pydoc.locate(settings["model"]["task"]["class_path"])
         alone_measuring = single if getattr(kind, "with_teacher", False) else measuring
         networks = [single["model"]["student"], *peers(settings)]

@@ -63,16 +63,15 @@ class Tested:
 
     Args:
         settings: The configuration whose student the network is, and with whose teacher it may agree.
-        weights: File with the weights.
+        weights: File with the weights; None where the network brings its own.
         folder: Where what was measured is kept, and found again.
     """
 
-    def __init__(self, settings: Settings, weights: Path, folder: Path) -> None:
+    def __init__(self, settings: Settings, weights: Path | None, folder: Path) -> None:
         quiet = ALL_IN_ONE | {"enable_progress_bar": False}
         self.settings = settings | {"trainer": settings["trainer"] | quiet}
         self.weights = weights
-        stat = weights.stat()
-        key = fingerprint(settings | {"weights": [str(weights), stat.st_size, stat.st_mtime_ns]})
+        key = fingerprint(settings | {"weights": _which(weights)})
         self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
         if not kept.is_file() or "higher" not in json.loads(kept.read_text()):
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,8 @@ class Tested:
     def cli(self) -> DistillationCLI:
         """Return data and module of the configuration, with these weights in its student."""
         cli = DistillationCLI(["--config", write(self.settings, self._file)], run=False)
-        load_weights(cli.model.student, self.weights)
+        if self.weights is not None:
+            load_weights(cli.model.student, self.weights)
         return cli
 
     def _measure(self) -> dict[str, Any]:
@@ -111,6 +111,11 @@ class Tested:
         model = self.cli().model
         deployed: nn.Module = model.task.deployed(model.student)
         return deployed.eval(), random_inputs(self._inputs, batch=1)
+
+
+def _which(weights: Path | None) -> list[Any]:
+    """What tells a file with weights from others, and from itself when it was written again."""
+    return [str(weights), weights.stat().st_size, weights.stat().st_mtime_ns] if weights else []
 
 
 def _higher(task: TaskAdapter, logged: Iterable[str]) -> dict[str, bool | None]:

@@ -63,14 +63,19 @@ class TeacherFit:
     task: dict[str, Any] | None = None
 
 
-def trained(model: Any) -> list[Any]:
-    """The ``init_args``, with a network and its checkpoint, of the teacher in a model's configuration.
+def standing(model: Any) -> list[Any]:
+    """The ``init_args`` with a network of the teacher in a model's configuration; of an ensemble, of each of them.
 
-    Those of each teacher of an ensemble; teachers that learn with the student have none.
+    Teachers that learn with the student have none.
     """
     given = (model.get("teacher") or {}).get("init_args") or {}
     each = [one.get("init_args") or {} for one in given.get("teachers") or []] or [given]
-    return [one for one in each if one.get("model") and one.get("checkpoint")]
+    return [one for one in each if one.get("model")]
+
+
+def trained(model: Any) -> list[Any]:
+    """Of these, those with a checkpoint; the others bring their weights with their network."""
+    return [one for one in standing(model) if one.get("checkpoint")]
 
 
 def missing(config: Any) -> list[Any]:

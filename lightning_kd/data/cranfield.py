@@ -143,6 +143,12 @@ class Cranfield(SplitDataModule):
         samplers = late_import("pytorch_metric_learning.samplers", "pytorch-metric-learning", "retrieval")
         split = self.splits["train"]
         numbers = [each.number for each in split.texts]  # type: ignore[attr-defined]
+        known, needed = len(set(numbers)), self.batch_size // 2
+        if known < needed:
+            raise ValueError(
+                f"limit={self.limit} leaves texts of {known} documents, and a batch of batch_size={self.batch_size} is "
+                f"of {needed}. Raise limit, or lower batch_size"
+            )
         sampler = samplers.MPerClassSampler(numbers, 2, self.batch_size, length_before_new_iter=len(numbers))
         return DataLoader(
             split, self.batch_size, sampler=sampler, drop_last=True, num_workers=self.num_workers,

@@ -320,6 +320,19 @@ def test_compare_trains_once_and_goes_on(
     assert len(Path("out", "runs.csv").read_text().splitlines()) == 1 + 1 + 2 + 2
 
 
+def test_compare_takes_a_teacher_whose_network_brings_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = ["--teacher_fit", "null", "--model.teacher.init_args.checkpoint", "null", "--trainer.max_epochs", "1"]
+    assert main(["compare", "--config", "digits_kd", *SMALL[4:], *own, "--output", "out", "--traceback"]) == 0
+    assert "teacher: no checkpoint is given; it has the weights that its network brings" in capsys.readouterr().out
+    assert [line.split(",")[0] for line in Path("out", "comparison.csv").read_text().splitlines()[1:]] == [
+        "teacher", "student alone", "digits_kd",
+    ]  # fmt: skip
+    assert not Path("checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_a_peer_is_exported_tested_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
