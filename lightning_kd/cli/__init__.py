@@ -25,7 +25,7 @@ Task-specific knowledge distillation: everything in YAML, nothing in code.
   cache      ask a teacher once for all, and write down what it says
   compare    train teacher, student alone and distilled student; say what was gained
   export     write a student as ONNX, TorchScript or a plain state dict
-  list       name the losses, teachers, tasks, callbacks, schedules, projectors, configs
+  list       name the losses, teachers, tasks, models, data, callbacks, schedules, projectors, configs
 
   lightning-kd COMMAND --help says more. First steps: lightning-kd compare --config digits_kd
   --traceback, with any command: show where in the code an error arose
@@ -44,6 +44,10 @@ usage: lightning-kd {command} --config NAME_OR_FILE [--KEY VALUE ...]
   --help_all                  every option with its description (some 2,000 lines)
 """
 CKPT = "  --ckpt_path FILE            {}"
+FUNCTION = (
+    "class_path names a function, expected a class: lightning_kd.models.Timm or Torchvision, or one of your own "
+    "that calls the function"
+)
 NO_LAST = r".*there is no last checkpoint available"
 OWN_OPTIONS = {
     "fit": CKPT.format("go on with this run"),
@@ -130,6 +134,9 @@ def _told(error: BaseException) -> str:
     where = ""
     if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
         return f"the checkpoint is of another network: {misfits[1]}"
+    if "'linked_targets'" in str(error):  # jsonargparse's own mistake
+        key = re.match(r'Parser key "([^"]+)"', str(error))
+        return f"{key[1] if key else 'model'}: {FUNCTION}"
     # Before 4.47 jsonargparse tries None first, so that this is the cause; the others are in the text.
     none = "Expected a <class 'NoneType'>"
     while "Union subtypes" in str(error) and error.__cause__ and not str(error.__cause__).startswith(none):

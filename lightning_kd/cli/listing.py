@@ -11,7 +11,7 @@ from lightning_kd.cli import configs
 from lightning_kd.cli.errors import unknown
 from lightning_kd.schedules import Moment
 
-KINDS = ("losses", "teachers", "tasks", "callbacks", "schedules", "projectors", "configs")
+KINDS = ("losses", "teachers", "tasks", "models", "data", "callbacks", "schedules", "projectors", "configs")
 
 
 def main(arguments: list[str]) -> None:
@@ -49,7 +49,7 @@ def _public(module: ModuleType) -> list[str]:
 
 def _is_made(member: object) -> bool:
     """Tells what a configuration can name from what others derive from, or are told by the engine."""
-    return not inspect.isabstract(member) and member is not Moment
+    return isinstance(member, type | None) and not inspect.isabstract(member) and member is not Moment
 
 
 def _one_line(module: ModuleType, name: str) -> str:

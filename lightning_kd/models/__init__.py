@@ -8,6 +8,7 @@ from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.part_experts import PartExperts
 from lightning_kd.models.pose import PoseNet
 from lightning_kd.models.text_embedder import TextEmbedder
+from lightning_kd.models.timm import Timm
 from lightning_kd.models.torchvision import Torchvision
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SmallEmbedder",
     "SqueezeNetFeatures",
     "TextEmbedder",
+    "Timm",
     "Torchvision",
     "pyramid",
 ]

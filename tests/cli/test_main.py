@@ -411,6 +411,7 @@ def test_bad_input_is_told_with_exit_code_2(
         ("trianer: {max_epochs: 3}", "Did you mean trainer"),
         ("model: {task: {class_path: lightning_kd.tasks.Clasification}}", "Did you mean Classification?"),
         ("model: {terms: {kd: {loss: {class_path: lightning_kd.losses.RDK}}}}", "Did you mean RKD"),
+        ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
     ],
 )
 def test_a_mistake_in_a_file_is_told_in_one_line(
