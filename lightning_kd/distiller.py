@@ -198,9 +198,15 @@ class Distiller(nn.Module):
             student: The model whose calls are watched.
 
         Raises:
-            ValueError: If a path is unknown; the message names the term and lists the closest names.
+            ValueError: If a path is unknown, of which the message names the term and lists the closest names; or if
+                the student is TorchScript.
         """
         self.detach()
+        if isinstance(student, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]  # torch's own gap
+            raise ValueError(
+                "the student is TorchScript, whose calls cannot be watched. Train the module that it was made of, and "
+                "script it after the fit."
+            )
         self._student_paths = self._resolve("student", student)
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
         self._teacher_paths = self._resolve("teacher", self.teacher.root(student))

@@ -14,10 +14,12 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.attachment.labels import labels_of
 from lightning_kd.attachment.mutual import MutualAttachment
+from lightning_kd.attachment.resume import START_ANEW
 from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
+from lightning_kd.teachers.stillness import set_training
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, describe
 
@@ -126,6 +128,17 @@ class DistillationModule(LightningModule):
         """Calls the student."""
         return self.student(*args, **kwargs)
 
+    def on_train_start(self) -> None:
+        """Refuses to go on with the state of another optimizer, which torch takes and stumbles over in the step."""
+        for optimizer in self.trainer.optimizers:
+            defaults = getattr(optimizer, "defaults", {})
+            lacking = sorted({name for group in optimizer.param_groups for name in defaults if name not in group})
+            if self.trainer.ckpt_path and lacking:
+                raise ValueError(
+                    f"The run that is resumed had another optimizer: its state has no {', '.join(lacking)} for "
+                    f"{type(optimizer).__name__}. Resume with the optimizer of that run, or {START_ANEW}."
+                )
+
     def on_train_epoch_start(self) -> None:
         """Tells the task."""
         self.task.begin_epoch(self.current_epoch)
@@ -166,7 +179,8 @@ class DistillationModule(LightningModule):
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:
             with teacher.context():
-                return self.task(teacher.model.eval(), batch)
+                set_training(teacher.model, False)
+                return self.task(teacher.model, batch)
         finally:
             handle.remove()
 

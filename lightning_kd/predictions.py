@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ class PredictionFile(ABC):
         """Is told where to write, before the first batch."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # what cannot be written is told before anything is predicted
+            pass
 
     @abstractmethod
     def close(self) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 OUTPUT = "output"
@@ -125,6 +126,11 @@ def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
     module = root
     for part in path.split("."):
         module = getattr(module, "_orig_mod", module)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{owner} ({type(root).__name__}) is TorchScript, inside of which nothing can be tapped, {path!r} for "
+                f"one; only {OUTPUT!r}, what it returns. Give the module that it was made of."
+            )
         child = module._modules.get(part)
         if child is None:
             names = [name for name in map(_uncompiled, dict(root.named_modules())) if name]

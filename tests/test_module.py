@@ -273,3 +273,12 @@ def test_a_schedule_of_the_learning_rate_needs_an_end() -> None:
     fitted = module(lr_scheduler=schedules.Cosine(1.0, 0.0))
     with pytest.raises(ValueError, match="Set max_epochs, or with max_steps lr_interval='step'"):
         trainer(max_epochs=-1, max_steps=3).fit(fitted, loader(), loader())
+
+
+def test_another_optimizer_does_not_resume(tmp_path: Path) -> None:
+    run = trainer()
+    run.fit(module(), loader(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    with pytest.raises(ValueError, match=r"its state has no dampening, momentum for SGD\. Resume with"):
+        trainer(max_epochs=2).fit(other, loader(), loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)

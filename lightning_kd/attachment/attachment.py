@@ -84,6 +84,7 @@ class Attachment(Callback):
         self._pending: dict[str, Any] | None = None
         self._steps_done = 0
         self._ready = False
+        self._was_called = False
         self._log = Log(prog_bar)
         self._moment = Moments()
         self._check = FiniteCheck()
@@ -268,7 +269,7 @@ class Attachment(Callback):
         return self._needs_sample() or any(True for _ in self.distiller.parameters())
 
     def _undo_all(self) -> None:
-        self._ready = False
+        self._ready = self._was_called = False
         self._patches.undo()
 
     def leave(self, trainer: Trainer) -> None:
@@ -362,8 +363,9 @@ class Attachment(Callback):
                     f"training_step returned a loss of shape {tuple(task_loss.shape)}, and a loss is one number: "
                     "reduce it, with .mean() for one."
                 )
-            refuse_uncalled(calls, self.student, pl_module)
+            refuse_uncalled(calls, self.student, pl_module, self._was_called)
             total = self._total(trainer, task_loss, calls, labels, args, kwargs)
+            self._was_called = True
             if total is None:
                 return None
             return {**result, "loss": total} if isinstance(result, Mapping) else total
@@ -433,7 +435,9 @@ class Attachment(Callback):
 
     def _move_teacher(self, device: torch.device) -> None:
         teacher = self.distiller.teacher
-        home = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), device)
+        tensors = [*teacher.parameters(), *teacher.buffers()]
+        # Of what it shares with the student, the student has moved its part.
+        home = next((t.device for t in tensors if t.device != device), device)
         if home.type == "meta":
             raise ValueError(
                 "the teacher has no weights: it is on the meta device. Load them first: model.to_empty(device='cpu'), "

@@ -23,6 +23,8 @@ class Log:
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the values, except under names that the module's own training_step logs."""
         values, self.values = self.values, {}
+        if trainer.barebones:  # in which whoever logs is warned
+            return
         own = {result.meta.name for result in trainer._results.values()} if trainer._results else set()
         ours = {name: value for name, value in values.items() if name not in own or name in self._logged}
         self._logged |= ours.keys()

@@ -25,6 +25,7 @@ from lightning_kd.schedules import Schedule
 from lightning_kd.sharded_copies import shard_as
 from lightning_kd.sharding import is_sharded, reshard, sharded_as, whole
 from lightning_kd.teachers import Peers
+from lightning_kd.teachers.weights import peers_in
 from lightning_kd.wiring import find_module
 
 _LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_end", "on_{}_epoch_end", "on_{}_end")
@@ -134,6 +135,12 @@ class MutualAttachment(Attachment):
             self._restore_peers(state_dict)
         else:
             super().load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that has no weights for the peers."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._others and not trainer.training and self.state_key not in checkpoint.get("callbacks", {}):
+            self._restore_peers({"peers": peers_in(checkpoint)})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the terms learned, and the peers' modules with what their terms learned."""

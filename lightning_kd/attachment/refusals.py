@@ -122,11 +122,20 @@ def refuse_changing_accumulation(trainer: Trainer) -> None:
         )
 
 
-def refuse_uncalled(calls: Sequence[Call], student: str | None, pl_module: LightningModule) -> None:
-    """Refuses a ``training_step`` in which the student was not called."""
+def refuse_uncalled(
+    calls: Sequence[Call], student: str | None, pl_module: LightningModule, before: bool = False
+) -> None:
+    """Refuses a ``training_step`` in which the student was not called, though it may have been in steps before."""
     if calls:
         return
     name = f"{student!r}" if student else f"{type(pl_module).__name__}.forward"
+    if before:
+        raise RuntimeError(
+            f"training_step called the student ({name}) before, and not in step {pl_module.global_step}, epoch "
+            f"{pl_module.current_epoch}, or only under no_grad. A step without it may return None, which skips the "
+            "batch; where it learns something else, call the engine inside of training_step, in the steps that have "
+            "something to distil (lightning_kd.Distiller)."
+        )
     children = [
         n
         for n, child in pl_module.named_children()

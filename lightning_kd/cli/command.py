@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -51,6 +53,11 @@ SWITCHES = {
 BY_NAME = ("best", "last", "hpc")
 """Checkpoints that the Trainer finds by itself."""
 
+FRESH = (
+    "note: without --ckpt_path the student has the weights that it is made with, random ones unless its class loads "
+    "others"
+)
+
 _STRICT: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
 
 
@@ -88,6 +95,11 @@ class DistillationCLI(LightningCLI):
         content = read(path)
         if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
             raise UsageError(f"--ckpt_path: {path} is no checkpoint of a run; give one that `lightning-kd fit` wrote")
+        if self.config.get("subcommand") == "fit" and "optimizer_states" not in content:
+            raise UsageError(
+                f"--ckpt_path: {path} holds weights alone, and going on with a run takes the optimizer's state, too; "
+                "give a checkpoint that was not saved with save_weights_only"
+            )
         output = self.config.get(f"{self.config.get('subcommand')}.output")
         if output and Path(output).resolve() == Path(path).resolve():
             raise UsageError(f"--output: {output} is the checkpoint itself; name another file for the predictions")
@@ -118,6 +130,8 @@ class DistillationCLI(LightningCLI):
         if self.subcommand == "predict" and self.own_config.get("output"):
             self.own_config["return_predictions"] = False
         if self.subcommand != "fit":
+            if self.subcommand and not self.own_config.get("ckpt_path"):
+                _note_fresh()
             return
         missing = bool(teacher.missing(self.own_config))
         if missing and self.own_config["trainer"].get("fast_dev_run"):
@@ -214,3 +228,8 @@ class DistillationCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best and self.trainer.is_global_zero:
             print(f"student saved: {best}")
+
+
+@rank_zero_only
+def _note_fresh() -> None:
+    print(f"lightning-kd: {FRESH}", file=sys.stderr)

@@ -55,11 +55,14 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"the network does not take the inputs that {options.checkpoint} names: {error}") from error
     ending = f".peer{options.peer}{ending}" if options.peer else ending
     output: Path = options.output or Path(options.checkpoint).with_suffix(ending)
+    if output.is_dir():
+        raise UsageError(f"--output: expected a file for the network, received the folder {output}")
     if output.resolve() == Path(options.checkpoint).resolve():
         raise UsageError(f"--output is the checkpoint itself ({output}); name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.part{ending}")
     try:
+        part.touch()  # where nothing can be written, torch would not say it as an OSError
         difference = _difference(saved, write(saved, part))
         if not difference <= options.tolerance:
             raise UsageError(

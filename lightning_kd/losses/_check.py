@@ -111,6 +111,11 @@ ONE_LABEL = (
     "target.argmax(1)."
 )
 
+OTHER_SAMPLES = (
+    "The student was called with other samples than these labels are of, two views or a part of a batch: pass the "
+    "labels of what it is called with, target=lambda batch: torch.cat([batch[1], batch[1]])."
+)
+
 
 _IGNORED = (
     "Losses know no ignore_index: leave such samples out, and pixels of a map by a mask and losses.Pixelwise(...)."
@@ -131,6 +136,8 @@ def class_target(target: Tensor | None, logits: Tensor, bounded: bool = True, re
         )
     expected = (*logits.shape[:1], *logits.shape[2:])
     if tuple(target.shape) != expected:
+        if target.ndim == len(expected) and len(target) != len(logits):
+            remedy = OTHER_SAMPLES
         raise ValueError(
             f"target must have shape {expected}, one class index per sample and position of {tuple(logits.shape)}, "
             f"got {tuple(target.shape)}. {remedy}"

@@ -1,7 +1,7 @@
 """Frozen: a trained model that stands still."""
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, Literal, Self
@@ -9,7 +9,6 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from lightning_kd.copying import unshare
@@ -17,6 +16,7 @@ from lightning_kd.sharding import is_sharded
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of, made_by
 from lightning_kd.teachers.precision import Precision, checked, context, convert, type_of_weights
+from lightning_kd.teachers.stillness import Shared, refuse_restless, set_training
 from lightning_kd.teachers.weights import load_weights
 
 
@@ -82,14 +82,15 @@ class Frozen(Teacher):
         self._taps: Taps | None = None
         self._compiled = False
         self._prepared = False
-        self._shared: list[nn.Module] = []
+        self._shared: Shared | None = None
+        self._called = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # What stands still needs no copy: weight averaging deep-copies all that it finds around a student.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None, "_compiled": False, "_shared": []}
+        return {**self.__dict__, "_taps": None, "_compiled": False, "_shared": None}
 
     @property
     def still(self) -> nn.Module:
@@ -104,18 +105,11 @@ class Frozen(Teacher):
         """Prepares to answer for the given module paths; see ``Teacher.bind``.
 
         Raises:
-            ValueError: If a path is unknown, if the teacher shares parameters with the student, so that it would
-                not stand still, or if it is sharded and its weights are to change.
+            ValueError: If a path is unknown, if the teacher shares with the student what learns, so that it would
+                not stand still, or if its weights are to change, and are sharded or shared.
         """
-        for what in ("parameters", "buffers"):
-            shared = _places(getattr(self.model, what)()) & _places(getattr(student, what)())
-            if shared:
-                raise ValueError(
-                    f"The frozen teacher ({type(self.model).__name__}) shares {len(shared)} {what} with the student "
-                    f"({type(student).__name__}), so it would change as the student learns. Pass copy.deepcopy(model)."
-                )
-        ours = {id(part) for part in self.model.modules()}
-        self._shared = [part for part in student.modules() if id(part) in ours]
+        self._shared = Shared(self.model, student, self.mode)
+        self._called = False
         if self.mode == "train":
             unshare(self.model)
         self.unbind()
@@ -137,6 +131,11 @@ class Frozen(Teacher):
                 f"The frozen teacher ({type(self.model).__name__}) is sharded (fully_shard), and a '-true' precision "
                 "and channels_last change its weights. Give fully_shard an mp_policy, or take a '-mixed' precision."
             )
+        if dtype and self._shared is not None and self._shared.parameters:
+            raise ValueError(
+                f"The frozen teacher ({type(self.model).__name__}) shares weights with the student, and a '-true' "
+                "precision changes them. Take a '-mixed' precision, or pass copy.deepcopy(model)."
+            )
         if dtype:
             convert(self.model, dtype)
         if self.channels_last:
@@ -154,14 +153,20 @@ class Frozen(Teacher):
 
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Runs the model without gradient, in the floating-point type of its own weights."""
-        if self._taps is None:
+        if self._taps is None or self._shared is None:
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
-        modes = [(part, part.training) for part in self._shared]
-        self.model.train(self.mode == "train")
+        if self._called:  # the first call may be a rehearsal, before a user's hooks say what is in which mode
+            self._shared.check()
+        modes = [(part, part.training) for part in self._shared.modules]
+        set_training(self.model, self.mode == "train")
         try:
             with torch.no_grad(), self.context():
                 args, kwargs = self.arguments(args, kwargs)
-                return self._taps.run(*args, **kwargs)
+                record = self._taps.run(*args, **kwargs)
+            if not self._called and self.mode == "eval":
+                refuse_restless(self.model)
+            self._called = True
+            return record
         finally:
             for part, training in modes:  # a dropout or an augmentation that the student has, too
                 part.training = training
@@ -184,11 +189,3 @@ class Frozen(Teacher):
 
 def _channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
-
-
-def _places(tensors: Iterable[Tensor]) -> set[object]:
-    """Returns where parameters or buffers are in memory; they themselves while they are nowhere."""
-    return {
-        (t.device, t.data_ptr()) if not is_lazy(t) and t.device.type != "meta" and t.numel() and t.data_ptr() else id(t)
-        for t in tensors
-    }

@@ -826,3 +826,46 @@ def test_an_input_that_asks_for_what_is_not_there() -> None:
 def test_labels_have_one_way_in() -> None:
     with pytest.raises(ValueError, match="give target by that name"):
         kd(labels={"target": 1})
+
+
+def test_a_barebones_trainer_is_not_asked_to_log(recwarn: pytest.WarningsRecorder) -> None:
+    run = Trainer(barebones=True, max_epochs=1, callbacks=[kd()], accelerator="cpu")
+    run.fit(Base(), loader())
+    assert not [each for each in recwarn if "self.log()" in str(each.message)]
+
+
+def test_a_student_that_is_called_only_sometimes() -> None:
+    class Sometimes(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx < 2 else self.model[0].weight.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"called the student \('model'\) before, and not in step 2, epoch 0"):
+        fit(Sometimes(), kd())
+
+
+def test_a_batch_of_two_views_needs_labels_of_both() -> None:
+    class Views(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.model(torch.cat([batch[0], batch[0]])), torch.cat([batch[1]] * 2))
+
+    def dkd(**kwargs: Any) -> Distillation:
+        return Distillation(net(16), {"dkd": Term(losses.DKD())}, student="model", **kwargs)
+
+    with pytest.raises(ValueError, match=r"two views or a part of a batch: pass the labels of what it is called with"):
+        fit(Views(), dkd())
+    fit(Views(), dkd(target=lambda batch: torch.cat([batch[1], batch[1]])))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what is tried
+def test_torchscript_is_one_piece() -> None:
+    class Scripted(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.jit.script(net(8))
+
+    with pytest.raises(ValueError, match="is TorchScript, whose calls cannot be watched"):
+        fit(Scripted(), kd())
+    with pytest.raises(ValueError, match=r"Term 'hint': the teacher .* is TorchScript, inside of which nothing"):
+        fit(Base(), Distillation(torch.jit.script(net(16)), {"hint": hint().distiller.terms["hint"]}, student="model"))
+    run = fit(Base(), kd(teacher=torch.jit.script(net(16))))
+    assert logged(run)["train/kd"] > 0

@@ -616,3 +616,9 @@ def test_groups_that_do_not_correspond_are_refused() -> None:
     peer = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match="2 groups with different settings for the student and 3 for a peer"):
         fit(Layerwise(), mutual(peer))
+
+
+def test_a_checkpoint_without_peers_measures_none(tmp_path: Path) -> None:
+    fit(Lit(), ModelCheckpoint(tmp_path, filename="alone"))
+    with pytest.raises(ValueError, match="holds 0 peers of the student, and here are 1"):
+        trainer(mutual(Net(7))).test(Lit(), loader(32), ckpt_path=tmp_path / "alone.ckpt", weights_only=True)

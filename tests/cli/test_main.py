@@ -17,6 +17,7 @@ from lightning_kd.cli.listing import KINDS, members
 from lightning_kd.cli.progress import progress
 from lightning_kd.data import Digits
 from lightning_kd.models import CifarResNet
+from lightning_kd.predictions import TorchFile
 
 SMALL = [
     "--trainer.max_epochs", "2", "--teacher_fit.max_epochs", "2",
@@ -190,6 +191,27 @@ def test_a_last_checkpoint_that_is_not_there_is_no_fresh_student(
     alone = ["--model.teacher=null", "--model.terms=null", "--teacher_fit=null"]
     assert main(["test", "--config", "digits_kd", *alone, "--ckpt_path", "last"]) == 2
     assert "there is no last checkpoint available" in capsys.readouterr().err
+
+
+def test_weights_alone_are_no_run_to_go_on_with(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    whole = torch.load(student(trained), weights_only=True)
+    torch.save({k: v for k, v in whole.items() if k not in ("optimizer_states", "lr_schedulers")}, tmp_path / "a.ckpt")
+    assert main(["fit", "--config", "digits_kd", *SMALL, "--ckpt_path", str(tmp_path / "a.ckpt")]) == 2
+    assert "a.ckpt holds weights alone" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_it_is_said_which_weights_are_measured(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    assert main(["validate", "--config", "digits_kd", *ALONE, "--trainer.limit_val_batches", "1"]) == 0
+    assert "without --ckpt_path the student has the weights that it is made with" in capsys.readouterr().err
+    file = ["--ckpt_path", str(student(trained))]
+    assert main(["validate", "--config", "digits_kd", *ALONE, "--trainer.limit_val_batches", "1", *file]) == 0
+    assert "without --ckpt_path" not in capsys.readouterr().err
 
 
 def test_a_record_of_a_teacher_that_is_broken_is_named(tmp_path: Path) -> None:
@@ -459,8 +481,12 @@ def test_a_checkpoint_that_is_damaged_is_told(
 
 def test_an_output_that_cannot_be_written_is_told(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    output = str(tmp_path / "file" / "a.pt")
-    assert main(["export", str(student(trained)), "--format", "state_dict", "--output", output]) == 2
+    for output in (str(tmp_path / "file" / "a.pt"), str(tmp_path), "/proc/a.pt"):
+        assert main(["export", str(student(trained)), "--format", "state_dict", "--output", output]) == 2
+        if output != "/proc/a.pt":
+            continue
+        with pytest.raises(OSError, match="/proc"):
+            TorchFile().open(Path(output))
 
 
 def test_a_configuration_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,8 +329,70 @@ def test_modules_that_both_have_keep_the_students_mode() -> None:
 def test_statistics_that_both_have_are_refused() -> None:
     shared = nn.BatchNorm1d(4, affine=False)
     teacher, student = nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(nn.Linear(4, 4), shared)
-    with pytest.raises(ValueError, match="shares 3 buffers with the student"):
-        Frozen(teacher).bind(student, ["output"])
+    frozen, x = Frozen(teacher), torch.randn(2, 4)
+    frozen.bind(student, ["output"])
+    frozen(x)  # may be a rehearsal, before a user's hooks
+    with pytest.raises(
+        ValueError, match=r"shares buffers with the student \(Sequential\), in '1', which is in training"
+    ):
+        frozen(x)
+    shared.eval()
+    before = state_of(shared)
+    frozen(x)
+    assert not shared.training
+    assert same(before, state_of(shared))
+    with pytest.raises(ValueError, match="with mode='train' it changes them"):
+        Frozen(teacher, mode="train").bind(student, ["output"])
+
+
+def test_a_backbone_that_nobody_trains_may_be_one() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False).eval()
+    teacher, student = nn.Sequential(backbone, nn.Linear(4, 3)), nn.Sequential(backbone, nn.Linear(4, 3))
+    before, frozen, x = state_of(teacher), Frozen(teacher), torch.randn(2, 4)
+    distiller = Distiller({"hint": Term(losses.FitNet(), student="0.1", teacher="1"), "kd": Term(losses.KD())}, frozen)
+    distiller.terms.pop("hint")  # of a frozen layer nothing is learned; the tap is what is tried
+    distiller.attach(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for _ in range(3):
+        student[1].train()
+        with distiller.watch() as calls:
+            student(x)
+        distiller.total(distiller(calls)).backward()
+        optimizer.step()
+    assert same(before, state_of(teacher))
+    assert student[1].training
+    with pytest.raises(ValueError, match="a '-true' precision changes them"):
+        Frozen(teacher, precision="bf16-true").bind(student, ["output"])
+    backbone[0].requires_grad_(True)  # as BackboneFinetuning does in the middle of a run
+    with pytest.raises(ValueError, match=r"shares 2 parameters with the student .* that learn"), distiller.watch():
+        student(x)
+
+
+@pytest.mark.parametrize("how", ["train", "dropout", "overridden"])
+def test_a_model_that_sets_its_own_mode_does_not_stand_still(how: str) -> None:
+    class Restless(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "train":
+                self.train()
+            elif how == "dropout":
+                self.stem[2].train()
+            return super().forward(x)
+
+        def train(self, mode: bool = True) -> Any:
+            return super().train(mode or how == "overridden")
+
+    said = "'stem.2'" if how == "dropout" else "itself, 'stem', 'stem.0', 'stem.1' and"
+    with pytest.raises(ValueError, match=f"does not stand still: .* training mode of {said}"):
+        bound(Restless())(torch.randn(8, 3))
+    bound(Restless(), mode="train")(torch.randn(8, 3))
+
+
+def test_a_program_of_torch_export_teaches() -> None:
+    model, x = Net().eval(), torch.randn(8, 3)
+    program = torch.export.export(model, (x,)).module()
+    assert torch.equal(bound(nn.Sequential(program))(x)["output"][0], model(x))
+    with pytest.raises(NotImplementedError):
+        bound(program, mode="train")(x)
 
 
 def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
