@@ -217,7 +217,8 @@ class Term(nn.Module):
             elif required:
                 raise ValueError(
                     f"{type(self.loss).__name__} needs {name!r} and the batch gave none. Pass "
-                    f"{how_to_give(name)}, a function of the batch, its key or its index."
+                    f"{how_to_give(name)}, a function of the batch, its key or its index; a task adapter says it in "
+                    "labels()."
                 )
         try:
             overlooked = COUNTS.keys() - self.labels.keys()

@@ -206,6 +206,9 @@ class ToTeacher:
         student: A detector of mmdet.
         teacher: Another one.
 
+    Raises:
+        TypeError: If the student is called otherwise.
+
     Example:
         >>> from lightning_kd.models.mmdet import MMDetModel
         >>> student, teacher = (MMDetModel("retinanet/retinanet_r18_fpn_1x_coco") for _ in range(2))
@@ -218,6 +221,12 @@ class ToTeacher:
 
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any], mode: str = "loss") -> dict[str, Any]:
         """Returns the arguments by name."""
+        if not isinstance(inputs, Tensor) or not all(hasattr(sample, "metainfo") for sample in data_samples):
+            raise TypeError(
+                "ToTeacher wants the student to be called as mmdet calls it, with what its data_preprocessor made: "
+                f"model(inputs, data_samples, mode='loss'). Got inputs of type {type(inputs).__name__}; "
+                "MMDetection(num_classes=...)(model, batch) calls it so, with images and targets."
+            )
         if self.student != self.teacher:
             inputs = self._renormalized(inputs, [sample.img_shape for sample in data_samples])
         unlabelled = [type(sample)(metainfo=sample.metainfo) for sample in data_samples]

@@ -284,6 +284,12 @@ def test_the_teacher_sees_the_pixels_as_it_is_used_to(student: str, teacher: str
     torch.testing.assert_close(got["inputs"], wanted["inputs"], rtol=1e-5, atol=1e-3)
 
 
+def test_a_student_that_is_not_called_as_mmdet_calls_it_is_told() -> None:
+    model = detector("RetinaNet")
+    with pytest.raises(TypeError, match=r"as mmdet calls it, .* Got inputs of type list"):
+        ToTeacher(model, model)([torch.rand(3, 32, 32)], [{}])  # type: ignore[arg-type]
+
+
 def test_the_teacher_gets_no_labels_and_runs_as_far_as_its_deepest_tap(scenes: BoxScenes) -> None:
     student, teacher = detector("RetinaNet"), detector("GFL")
     calls: dict[str, int] = {"neck": 0, "bbox_head": 0, "student": 0}
