@@ -1,5 +1,6 @@
 """The ways to train the same student from the same teacher: by hand, by our doors, by torchdistill."""
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -104,7 +105,7 @@ def _fit(module: LightningModule, work: Work, steps: int, bf16: bool, tick: Tick
 
 
 def alone(work: Work, steps: int, bf16: bool, tick: Tick) -> None:
-    _fit(User(work, work.networks()[0]), work, steps, bf16, tick)
+    _fit(User(work, copy.deepcopy(work.student)), work, steps, bf16, tick)
 
 
 def loop(work: Work, steps: int, bf16: bool, tick: Tick) -> None:

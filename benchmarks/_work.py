@@ -1,7 +1,7 @@
 """What is distilled in the benchmarks: networks, a batch, and the same losses by hand and as terms."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Work:
     terms: Callable[[], dict[str, Term]]
     task_weight: float = 1.0
     levels: bool = False
-    device: str = "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """Returns copies with the same weights each time."""
@@ -81,21 +81,29 @@ def cwd(student: Tensor, teacher: Tensor) -> Tensor:
     return total * TEMPERATURE**2 / student.shape[:2].numel()
 
 
-def classification(size: int, batch_size: int, hints: bool) -> Work:
-    """ResNet-34 teaches ResNet-18 by its logits, and by the outputs of three stages."""
-    taps = {"kd": ""} | ({name: name for name in HINTS} if hints else {})
+def classification(
+    size: int = 32,
+    batch_size: int = 64,
+    hints: Sequence[str] = (),
+    classes: int = 100,
+    teacher: Callable[..., nn.Module] = resnet34,
+) -> Work:
+    """ResNet-34 teaches ResNet-18 by its logits, and by the outputs of some layers."""
 
     def terms() -> dict[str, Term]:
         found = {"kd": Term(losses.KD(temperature=TEMPERATURE), weight=0.9)}
-        return found | {n: Term(losses.FitNet(), student=n, teacher=n) for n in HINTS if hints}
+        return found | {key(n): Term(losses.FitNet(), student=n, teacher=n) for n in hints}
+
+    def key(path: str) -> str:
+        return path.replace(".", "_")
 
     return Work(
-        student=resnet18(num_classes=100),
-        teacher=resnet34(num_classes=100),
-        batch=(torch.randn(batch_size, 3, size, size), torch.randint(100, (batch_size,))),
-        task=Classification(100),
-        taps=taps,
-        by_hand={"kd": (0.9, kd)} | {name: (1.0, F.mse_loss) for name in HINTS if hints},
+        student=resnet18(num_classes=classes),
+        teacher=teacher(num_classes=classes),
+        batch=(torch.randn(batch_size, 3, size, size), torch.randint(classes, (batch_size,))),
+        task=Classification(classes),
+        taps={"kd": ""} | {key(path): path for path in hints},
+        by_hand={"kd": (0.9, kd)} | {key(path): (1.0, F.mse_loss) for path in hints},
         terms=terms,
         task_weight=0.1,
     )
@@ -135,10 +143,10 @@ def detection(size: int, batch_size: int) -> Work:
 
 
 CASES: dict[str, Callable[[], Work]] = {
-    "logits, 32 px": lambda: classification(32, 64, hints=False),
-    "logits and 3 hints, 32 px": lambda: classification(32, 64, hints=True),
-    "logits, 224 px": lambda: classification(224, 4, hints=False),
-    "logits and 3 hints, 224 px": lambda: classification(224, 4, hints=True),
+    "logits, 32 px": lambda: classification(32, 64),
+    "logits and 3 hints, 32 px": lambda: classification(32, 64, HINTS),
+    "logits, 224 px": lambda: classification(224, 4),
+    "logits and 3 hints, 224 px": lambda: classification(224, 4, HINTS),
     "segmentation, 19 classes, 256 px": lambda: segmentation(19, 256, 2),
     "segmentation, 150 classes, 256 px": lambda: segmentation(150, 256, 2),
     "detection, 4 levels, 256 px": lambda: detection(256, 2),

@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def peak(way: str, work: Work, bf16: bool) -> float:
     return float(torch.cuda.max_memory_allocated())
 
 
-def measure(work: Work, bf16: bool, steps: int, rounds: int) -> dict[str, Row]:
-    """Of each way its seconds for a step and its peak memory, and their ratios to the module by hand."""
-    ways = [way for way in WAYS if not (bf16 and way == "torchdistill")]  # which casts by another library alone
+def measure(
+    work: Work, bf16: bool, steps: int, rounds: int, ways: Sequence[str] = (*WAYS,), against: str = BY_HAND
+) -> dict[str, Row]:
+    """Of each way its seconds for a step and its peak memory, and their ratios to one of the ways."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
@@ -74,16 +76,22 @@ def measure(work: Work, bf16: bool, steps: int, rounds: int) -> dict[str, Row]:
     peaks = {way: peak(way, work, bf16) for way in ways}
     found = {}
     for way in ways:
-        ratios = [a / b for a, b in zip(seconds[way], seconds[BY_HAND], strict=True)]
+        ratios = [a / b for a, b in zip(seconds[way], seconds[against], strict=True)]
         found[way] = {
             "seconds": statistics.median(seconds[way]),
             "ratio": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "peak_bytes": peaks[way],
-            "peak_ratio": peaks[way] / peaks[BY_HAND],
+            "peak_ratio": peaks[way] / peaks[against],
         }
     return found
+
+
+def about() -> dict[str, Any]:
+    """Where it is measured."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def table(case: str, rows: dict[str, Row]) -> str:
@@ -130,24 +138,21 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    about: dict[str, Any] = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {"steps": options.steps, "rounds": options.rounds}
-    print(about)
+    here = about() | {"steps": options.steps, "rounds": options.rounds}
+    print(here)
     found: dict[str, dict[str, Row]] = {}
     for case, precision in itertools.product(options.cases, options.precisions):
         torch.manual_seed(0)
         work = CASES[case]()
-        work.device = device
-        title = f"{case}, {precision}"
-        found[title] = measure(work, precision == "bf16", options.steps, options.rounds)
+        title, bf16 = f"{case}, {precision}", precision == "bf16"
+        ways = [way for way in WAYS if not (bf16 and way == "torchdistill")]  # which casts by another library alone
+        found[title] = measure(work, bf16, options.steps, options.rounds, ways)
         print(f"\n{table(title, found[title])}", flush=True)
         if options.output:  # so far: a long run may be stopped
-            options.output.with_suffix(".json").write_text(json.dumps(about | {"cases": found}, indent=1) + "\n")
+            options.output.with_suffix(".json").write_text(json.dumps(here | {"cases": found}, indent=1) + "\n")
     if options.output:
         text = "\n\n".join(table(title, rows) for title, rows in found.items())
-        options.output.with_suffix(".md").write_text(f"# Cost of a step\n\n{about}\n\n{text}\n")
+        options.output.with_suffix(".md").write_text(f"# Cost of a step\n\n{here}\n\n{text}\n")
         plot(found, options.output.with_suffix(".png"))
 
 
