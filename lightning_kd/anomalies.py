@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_kd.extras import late_import
 from lightning_kd.losses.stfpm import half_squared_distance
+from lightning_kd.numbers import is_number
 from lightning_kd.projectors import resize
-from lightning_kd.taps import Taps
+from lightning_kd.taps import Record, Taps
 from lightning_kd.wiring import Levels, Path, describe
 
 Combine = Literal["product", "sum"]
@@ -48,7 +51,11 @@ def said(output: Any) -> AnomalyMaps | None:
 
 
 def difference(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], size: tuple[int, int], combine: Combine = "product"
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    size: tuple[int, int],
+    combine: Combine = "product",
+    smoothing: float = 0.0,
 ) -> AnomalyMaps:
     """Returns how student and teacher differ in the directions of their features.
 
@@ -61,6 +68,10 @@ def difference(
         teacher: The same levels of the teacher, of the same shapes.
         size: Height and width of the image.
         combine: How the levels become one map.
+        smoothing: Standard deviation of a Gaussian, in pixels, by which the map is smoothed; 0 leaves it.
+
+    Raises:
+        ModuleNotFoundError: If it is to be smoothed, without torchvision.
 
     Example:
         >>> x = torch.randn(2, 3, 4, 4)
@@ -73,6 +84,9 @@ def difference(
     ]
     stacked = torch.stack(levels)
     maps = stacked.prod(0) if combine == "product" else stacked.sum(0)
+    if smoothing:
+        functional = late_import("torchvision.transforms.v2.functional", "torchvision", "anomaly")
+        maps = functional.gaussian_blur(maps, [2 * math.ceil(4 * smoothing) + 1] * 2, [smoothing] * 2)
     return AnomalyMaps(maps, maps.flatten(1).amax(1))
 
 
@@ -85,13 +99,15 @@ class StudentTeacher(nn.Module):
 
     Args:
         student: The student.
-        teacher: Its teacher, which stands still.
+        teacher: Its teacher, which stands still; or the student, of which one part imitates another (reverse
+            distillation): then it runs once.
         levels: Paths of what is compared, in both networks.
         teacher_levels: Paths in the teacher, where they are others.
         combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``.
+        smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
 
     Raises:
-        ValueError: If a path is unknown, or the two sides do not fit.
+        ValueError: If a path is unknown, the two sides do not fit, or smoothing is negative.
 
     Example:
         >>> detector = StudentTeacher(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), ["output"]).eval()
@@ -106,11 +122,13 @@ class StudentTeacher(nn.Module):
         levels: Sequence[str],
         teacher_levels: Sequence[str] | None = None,
         combine: Combine = "product",
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher.eval()
+        self.teacher = teacher if teacher is student else teacher.eval()
         self.combine: Combine = combine
+        self.smoothing = checked_smoothing(smoothing)
         self._levels = [Path(text) for text in levels]
         self._teacher_levels = [Path(text) for text in teacher_levels or levels]
         self._taps: tuple[Taps, Taps] | None = None
@@ -121,21 +139,15 @@ class StudentTeacher(nn.Module):
     def train(self, mode: bool = True) -> StudentTeacher:
         """Sets the student's mode; the teacher's is always that of evaluation."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not self.student:
+            self.teacher.eval()
         return self
 
     def forward(self, images: Tensor) -> Any:
         """Returns :class:`AnomalyMaps` of images ``(B, C, H, W)``; in training what the student returns."""
         if self.training:
             return self.student(images)
-        if self._taps is None:
-            self._taps = (
-                Taps(self.student, (path.module for path in self._levels), "the student"),
-                Taps(self.teacher, (path.module for path in self._teacher_levels), "the teacher"),
-            )
-        student = _read(self._taps[0], self._levels, images)
-        with torch.no_grad():
-            teacher = _read(self._taps[1], self._teacher_levels, images)
+        student, teacher = self._read(images)
         shapes = [[tuple(level.shape[1:]) for level in side] for side in (student, teacher)]
         if len(shapes[0]) != len(shapes[1]) or any(s[0] != t[0] for s, t in zip(*shapes, strict=True)):
             raise ValueError(
@@ -144,17 +156,43 @@ class StudentTeacher(nn.Module):
                 "with other channels needs a last layer of its own that has the teacher's."
             )
         student = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
-        return difference(student, teacher, (images.shape[-2], images.shape[-1]), self.combine)
+        size = images.shape[-2], images.shape[-1]
+        return difference(student, teacher, size, self.combine, self.smoothing)
+
+    def _read(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the levels of both sides."""
+        ours, theirs = ({path.module for path in side} for side in (self._levels, self._teacher_levels))
+        itself = self.teacher is self.student
+        if self._taps is None:
+            one = Taps(self.student, ours | theirs if itself else ours, "the student")
+            self._taps = one, one if itself else Taps(self.teacher, theirs, "the teacher")
+        record = _record(self._taps[0], images)
+        if itself:
+            return _maps(record, self._levels, "the student"), _maps(record, self._teacher_levels, "the student")
+        with torch.no_grad():
+            answer = _record(self._taps[1], images)
+        return _maps(record, self._levels, "the student"), _maps(answer, self._teacher_levels, "the teacher")
 
 
-def _read(taps: Taps, paths: Sequence[Path], images: Tensor) -> list[Tensor]:
-    """Returns the maps at the paths, in their order."""
+def checked_smoothing(smoothing: float) -> float:
+    """Returns a standard deviation that is a number, and not negative."""
+    if not is_number(smoothing) or not 0.0 <= smoothing < math.inf:
+        raise ValueError(f"smoothing is a standard deviation in pixels, 0 for none; got {smoothing!r}.")
+    return smoothing
+
+
+def _record(taps: Taps, images: Tensor) -> Record:
+    """Returns what was captured of a network that sees the images."""
     taps.stop_early = not torch.compiler.is_exporting()  # what is left by an exception has no graph
     taps.attach()
     try:
-        record = taps.run(images)
+        return taps.run(images)
     finally:
         taps.detach()
+
+
+def _maps(record: Record, paths: Sequence[Path], owner: str) -> list[Tensor]:
+    """Returns the maps at the paths, in their order."""
     levels: list[Any] = []
     for path in paths:
         found = path.select(record[path.module][-1])
@@ -162,7 +200,7 @@ def _read(taps: Taps, paths: Sequence[Path], images: Tensor) -> list[Tensor]:
     for level in levels:
         if not isinstance(level, Tensor) or level.ndim != 4:
             raise ValueError(
-                f"{', '.join(path.text for path in paths)} of {taps.owner} is {describe(level)}: expected maps "
+                f"{', '.join(path.text for path in paths)} of {owner} is {describe(level)}: expected maps "
                 "(B, C, H, W). Name convolutional layers, or a list of maps with [:] behind its name."
             )
     return levels

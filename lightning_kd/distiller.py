@@ -210,6 +210,13 @@ class Distiller(nn.Module):
         self._student_paths = self._resolve("student", student)
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
         self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
+        for name, term in self.named_terms() if self.teacher.same_call else ():
+            here, there = self._student_paths[name].text, self._teacher_paths[name].text
+            if here == there and term.student.text == term.teacher.text and term.projector is None:
+                raise ValueError(
+                    f"Term {name!r} compares {here!r} of the student with itself, which is always 0. Name another of "
+                    f"its layers as teacher=, or give a projector=."
+                )
         paths = {path.module for path in self._teacher_paths.values()}
         self._asks_teacher = ANSWER in labels_asked(self.student_input)
         self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)
@@ -338,6 +345,7 @@ class Distiller(nn.Module):
                 return
             failed = output is None and sys.exc_info()[0] is not None
             self._taps.close(output)
+            self.teacher.after_call(output)
             if failed and self._calls:  # who catches that may call it again, on other inputs
                 self._calls.pop()
 

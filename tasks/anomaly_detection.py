@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from lightning_kd.anomalies import AnomalyMaps, Combine, StudentTeacher, said
+from lightning_kd.anomalies import AnomalyMaps, Combine, StudentTeacher, checked_smoothing, said
 from lightning_kd.drawing import HEAT, Drawing, heated
 from lightning_kd.metrics.anomaly import AnomalyQuality
 from lightning_kd.task import TaskAdapter
@@ -29,9 +29,12 @@ class Known(NamedTuple):
 
 
 class _Met:
-    """The teacher: kept past nn.Module's registration, and not copied with the task, as it stands still."""
+    """The teacher: kept past nn.Module's registration, and not copied with the task, as it stands still.
 
-    def __init__(self, teacher: nn.Module) -> None:
+    None where a student is its own.
+    """
+
+    def __init__(self, teacher: nn.Module | None) -> None:
         self.teacher = teacher
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Met:
@@ -62,6 +65,7 @@ class AnomalyDetection(TaskAdapter):
         difference: Paths of the layers that are compared, in both networks: ``["layer1", "layer2"]``.
         teacher_difference: Those of the teacher, where they are others.
         combine: ``"product"`` of the layers' maps, as STFPM has it, or ``"sum"``, as RD4AD.
+        smoothing: Standard deviation in pixels of a Gaussian that smooths the difference: 4 in RD4AD.
 
     Raises:
         ValueError: If the batch or what a network returns does not fit.
@@ -81,6 +85,7 @@ class AnomalyDetection(TaskAdapter):
         difference: Sequence[str] | None = None,
         teacher_difference: Sequence[str] | None = None,
         combine: Combine = "product",
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         if combine not in ("product", "sum"):
@@ -88,7 +93,7 @@ class AnomalyDetection(TaskAdapter):
         if (
             isinstance(difference, str)
             or (difference is not None and not difference)
-            or (teacher_difference and not difference)
+            or ((teacher_difference or smoothing) and not difference)
         ):
             raise ValueError(
                 f"difference names layers, at least one, in a list: ['layer1', 'layer2']; got {difference!r}."
@@ -96,6 +101,7 @@ class AnomalyDetection(TaskAdapter):
         self.difference = None if difference is None else list(difference)
         self.teacher_difference = None if teacher_difference is None else list(teacher_difference)
         self.combine: Combine = combine
+        self.smoothing = checked_smoothing(smoothing)
         self._met: _Met | None = None
         self._detector: list[StudentTeacher] = []
 
@@ -103,15 +109,16 @@ class AnomalyDetection(TaskAdapter):
         return {**self.__dict__, "_detector": []}
 
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Remembers the teacher, of which the student's difference is the map."""
-        self._met = _Met(teacher)
+        """Remembers the teacher, of which the student's difference is the map; it may be the student itself."""
+        self._met = _Met(None if teacher is student else teacher)
         self._detector = []
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """Returns one network of student and teacher, where their difference is the map; else the student."""
         if self.difference is None or self._met is None:
             return student
-        return StudentTeacher(student, self._met.teacher, self.difference, self.teacher_difference, self.combine)
+        teacher = self._met.teacher or student
+        return StudentTeacher(student, teacher, self.difference, self.teacher_difference, self.combine, self.smoothing)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model; in evaluation with the teacher beside it, where their difference is the map."""
@@ -120,7 +127,8 @@ class AnomalyDetection(TaskAdapter):
             return model(images)
         if not self._detector or self._detector[0].student is not model:
             self._detector = [self.deployed(model)]  # type: ignore[list-item]  # as there is a teacher
-        self._met.teacher.to(images.device)
+        if self._met.teacher is not None:
+            self._met.teacher.to(images.device)
         return self._detector[0].eval()(images)
 
     def inputs(self, batch: Any) -> Tensor:

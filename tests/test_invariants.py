@@ -175,6 +175,7 @@ TEACHERS: dict[str, Callable[..., Any]] = {
         teachers.Ensemble([Net(8), Net(5)], weights=teachers.Router(2, 5)), terms, "model", **kwargs
     ),
     "Cached": lambda terms, **kwargs: Distillation(teachers.Cached(mkdtemp(), Net(8)), terms, "model", **kwargs),
+    "Itself": lambda terms, **kwargs: Distillation(teachers.Itself(), terms, "model", **kwargs),
     "PastSelf": lambda terms, **kwargs: Distillation(teachers.PastSelf(), terms, "model", **kwargs),
     "Peers": lambda terms, **kwargs: MutualDistillation([Net(8), Net(5)], terms, "model", **kwargs),
     "Peers ensemble": lambda terms, **kwargs: MutualDistillation([Net(8)], terms, "model", "ensemble", **kwargs),
@@ -187,6 +188,8 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
         if name.startswith(("Peers", "Ensemble", "Cached")):
             return TEACHERS[name]({"it": logits}, **kwargs)
         hint = Term(losses.FitNet(), student="stem", teacher="stem", projector=nn.Conv2d(4, 4, 1))
+        if name == "Itself":  # whose own logits would teach nothing
+            logits = Term(losses.FitNet(), 0.5, "stem", "stem", nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
     loss, paths = WIRING[name]
     labels = {"boxes": one_box} if name in ("FGD", "LD") else {"points": one_place} if name == "ALoss" else None
@@ -433,6 +436,8 @@ def of_any_teacher(name: str) -> Any:
     if name.startswith("Peers"):
         peers = [Net(width, norm=False) for width in ((6,) if name == "Peers ensemble" else (6, 5))]
         return MutualDistillation(peers, {"it": logits}, "model", "ensemble" if name == "Peers ensemble" else "each")
+    if name == "Itself":
+        logits = Term(losses.FitNet(), 0.5, "stem", "stem", nn.Conv2d(4, 4, 1))
     return TEACHERS[name]({"it": logits, "hint": hint})
 
 
@@ -687,6 +692,11 @@ if __name__ == "__main__":
             Distillation(teachers.PastSelf(), {{"kd": kd, "hint": hint}}, student="model"),
             Distillation(both, {{"both": Term(losses.KD(), weight=schedules.Linear(0.1, 0.5))}}, student="model"),
             Distillation(routed, {{"routed": Term(losses.KD(), weight=0.5)}}, student="model"),
+            Distillation(
+                teachers.Itself(),
+                {{"itself": Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.Conv2d(4, 4, 1))}},
+                student="model",
+            ),
         ]
     else:
         ctkd = Term(losses.CTKD(losses.KD()), weight=0.1)
@@ -713,7 +723,7 @@ LOGGED = {
     "past and ensembles": {
         "my_loss",
         *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint")),
-        *(f"train/{name}" for name in ("both", "both/weight", "routed", "teacher/router")),
+        *(f"train/{name}" for name in ("both", "both/weight", "routed", "teacher/router", "itself")),
     },
     "mutual": {
         *("my_loss", "peer1/my_loss", "train/loss"),

@@ -1,6 +1,6 @@
 """Models that the shipped configurations name, and makers of those of other libraries."""
 
-from lightning_kd.models.anomaly import AnomalyNet, SqueezeNetFeatures
+from lightning_kd.models.anomaly import AnomalyNet, ReverseDistillation, SqueezeNetFeatures
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
 from lightning_kd.models.embedder import Embedder, SmallEmbedder
@@ -21,6 +21,7 @@ __all__ = [
     "PartExperts",
     "PoseNet",
     "RetinaNet",
+    "ReverseDistillation",
     "SmallEmbedder",
     "SqueezeNetFeatures",
     "TextEmbedder",

@@ -106,3 +106,42 @@ class SqueezeNetFeatures(nn.Module):
         """``(B, 3, H, W) -> (B, 512, H / 16, W / 16)``."""
         features: Tensor = self.features(images)
         return features
+
+
+class ReverseDistillation(nn.Module):
+    """Anomalib's reverse distillation: a frozen encoder, a bottleneck, and a decoder that restores what it saw.
+
+    The encoder teaches, the rest is the student, and both are one network: ``teachers.Itself``, with terms from
+    ``decoder[:]`` to ``encoder[:]``. What is made is anomalib's own class; its encoder learns nothing.
+
+    Args:
+        backbone: A ResNet that anomalib has a decoder for: ``resnet18``, ``resnet34``, ``resnet50``,
+            ``wide_resnet50_2``.
+        image_size: Height and width of the images.
+        layers: Of the encoder, from the first on.
+        pretrained: Whether timm downloads ImageNet's weights for the encoder. Without any it knows nothing.
+
+    Raises:
+        ModuleNotFoundError: Without anomalib.
+
+    Example:
+        >>> network = ReverseDistillation("resnet18", image_size=(64, 64), pretrained=False).eval()
+        >>> network(torch.zeros(2, 3, 64, 64)).anomaly_map.shape
+        torch.Size([2, 1, 64, 64])
+
+    Source: Deng and Li, Anomaly Detection via Reverse Distillation from One-Class Embedding, arXiv 2201.10703.
+    """
+
+    def __new__(  # type: ignore[misc]  # noqa: D102 - what is made is anomalib's
+        cls,
+        backbone: str = "wide_resnet50_2",
+        image_size: tuple[int, int] = (256, 256),
+        layers: tuple[str, ...] = ("layer1", "layer2", "layer3"),
+        pretrained: bool = True,
+    ) -> nn.Module:
+        where = "anomalib.models.image.reverse_distillation"
+        model = late_import(f"{where}.torch_model", "anomalib", "anomaly").ReverseDistillationModel
+        mode = late_import(f"{where}.anomaly_map", "anomalib", "anomaly").AnomalyMapGenerationMode.ADD
+        made: nn.Module = model(backbone, image_size, list(layers), mode, pre_trained=pretrained)
+        made.encoder.requires_grad_(False)
+        return made

@@ -5,6 +5,7 @@ from lightning_kd.teachers.cached import Cached
 from lightning_kd.teachers.ema import EMA
 from lightning_kd.teachers.ensemble import Ensemble
 from lightning_kd.teachers.frozen import Frozen
+from lightning_kd.teachers.itself import Itself
 from lightning_kd.teachers.label_noise import LabelNoise
 from lightning_kd.teachers.past import PastSelf
 from lightning_kd.teachers.peers import Peers
@@ -17,6 +18,7 @@ __all__ = [
     "Cached",
     "Ensemble",
     "Frozen",
+    "Itself",
     "LabelNoise",
     "PastSelf",
     "Peers",

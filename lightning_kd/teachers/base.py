@@ -28,6 +28,9 @@ class Teacher(nn.Module, ABC):
     evaluated = False
     """Whether evaluation and checkpoints use its weights in place of the student's; then it has ``swap``."""
 
+    same_call = False
+    """Whether it answers with what the student itself computes in the call that is watched."""
+
     needs_end = False
     """Whether it must know how long the run is, as schedules must."""
 
@@ -66,6 +69,9 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Returns the captured outputs by path."""
+
+    def after_call(self, output: Any) -> None:
+        """Is told what the student returned to the call that it has answered; None, where that call failed."""
 
     def look(self, labels: Mapping[str, Any]) -> None:
         """Is shown what there is of the batch before it is called, if its ``labels`` name something."""

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning_kd.tasks import AnomalyDetection
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
 from torchvision.transforms.v2.functional import to_pil_image
 
-from lightning_kd import Distillation, DistillationModule, Term, losses, projectors
+from lightning_kd import Distillation, DistillationModule, Term, losses, projectors, teachers
 from lightning_kd.data import Textures
-from lightning_kd.models import AnomalyNet
+from lightning_kd.models import AnomalyNet, ReverseDistillation
 
 pytestmark = [
     pytest.mark.slow,
@@ -188,5 +191,53 @@ def test_a_small_network_learns_the_maps_of_patchcore() -> None:
     trainer.fit(module, datamodule=data)
     assert correlation() > max(0.3, untrained + 0.2)
     assert all(torch.equal(value, before[key]) for key, value in patchcore.state_dict().items())
+    (measured,) = trainer.test(module, datamodule=data, verbose=False)
+    assert "test/image_auroc" in measured
+
+
+def test_a_decoder_learns_what_its_own_encoder_saw() -> None:
+    pl.seed_everything(0, verbose=False)
+    network = ReverseDistillation("resnet18", image_size=(64, 64), pretrained=False)
+    module = DistillationModule(
+        task=AnomalyDetection(
+            difference=["decoder[:]"], teacher_difference=["encoder[:]"], combine="sum", smoothing=2.0
+        ),
+        student=network,
+        teacher=teachers.Itself(),
+        terms={"rd": Term(losses.RD4AD(flatten=True), student="decoder[:]", teacher="encoder[:]")},
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3, betas=(0.5, 0.999)),
+    )
+    data = Textures(train_size=16, val_size=8, test_size=8, batch_size=8)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    steps: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            steps.append(float(trainer.callback_metrics["train/rd"]))
+
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=4, limit_val_batches=0, callbacks=Watch(), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert steps[-1] < 0.75 * steps[0]
+    for key, value in network.state_dict().items():
+        if key.startswith("encoder."):
+            assert torch.equal(value, before[key])
+    assert any(not torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+    # One pass gives the map, which is that of both networks apart.
+    images, _ = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    calls: list[Any] = []
+    network.encoder.register_forward_hook(lambda *_: calls.append(1))
+    found = module.task.deployed(network).eval()(images)
+    assert len(calls) == 1
+    with torch.no_grad():
+        levels = [*network.encoder(images).values()]
+        decoded = network.decoder(network.bottleneck(levels))
+        maps = [1 - F.cosine_similarity(s, t)[:, None] for s, t in zip(decoded, levels, strict=True)]
+        whole = torch.stack([F.interpolate(each, (64, 64), mode="bilinear")[:, 0] for each in maps]).sum(0)
+    expected = [gaussian_filter(each.double().numpy(), sigma=2.0, mode="mirror", truncate=4.0) for each in whole]
+    torch.testing.assert_close(found.anomaly_map.double(), torch.from_numpy(np.stack(expected)), rtol=1e-4, atol=1e-5)
     (measured,) = trainer.test(module, datamodule=data, verbose=False)
     assert "test/image_auroc" in measured

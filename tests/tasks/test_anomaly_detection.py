@@ -115,6 +115,12 @@ def test_layers_are_a_list(difference):
         AnomalyDetection(["layer1"], combine="mean")
 
 
+@pytest.mark.parametrize("smoothing", [-1.0, float("nan"), "4"])
+def test_smoothing_is_a_number_of_pixels(smoothing):
+    with pytest.raises(ValueError, match="smoothing is a standard deviation in pixels, 0 for none; got"):
+        AnomalyDetection(difference=LAYERS, smoothing=smoothing)
+
+
 def test_the_difference_is_what_is_predicted():
     module = _module().eval().requires_grad_(False)
     images, masks = _batch()
