@@ -19,6 +19,9 @@ from lightning_kd.wiring import Levels, Path, describe
 
 Combine = Literal["product", "sum"]
 
+Layers = Sequence[str] | Sequence[Sequence[str]]
+"""Paths of layers; in lists, each list gives a map of its own."""
+
 
 class AnomalyMaps(NamedTuple):
     """What is said of each image; the fields are called as anomalib calls them.
@@ -55,7 +58,6 @@ def difference(
     teacher: Sequence[Tensor],
     size: tuple[int, int],
     combine: Combine = "product",
-    smoothing: float = 0.0,
 ) -> AnomalyMaps:
     """Returns how student and teacher differ in the directions of their features.
 
@@ -68,10 +70,6 @@ def difference(
         teacher: The same levels of the teacher, of the same shapes.
         size: Height and width of the image.
         combine: How the levels become one map.
-        smoothing: Standard deviation of a Gaussian, in pixels, by which the map is smoothed; 0 leaves it.
-
-    Raises:
-        ModuleNotFoundError: If it is to be smoothed, without torchvision.
 
     Example:
         >>> x = torch.randn(2, 3, 4, 4)
@@ -84,9 +82,6 @@ def difference(
     ]
     stacked = torch.stack(levels)
     maps = stacked.prod(0) if combine == "product" else stacked.sum(0)
-    if smoothing:
-        functional = late_import("torchvision.transforms.v2.functional", "torchvision", "anomaly")
-        maps = functional.gaussian_blur(maps, [2 * math.ceil(4 * smoothing) + 1] * 2, [smoothing] * 2)
     return AnomalyMaps(maps, maps.flatten(1).amax(1))
 
 
@@ -101,13 +96,14 @@ class StudentTeacher(nn.Module):
         student: The student.
         teacher: Its teacher, which stands still; or the student, of which one part imitates another (reverse
             distillation): then it runs once.
-        levels: Paths of what is compared, in both networks.
+        levels: Paths of what is compared, in both networks; or lists of them, whose maps are multiplied.
         teacher_levels: Paths in the teacher, where they are others.
-        combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``.
+        combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``; in lists, of those in a list.
         smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
 
     Raises:
         ValueError: If a path is unknown, the two sides do not fit, or smoothing is negative.
+        ModuleNotFoundError: If the map is to be smoothed, without torchvision.
 
     Example:
         >>> detector = StudentTeacher(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), ["output"]).eval()
@@ -119,8 +115,8 @@ class StudentTeacher(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        levels: Sequence[str],
-        teacher_levels: Sequence[str] | None = None,
+        levels: Layers,
+        teacher_levels: Layers | None = None,
         combine: Combine = "product",
         smoothing: float = 0.0,
     ) -> None:
@@ -129,8 +125,8 @@ class StudentTeacher(nn.Module):
         self.teacher = teacher if teacher is student else teacher.eval()
         self.combine: Combine = combine
         self.smoothing = checked_smoothing(smoothing)
-        self._levels = [Path(text) for text in levels]
-        self._teacher_levels = [Path(text) for text in teacher_levels or levels]
+        self._levels = _grouped(levels)
+        self._teacher_levels = _grouped(teacher_levels or levels)
         self._taps: tuple[Taps, Taps] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,31 +143,48 @@ class StudentTeacher(nn.Module):
         """Returns :class:`AnomalyMaps` of images ``(B, C, H, W)``; in training what the student returns."""
         if self.training:
             return self.student(images)
-        student, teacher = self._read(images)
-        shapes = [[tuple(level.shape[1:]) for level in side] for side in (student, teacher)]
-        if len(shapes[0]) != len(shapes[1]) or any(s[0] != t[0] for s, t in zip(*shapes, strict=True)):
-            raise ValueError(
-                f"what is compared has the shapes {shapes[0]} in the student and {shapes[1]} in the teacher: expected "
-                "the same number of levels, each with the same channels. Name levels that belong together; a student "
-                "with other channels needs a last layer of its own that has the teacher's."
-            )
-        student = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
-        size = images.shape[-2], images.shape[-1]
-        return difference(student, teacher, size, self.combine, self.smoothing)
+        size, found = (images.shape[-2], images.shape[-1]), []
+        for student, teacher in zip(*self._read(images), strict=True):
+            shapes = [[tuple(level.shape[1:]) for level in side] for side in (student, teacher)]
+            if len(shapes[0]) != len(shapes[1]) or any(s[0] != t[0] for s, t in zip(*shapes, strict=True)):
+                raise ValueError(
+                    f"what is compared has the shapes {shapes[0]} in the student and {shapes[1]} in the teacher: "
+                    "expected the same number of levels, each with the same channels. Name levels that belong "
+                    "together; a student with other channels needs a last layer of its own that has the teacher's."
+                )
+            fitted = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
+            found.append(difference(fitted, teacher, size, self.combine).anomaly_map)
+        maps = torch.stack(found).prod(0)
+        if self.smoothing:
+            functional = late_import("torchvision.transforms.v2.functional", "torchvision", "anomaly")
+            width = 2 * math.ceil(4 * self.smoothing) + 1
+            maps = functional.gaussian_blur(maps, [width, width], [self.smoothing, self.smoothing])
+        return AnomalyMaps(maps, maps.flatten(1).amax(1))
 
-    def _read(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the levels of both sides."""
-        ours, theirs = ({path.module for path in side} for side in (self._levels, self._teacher_levels))
+    def _read(self, images: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Returns the levels of both sides, list by list."""
+        sides = self._levels, self._teacher_levels
+        ours, theirs = ({path.module for paths in side for path in paths} for side in sides)
         itself = self.teacher is self.student
         if self._taps is None:
             one = Taps(self.student, ours | theirs if itself else ours, "the student")
             self._taps = one, one if itself else Taps(self.teacher, theirs, "the teacher")
-        record = _record(self._taps[0], images)
-        if itself:
-            return _maps(record, self._levels, "the student"), _maps(record, self._teacher_levels, "the student")
-        with torch.no_grad():
-            answer = _record(self._taps[1], images)
-        return _maps(record, self._levels, "the student"), _maps(answer, self._teacher_levels, "the teacher")
+        said = answer = _record(self._taps[0], images)
+        if not itself:
+            with torch.no_grad():
+                answer = _record(self._taps[1], images)
+        return (
+            [_maps(said, paths, "the student") for paths in self._levels],
+            [_maps(answer, paths, self._taps[1].owner) for paths in self._teacher_levels],
+        )
+
+
+def _grouped(layers: Layers) -> list[list[Path]]:
+    return [[Path(text) for text in ([one] if isinstance(one, str) else one)] for one in _lists(layers)]
+
+
+def _lists(layers: Layers) -> Sequence[Any]:
+    return [layers] if all(isinstance(one, str) for one in layers) else layers
 
 
 def checked_smoothing(smoothing: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from lightning_kd.anomalies import AnomalyMaps, Combine, StudentTeacher, checked_smoothing, said
+from lightning_kd.anomalies import AnomalyMaps, Combine, Layers, StudentTeacher, checked_smoothing, said
 from lightning_kd.drawing import HEAT, Drawing, heated
 from lightning_kd.metrics.anomaly import AnomalyQuality
 from lightning_kd.task import TaskAdapter
@@ -62,7 +62,8 @@ class AnomalyDetection(TaskAdapter):
     :class:`~lightning_kd.metrics.AnomalyQuality`. Terms may name ``anomaly_map``.
 
     Args:
-        difference: Paths of the layers that are compared, in both networks: ``["layer1", "layer2"]``.
+        difference: Paths of the layers that are compared, in both networks: ``["layer1", "layer2"]``. Lists of them
+            give a map each, and the maps are multiplied: of two students with two teachers (MixedTeacher), say.
         teacher_difference: Those of the teacher, where they are others.
         combine: ``"product"`` of the layers' maps, as STFPM has it, or ``"sum"``, as RD4AD.
         smoothing: Standard deviation in pixels of a Gaussian that smooths the difference: 4 in RD4AD.
@@ -82,8 +83,8 @@ class AnomalyDetection(TaskAdapter):
 
     def __init__(
         self,
-        difference: Sequence[str] | None = None,
-        teacher_difference: Sequence[str] | None = None,
+        difference: Layers | None = None,
+        teacher_difference: Layers | None = None,
         combine: Combine = "product",
         smoothing: float = 0.0,
     ) -> None:

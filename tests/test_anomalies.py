@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
 
 from lightning_kd.anomalies import StudentTeacher, difference, said
+from lightning_kd.models import SideBySide
 
 
 def test_the_difference_of_a_level_is_one_minus_the_cosine_interpolated():
@@ -27,6 +28,26 @@ def test_levels_are_multiplied_or_added():
     torch.testing.assert_close(summed.pred_score, (one + other).amax((1, 2)))
 
 
+def test_the_maps_of_lists_of_levels_are_multiplied():
+    networks = {"fine": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)), "deep": nn.Conv2d(3, 6, 3, 4)}
+    student, teacher = SideBySide(networks), SideBySide({name: _other(each) for name, each in networks.items()})
+    images = torch.randn(2, 3, 32, 32)
+    layers = ["fine.0", "fine.1"], ["deep"]
+    mixed = StudentTeacher(student, teacher, layers, combine="sum").eval()(images)
+    apart = [StudentTeacher(student, teacher, each, combine="sum").eval()(images).anomaly_map for each in layers]
+    assert all(each.min() > 0 for each in apart)
+    torch.testing.assert_close(mixed.anomaly_map, apart[0] * apart[1])
+    torch.testing.assert_close(mixed.pred_score, mixed.anomaly_map.amax((1, 2)))
+
+
+def _other(network: nn.Module) -> nn.Module:
+    """The same network with other weights."""
+    other = copy.deepcopy(network)
+    for weights in other.parameters():
+        nn.init.normal_(weights)
+    return other
+
+
 @pytest.mark.slow
 def test_maps_are_those_of_anomalib():
     maps = pytest.importorskip("anomalib.models.image.stfpm.anomaly_map").AnomalyMapGenerator()
@@ -38,6 +59,11 @@ def test_maps_are_those_of_anomalib():
     )
     students, teachers = zip(*levels.values(), strict=True)
     torch.testing.assert_close(difference(students, teachers, (32, 32)).anomaly_map, theirs.squeeze(1))
+
+
+def test_an_empty_row_of_networks_is_refused():
+    with pytest.raises(ValueError, match="networks is empty"):
+        SideBySide({})
 
 
 def test_what_says_nothing_of_anomalies_is_none():

@@ -7,6 +7,7 @@ from lightning_kd.models.embedder import Embedder, SmallEmbedder
 from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.part_experts import PartExperts
 from lightning_kd.models.pose import PoseNet
+from lightning_kd.models.side_by_side import SideBySide
 from lightning_kd.models.text_embedder import TextEmbedder
 from lightning_kd.models.timm import Timm
 from lightning_kd.models.torchvision import Torchvision
@@ -22,6 +23,7 @@ __all__ = [
     "PoseNet",
     "RetinaNet",
     "ReverseDistillation",
+    "SideBySide",
     "SmallEmbedder",
     "SqueezeNetFeatures",
     "TextEmbedder",
