@@ -194,7 +194,8 @@ def _add_costs(rows: list[Row], tested: dict[str, Tested]) -> None:
         recipe = {"network": tested[row.name].settings["model"]["student"], "runs as": type(found[0]).__name__}
         kinds[row.name] = teacher.fingerprint(recipe)
         networks[kinds[row.name]] = found
-    latency = costs.latency_ms(networks)
+    # What a network is called with is not known if it is no tensors: `student(**batch)`.
+    latency = costs.latency_ms({kind: found for kind, found in networks.items() if found[1]})
     for row in rows:
         kind = kinds[row.name]
-        row.costs = costs.count(*networks[kind]) | {"latency_ms": latency[kind]}
+        row.costs = costs.count(*networks[kind]) | ({"latency_ms": latency[kind]} if kind in latency else {})

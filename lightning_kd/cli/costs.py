@@ -14,21 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
-    """Parameters, floating-point operations for the example, and bytes on disk.
+    """Parameters, floating-point operations for the example (none, if it is empty), and bytes on disk.
 
     A multiply-add is two operations, as ``torch.utils.flop_counter`` counts.
     """
     model.eval()
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
+    found: dict[str, float] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "size_bytes": file.getbuffer().nbytes,
+    }
+    if not example:
+        return found
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(*example)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": counter.get_total_flops(),
-        "size_bytes": file.getbuffer().nbytes,
-    }
+    return found | {"flops": counter.get_total_flops()}
 
 
 def latency_ms(models: Mapping[str, tuple[nn.Module, tuple[Any, ...]]], rounds: int = 60) -> dict[str, float]:

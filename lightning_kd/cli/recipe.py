@@ -142,10 +142,10 @@ class Saved:
         if not self.inputs:
             raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
         if not larger:
-            return random_inputs(self.inputs, batch)
+            return random_inputs(self.inputs, batch, self.model)
         # Steps that most networks take, and different ones, so that height and width are not taken for one number.
         grown = [([s[0], s[1] + 32, s[2] + 64] if len(s) == 3 else s, name) for s, name in self.inputs]
-        return random_inputs(grown, batch)
+        return random_inputs(grown, batch, self.model)
 
 
 def _dtype_name(name: str) -> str:
@@ -185,12 +185,18 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def random_inputs(inputs: Inputs, batch: int) -> tuple[Any, ...]:
-    """Tensors of those shapes and types, the same in every call; images in a list are in [0, 1]."""
+def random_inputs(inputs: Inputs, batch: int, model: nn.Module) -> tuple[Any, ...]:
+    """Tensors of those shapes and types, the same in every call; images in a list are in [0, 1].
+
+    Floating-point ones are of the type of the model's weights, whatever the precision in which it was trained.
+    """
     generator = torch.Generator().manual_seed(0)
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     made: list[Any] = []
     for shape, name in inputs:
         dtype: torch.dtype = getattr(torch, _of_items(name))
+        if dtype.is_floating_point and floating is not None:
+            dtype = floating
         if name.startswith("list["):
             made.append(list(torch.rand(batch, *shape, generator=generator).to(dtype)))
             continue

@@ -110,7 +110,7 @@ class Tested:
         """What runs where the network is used, and one input for it."""
         model = self.cli().model
         deployed: nn.Module = model.task.deployed(model.student)
-        return deployed.eval(), random_inputs(self._inputs, batch=1)
+        return deployed.eval(), random_inputs(self._inputs, 1, deployed)
 
 
 def _which(weights: Path | None) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_kd.cli import main
+from lightning_kd.cli import costs, main
 from lightning_kd.cli.recipe import build
 
 SMALL = {"num_classes": 3, "backbone": "mobilenet_v3_small", "channels": 32, "min_size": 64, "max_size": 64}
@@ -58,6 +58,49 @@ def test_a_network_of_one_size_keeps_it(tmp_path: Path, capsys: pytest.CaptureFi
     images = torch.randn(5, 3, 16, 16)
     (found,) = session.run(None, {given.name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+UNUSUAL = """
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+class Dict(Base):
+    def forward(self, x): return {"logits": self.layer(x), "aux": x}
+
+class Decided(Base):
+    def forward(self, x): return self.layer(x) > 0
+
+class Branches(Base):
+    def forward(self, x): return self.layer(x) if x.sum() > 0 else -self.layer(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "inputs", "told"),
+    [
+        ("Dict", "torchscript", [[[6], "float32"]], "outputs: 0"),
+        ("Decided", "torchscript", [[[6], "float32"]], "outputs: 0"),
+        ("Dict", "onnx", [[[6], "bfloat16"]], "any batch size"),  # trained in bf16-true
+        ("Branches", "onnx", [[[6], "float32"]], "--format onnx: the network cannot be written so: "),
+        ("Branches", "state_dict", [], "loaded again, and not compared"),  # it is called with keywords
+    ],
+)
+def test_unusual_networks(
+    name: str, form: str, inputs: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "unusual_nets.py").write_text(UNUSUAL)
+    monkeypatch.syspath_prepend(tmp_path)
+    checkpoint(tmp_path / "a.ckpt", f"unusual_nets.{name}", {}, inputs)
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", form]) == (2 if "cannot" in told else 0)
+    printed = capfd.readouterr()
+    assert told in printed.out + printed.err
+    if inputs:
+        assert costs.count(build({"class_path": f"unusual_nets.{name}"}), ()).keys() == {"parameters", "size_bytes"}
 
 
 def test_a_detector_of_mmdet_for_its_own_class(tmp_path: Path) -> None:
