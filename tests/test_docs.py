@@ -45,7 +45,7 @@ class Block:
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
-    """Find the fenced blocks of a page, those in HTML comments too: a page hides its preparations there."""
+    """Find the fenced blocks of a page."""
     text = page.read_text()
     found = []
     for match in FENCE.finditer(text):
