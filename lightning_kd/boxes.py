@@ -32,8 +32,8 @@ def checked(target: Target, num_classes: int) -> Target:
     """
     if not target:
         raise ValueError(
-            "An image without a target, {}, is unlabelled: tasks.PseudoBoxes learns from such. An image without boxes "
-            "has boxes (0, 4) and labels (0,)."
+            "An image without a target, {}, is unlabelled: tasks.PseudoBoxes learns from such, or "
+            "MMPseudoBoxes with mmdet. An image without boxes has boxes (0, 4) and labels (0,)."
         )
     boxes, labels = target["boxes"], target["labels"]
     if boxes.ndim != 2 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:1]:

@@ -4,6 +4,7 @@ from lightning_kd.tasks.anomaly_detection import AnomalyDetection
 from lightning_kd.tasks.classification import Classification
 from lightning_kd.tasks.detection import Detection
 from lightning_kd.tasks.label_assisted import LabelAssisted
+from lightning_kd.tasks.mm_pseudo_boxes import MMPseudoBoxes
 from lightning_kd.tasks.mmdetection import MMDetection
 from lightning_kd.tasks.pose import Pose
 from lightning_kd.tasks.pseudo_boxes import PseudoBoxes
@@ -18,6 +19,7 @@ __all__ = [
     "Detection",
     "LabelAssisted",
     "MMDetection",
+    "MMPseudoBoxes",
     "Pose",
     "PseudoBoxes",
     "Retrieval",

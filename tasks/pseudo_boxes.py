@@ -1,13 +1,12 @@
 """Self-training of detectors: what a teacher finds in an image without a target becomes its target."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from lightning_kd.tasks.detection import Detection
 from torch import Tensor, nn
 
-from lightning_kd.extras import late_import
+from lightning_kd.self_training import SelfTraining, split
 
 BOXES = ("bbox_regression", "loss_box_reg", "loss_rpn_box_reg")
 """What torchvision's detectors call their losses of where boxes are."""
@@ -51,7 +50,7 @@ class PseudoBoxes(Detection):
         in both views, and take a focal loss for Faster R-CNN's classes.
 
     Example:
-        >>> PseudoBoxes(num_classes=3, score=0.6).strong[1].__class__.__name__
+        >>> PseudoBoxes(num_classes=3, score=0.6).training_on.strong[1].__class__.__name__
         'RandomGrayscale'
     """
 
@@ -66,85 +65,40 @@ class PseudoBoxes(Detection):
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(num_classes, class_names)
-        if not (0.0 < score < 1.0 and weight >= 0.0 and burn_in >= 0):
-            raise ValueError(
-                f"score is in (0, 1), weight and burn_in are not negative; got {score}, {weight} and {burn_in}."
-            )
-        self.score = score
-        self.weight = weight
-        self.burn_in = burn_in
-        self.strong: list[Callable[..., Any]] = _photometric() if strong is None else list(strong)
-        self.zeroed = tuple(zeroed)
-        self._taught = False
-        self._epoch = 0
-        self._boxes_per_image = 0.0
-        self._values: dict[str, Tensor | float] = {}
+        self.training_on = SelfTraining(score, weight, burn_in, strong, zeroed)
 
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
         """Remembers that there is a teacher."""
-        self._taught = True
+        self.training_on.taught = True
 
     def begin_epoch(self, epoch: int) -> None:
         """Remembers the epoch."""
-        self._epoch = epoch
+        self.training_on.epoch = epoch
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model: in training on labelled images, then on the others, whose targets the teacher makes."""
         if not model.training:
             return super().forward(model, batch)
-        pairs = list(zip(self.inputs(batch), self.target(batch), strict=True))
-        labelled = [(image, target) for image, target in pairs if target]
-        others = [image for image, target in pairs if not target]
+        labelled, others = split(self.inputs(batch), self.target(batch))
         known = super().forward(model, tuple(zip(*labelled, strict=True))) if labelled else None
         # During burn_in only where there is nothing else to call the student on.
-        teach = others and self._taught and (self._epoch >= self.burn_in or not labelled)
-        return _Losses(known, model(others, None) if teach else None, next(model.parameters()))
+        teach = others and self.training_on.taught and (self.training_on.begun or not labelled)
+        return _Losses(known, model(others, None) if teach else None, model)
 
     def student_input(self, images: Any, targets: Any = None, *, teacher: Any) -> tuple[Any, Any]:
         """Gives the student, where there are no targets, a strong view with what the teacher found in the weak one."""
-        if targets is not None:
-            return images, targets
-        views = []
-        for image, found in zip(images, teacher, strict=True):
-            sure = found["scores"] > self.score
-            views.append(self._strong_view(image, {key: found[key][sure] for key in ("boxes", "labels")}))
-        self._boxes_per_image = sum(len(target["labels"]) for _, target in views) / len(views)
-        return [image for image, _ in views], [target for _, target in views]
+        return (images, targets) if targets is not None else self.training_on.views(images, teacher)
 
     def loss(self, output: Any, batch: Any) -> Tensor | None:
         """Returns the losses of labelled images and of pseudo-boxes; in evaluation None."""
         if not isinstance(output, _Losses):
             return super().loss(output, batch)
-        self._values = {}
-        total = output.parameter.sum() * 0.0  # what there is to learn from a batch in which nothing counts
-        if output.labelled is not None:
-            known = super().loss(output.labelled, batch)
-            assert known is not None, "the model returned losses"
-            total = total + known
-        if output.pseudo is None:
-            return total
-        # Times 0 and not left out: so every parameter has a gradient, which DDP asks for.
-        parts = [value.mean() * float(name not in self.zeroed) for name, value in output.pseudo.items()]
-        counts = self._boxes_per_image > 0 and self._epoch >= self.burn_in
-        pseudo = torch.stack(parts).sum() * float(counts)
-        if self._epoch >= self.burn_in:
-            self._values = {"pseudo": pseudo.detach(), "pseudo_boxes": self._boxes_per_image}
-        return total + self.weight * pseudo
+        known = None if output.labelled is None else super().loss(output.labelled, batch)
+        return self.training_on.loss(known, output.pseudo, output.model)
 
     def values(self) -> Mapping[str, Tensor | float]:
         """Returns the loss on pseudo-boxes, and how many of them there are for an image."""
-        return self._values
-
-    def _strong_view(self, image: Tensor, target: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        tv_tensors = late_import("torchvision.tv_tensors", "torchvision", "detection")
-        v2 = late_import("torchvision.transforms.v2.functional", "torchvision", "detection")
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
-        view, moved = tv_tensors.Image(image), {**target, "boxes": boxes}
-        for transform in self.strong:
-            view, moved = transform(view, moved)
-        found = v2.clamp_bounding_boxes(moved["boxes"]).as_subclass(Tensor)
-        keep = (found[:, 2:] > found[:, :2]).all(dim=1)
-        return view.as_subclass(Tensor), {"boxes": found[keep], "labels": moved["labels"][keep]}
+        return self.training_on.values
 
 
 class _Losses(NamedTuple):
@@ -152,11 +106,4 @@ class _Losses(NamedTuple):
 
     labelled: Mapping[str, Tensor] | None
     pseudo: Mapping[str, Tensor] | None
-    parameter: Tensor
-
-
-def _photometric() -> list[Callable[..., Any]]:
-    v2 = late_import("torchvision.transforms.v2", "torchvision", "detection")
-    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    blur = v2.GaussianBlur(kernel_size=5, sigma=(0.1, 2.0))
-    return [v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(p=0.2), v2.RandomApply([blur], p=0.5)]
+    model: nn.Module

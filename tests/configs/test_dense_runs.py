@@ -10,11 +10,19 @@ import torch
 
 from lightning_kd.cli import main
 
-CONFIGS = ["scenes_detection_cwd", "scenes_segmentation_cwd"]
+CONFIGS = {
+    "scenes_detection_cwd": ["--teacher_fit.max_epochs", "1"],
+    "scenes_segmentation_cwd": ["--teacher_fit.max_epochs", "1"],
+    # A network that knows nothing yet is sure of nothing, so everything that it finds has to pass.
+    "scenes_detection_self_training": [
+        "--data.init_args.labelled", "0.5", "--model.task.init_args.burn_in", "0",
+        "--model.task.init_args.score", "0.02", "--model.student.init_args.score_thresh", "0.01",
+    ],
+}  # fmt: skip
 SMALL = [
     "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--trainer.check_val_every_n_epoch", "2",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-    "--trainer.accelerator", "cpu", "--teacher_fit.max_epochs", "1",
+    "--trainer.accelerator", "cpu",
     "--data.init_args.train_size", "16", "--data.init_args.val_size", "4", "--data.init_args.batch_size", "4",
     "--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint",
     "--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.filename", "{epoch}",
@@ -36,7 +44,7 @@ def steps(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_two_processes_and_resumed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fit = ["fit", "--config", name, *SMALL]
+    fit = ["fit", "--config", name, *SMALL, *CONFIGS[name]]
     assert main([*fit, "--trainer.default_root_dir", "whole", "--traceback"]) == 0
     (half,), (end,) = Path("whole").rglob("epoch=0.ckpt"), Path("whole").rglob("epoch=1.ckpt")
     assert main([*fit, "--trainer.default_root_dir", "rest", "--ckpt_path", str(half), "--traceback"]) == 0
