@@ -14,6 +14,7 @@ from lightning_kd.losses.dkd import dkd
 from lightning_kd.losses.efficient_ad import efficient_ad
 from lightning_kd.losses.fgd import fgd
 from lightning_kd.losses.fitnet import fitnet
+from lightning_kd.losses.giou import giou
 from lightning_kd.losses.ifvd import ifvd
 from lightning_kd.losses.kd import kd
 from lightning_kd.losses.ld import ld
@@ -50,6 +51,7 @@ __all__ = [
     "efficient_ad",
     "fgd",
     "fitnet",
+    "giou",
     "ifvd",
     "kd",
     "ld",

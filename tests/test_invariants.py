@@ -48,6 +48,7 @@ WIRING = {
     "EfficientAD": (losses.EfficientAD, MAPS),
     "FGD": (losses.FGD, MAPS),
     "FitNet": (losses.FitNet, MAPS),
+    "GIoU": (lambda: losses.GIoU(bins=2), DENSE),
     "IFVD": (lambda: losses.IFVD(8), DENSE),
     "Jointwise": (lambda: losses.Jointwise(losses.FitNet()), DENSE),
     "KD": (losses.KD, LOGITS),
@@ -192,7 +193,7 @@ def distillation(name: str = "FitNet", teacher: nn.Module | None = None, **kwarg
             logits = Term(losses.FitNet(), 0.5, "stem", "stem", nn.Conv2d(4, 4, 1))
         return TEACHERS[name]({"it": logits, "hint": hint}, **kwargs)
     loss, paths = WIRING[name]
-    labels = {"boxes": one_box} if name in ("FGD", "LD") else {"points": one_place} if name == "ALoss" else None
+    labels = {"boxes": one_box} if name in ("FGD", "GIoU", "LD") else {"points": one_place} if name == "ALoss" else None
     projector = None
     if paths is DENSE:
         projector = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Upsample(scale_factor=2))

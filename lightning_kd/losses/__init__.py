@@ -15,6 +15,7 @@ from lightning_kd.losses.dts import DTS
 from lightning_kd.losses.efficient_ad import EfficientAD
 from lightning_kd.losses.fgd import FGD
 from lightning_kd.losses.fitnet import FitNet
+from lightning_kd.losses.giou import GIoU
 from lightning_kd.losses.ifvd import IFVD
 from lightning_kd.losses.jointwise import Jointwise
 from lightning_kd.losses.kd import KD
@@ -74,6 +75,7 @@ __all__ = [
     "ALoss",
     "EfficientAD",
     "FitNet",
+    "GIoU",
     "Jointwise",
     "MarginMSE",
     "Matryoshka",

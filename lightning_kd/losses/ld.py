@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
-from lightning_kd.losses._boxes import inside
+from lightning_kd.losses._boxes import check_bins, weighted_mean
 from lightning_kd.losses._numerics import upcast
 
 
@@ -23,31 +22,13 @@ def ld(
     """Return ``T^2 * KL`` of the edges' distributions, averaged over edges and positions; see :class:`LD`."""
     _check.temperature(temperature)
     _check.maps(student, teacher)
-    channels = student.shape[1]
-    if channels % (4 * bins):
-        raise ValueError(
-            f"a map of box distributions has 4 * bins channels for each anchor of a position; got {channels} channels "
-            f"and bins={bins}. GFL's head has reg_max + 1 bins (17 unless configured); heads that regress four numbers "
-            "have no distributions: compare those with FitNet()."
-        )
+    check_bins(student, bins)
     log_s, log_t = (
-        (upcast(x) / temperature).reshape(len(x), channels // bins, bins, *x.shape[2:]).log_softmax(2)
+        (upcast(x) / temperature).reshape(len(x), x.shape[1] // bins, bins, *x.shape[2:]).log_softmax(2)
         for x in (student, teacher.detach())
     )
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(2).mean(1)
-    if regions is None and boxes is None:
-        return temperature**2 * divergence.mean()
-    if regions is None:
-        weights = inside(boxes or [], student).to(divergence.dtype)
-    elif regions.shape == divergence.shape:
-        weights = regions.to(divergence.dtype)
-    else:
-        raise ValueError(
-            f"regions are the weights (B, H, W) of a map's positions, {tuple(divergence.shape)} of this level; got "
-            f"{tuple(regions.shape)}."
-        )
-    weighted = torch.where(weights > 0, weights * divergence, 0.0).sum()
-    return temperature**2 * weighted / weights.sum().clamp_min(1)
+    return temperature**2 * weighted_mean(divergence, boxes, regions)
 
 
 class LD(nn.Module):

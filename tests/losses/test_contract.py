@@ -122,6 +122,7 @@ CASES = {
     "EfficientAD": Case(losses.EfficientAD, _plain(functional.efficient_ad), MAP, MAP),
     "FGD": Case(losses.FGD, _fgd, MAP, MAP, {"learns at once": "the last layers of its GcBlocks start at zero"}),
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
+    "GIoU": Case(lambda: losses.GIoU(bins=2), lambda m, s, t, boxes: functional.giou(s, t, boxes, bins=2), BINS, BINS),
     "IFVD": Case(lambda: losses.IFVD(10), _ifvd, (8, 3, 4, 4), MAP, dense=True),
     "Jointwise": Case(lambda: losses.Jointwise(losses.KD()), _jointwise, (8, 10, 12), (8, 10, 12)),
     "KD": Case(losses.KD, _plain(functional.kd)),

@@ -18,7 +18,7 @@ from lightning_kd import Distillation, DistillationModule, Term, losses
 from lightning_kd.data.box_images import collate
 from lightning_kd.data.box_scenes import BoxScenes
 from lightning_kd.models.mmdet import MMDetModel
-from lightning_kd.projectors import TeacherLayers
+from lightning_kd.projectors import PerLevel, TeacherLayers
 
 CLASSES = 10
 RESNET = {
@@ -372,6 +372,23 @@ def test_the_students_features_go_through_the_teachers_head(kind: str, scenes: B
     saved = torch.load(tmp_path / "it.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {f"student.{key}" for key in student.state_dict()}
     assert not any(callback.get("learned") for callback in saved["callbacks"].values())
+
+
+def test_the_whole_head_of_a_teacher_ends_in_the_scale_of_each_level(scenes: BoxScenes) -> None:
+    student, teacher = detector("GFL"), detector("GFL")
+    know_something_else(teacher)
+    for i, scale in enumerate(teacher.bbox_head.scales):
+        scale.scale.data.fill_(0.5 + i)
+    paths = [["bbox_head.reg_convs[:]", "bbox_head.gfl_reg", f"bbox_head.scales.{i}"] for i in range(5)]
+    term = Term(losses.GIoU(), student="features", teacher="reg", projector=PerLevel(map(TeacherLayers, paths)))
+    module = DistillationModule(MMDetection(CLASSES), student, teacher, {"box": term}, optimizer=sgd)
+    run = trainer(limit_val_batches=0, limit_train_batches=1)
+    run.fit(module, datamodule=scenes)
+    assert 0 < float(run.callback_metrics["train/box"]) < 10
+    term.meet(teacher)
+    with torch.no_grad():
+        levels = teacher.extract_feat(torch.rand(2, 3, 64, 64))
+        torch.testing.assert_close(term.projector(levels), list(teacher.bbox_head(levels)[1]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("RetinaNet", "RetinaNet"), ("FCOS", "GFL")])
