@@ -28,6 +28,7 @@ from lightning_kd.losses.pkt import pkt
 from lightning_kd.losses.pld import pld
 from lightning_kd.losses.qfl import qfl
 from lightning_kd.losses.rd4ad import rd4ad
+from lightning_kd.losses.region_bsd import region_bsd
 from lightning_kd.losses.rkd import rkd
 from lightning_kd.losses.seed import seed
 from lightning_kd.losses.skd import skd
@@ -65,6 +66,7 @@ __all__ = [
     "pld",
     "qfl",
     "rd4ad",
+    "region_bsd",
     "rkd",
     "seed",
     "skd",

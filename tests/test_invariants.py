@@ -65,6 +65,7 @@ WIRING = {
     "PLD": (losses.PLD, LOGITS),
     "QFL": (losses.QFL, LOGITS),
     "RD4AD": (losses.RD4AD, MAPS),
+    "RegionBSD": (lambda: losses.RegionBSD(8), DENSE),
     "RKD": (losses.RKD, VECTORS),
     "SampleTemperature": (lambda: losses.SampleTemperature(losses.KD()), LOGITS),
     "SEED": (lambda: losses.SEED(queue=24), VECTORS),

@@ -32,6 +32,7 @@ from lightning_kd.losses.pkt import PKT
 from lightning_kd.losses.pld import PLD
 from lightning_kd.losses.qfl import QFL
 from lightning_kd.losses.rd4ad import RD4AD
+from lightning_kd.losses.region_bsd import RegionBSD
 from lightning_kd.losses.rkd import RKD
 from lightning_kd.losses.sample_temperature import SampleTemperature
 from lightning_kd.losses.seed import SEED
@@ -80,6 +81,7 @@ __all__ = [
     "MarginMSE",
     "Matryoshka",
     "Pixelwise",
+    "RegionBSD",
     "SampleTemperature",
     "Standardized",
 ]

@@ -40,9 +40,10 @@ class BSD(nn.Module):
     Between two peers each pixel is taught in one direction only, by the one that knows it: made for a CNN and a
     transformer that learn at once, ``MutualDistillation(peers=[...], terms={"bsd": Term(BSD())})``. It is 0 for a
     student that is better everywhere. This is the pixel-wise part of bidirectional selective distillation, in the space
-    of logits, **by the paper's abstract and not checked against its equations**; no code of its authors was found. Its
-    region-wise part, in the space of features, is not here; for its heterogeneous features (HFD, consistency of early
-    layers) use ``FitNet`` between early layers of the two, as ``scenes_segmentation_collaborative`` does.
+    of logits, **by the paper's abstract and not checked against its equations**; no code of its authors was found. A
+    reading of its region-wise part, in the space of features, is :class:`~lightning_kd.losses.RegionBSD`; for its
+    heterogeneous features (HFD, consistency of early layers) take ``FitNet`` between early layers of the two, another
+    reading, as ``scenes_segmentation_collaborative`` does.
 
     Args:
         temperature: T > 0. May be changed between steps.

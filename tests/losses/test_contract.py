@@ -140,6 +140,9 @@ CASES = {
     "PLD": Case(losses.PLD, _plain(functional.pld), not_true={"zero": CROSS_ENTROPY, "minimum": LABEL}),
     "QFL": Case(losses.QFL, _plain(functional.qfl)),
     "RD4AD": Case(losses.RD4AD, _plain(functional.rd4ad), MAP, MAP),
+    "RegionBSD": Case(
+        lambda: losses.RegionBSD(10), lambda m, s, t, y: functional.region_bsd(s, t, y, 10), PIXELS, PIXELS, dense=True
+    ),
     "RKD": Case(losses.RKD, _plain(functional.rkd), (8, 12), (8, 20)),
     "SampleTemperature": Case(lambda: losses.SampleTemperature(losses.DKD()), _sample_temperature),
     "SEED": Case(

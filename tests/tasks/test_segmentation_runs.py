@@ -103,9 +103,10 @@ def test_a_cnn_and_a_transformer_teach_each_other() -> None:
     transformer = smp.Segformer("mit_b0", encoder_weights=None, decoder_segmentation_channels=32, classes=11)
     terms = {
         "bsd": Term(losses.BSD(), student="logits", teacher="logits"),
+        "regions": Term(losses.RegionBSD(11), student="features.3", teacher="features.3"),
         "hfd": Term(losses.FitNet(), student="features.2", teacher="features.2"),
     }
-    for kept in ({"bsd"}, {"hfd"}):
+    for kept in ({"bsd"}, {"regions", "hfd"}):
         networks = {"train": student(), "peer1/train": transformer}
         before = {side: [p.detach().clone() for p in net.parameters()] for side, net in networks.items()}
         module = DistillationModule(
