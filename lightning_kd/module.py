@@ -87,7 +87,9 @@ class DistillationModule(LightningModule):
             raise ValueError(f"lr_interval is 'epoch' or 'step', got {lr_interval!r}.")
         self.task = task
         self.student = student
-        self.optimizer = optimizer
+        # The command line reads the default out of a lambda, which cannot be pickled (ddp_spawn).
+        default = getattr(optimizer, "__qualname__", "") == "DistillationModule.<lambda>"
+        self.optimizer = _adamw if default else optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.attachment: Attachment | None = None
@@ -127,6 +129,16 @@ class DistillationModule(LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the student."""
         return self.student(*args, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on alone with a run whose terms learned: its optimizer has their parameters, too."""
+        resumes = self._trainer is not None and self.trainer.training
+        learned = [key for key, state in checkpoint.get("callbacks", {}).items() if "Attachment{" in key and state]
+        if resumes and learned and self.attachment is None:
+            raise ValueError(
+                "The run that is resumed was distilled, with terms that learn, and this one trains the student alone. "
+                f"Resume it with its teacher and terms, or {START_ANEW}."
+            )
 
     def on_train_start(self) -> None:
         """Refuses to go on with the state of another optimizer, which torch takes and stumbles over in the step."""
@@ -248,6 +260,10 @@ class DistillationModule(LightningModule):
         self.log_dict({n: values[n] for n in values if n in whole}, prog_bar=stage == "val", sync_dist=True)
         self.log_dict({n: values[n] for n in values if n not in whole}, sync_dist=True)
         metrics.reset()
+
+
+def _adamw(parameters: Any) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler: object) -> None:

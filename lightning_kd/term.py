@@ -296,8 +296,8 @@ class Term(nn.Module):
             remedy = "Tap modules that are called equally often."
             if not students or not teachers:
                 remedy += (
-                    " A LightningModule that is compiled as a whole must not be called before the fit: "
-                    "torch.compiler.reset() forgets what was compiled."
+                    " What was compiled before the taps were there never calls them: torch.compiler.reset() before the "
+                    "fit forgets it."
                 )
             raise ValueError(
                 f"the student's {self.student.text!r} was called {len(students)} times and the teacher's "

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +276,22 @@ def test_a_schedule_of_the_learning_rate_needs_an_end() -> None:
         trainer(max_epochs=-1, max_steps=3).fit(fitted, loader(), loader())
 
 
-def test_another_optimizer_does_not_resume(tmp_path: Path) -> None:
+def test_another_optimizer_or_no_teacher_does_not_resume(tmp_path: Path) -> None:
     run = trainer()
     run.fit(module(), loader(), loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
+    run = trainer()
+    run.fit(module(Net(8)), loader(), loader())
+    run.save_checkpoint(tmp_path / "hint.ckpt")
+    with pytest.raises(ValueError, match="was distilled, with terms that learn, and this one trains the student alone"):
+        trainer(max_epochs=2).fit(module(), loader(), loader(), ckpt_path=tmp_path / "hint.ckpt", weights_only=True)
     other = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     with pytest.raises(ValueError, match=r"its state has no dampening, momentum for SGD\. Resume with"):
         trainer(max_epochs=2).fit(other, loader(), loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_it_pickles_with_the_optimizer_that_it_has_by_default() -> None:
+    made = pickle.loads(pickle.dumps(module(Net(8))))
+    optimizer = made.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["lr"] == 1e-3

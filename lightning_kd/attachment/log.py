@@ -25,7 +25,9 @@ class Log:
         values, self.values = self.values, {}
         if trainer.barebones:  # in which whoever logs is warned
             return
-        own = {result.meta.name for result in trainer._results.values()} if trainer._results else set()
+        results = [result.meta for result in (trainer._results or {}).values()]
+        # Those of this hook may be ours, of an earlier fit of this trainer.
+        own = {meta.name for meta in results if meta.fx != "on_before_backward"}
         ours = {name: value for name, value in values.items() if name not in own or name in self._logged}
         self._logged |= ours.keys()
         # Nothing is averaged over an epoch, so the size does not matter; some batches do not tell it.

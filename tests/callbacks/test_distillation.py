@@ -869,3 +869,13 @@ def test_torchscript_is_one_piece() -> None:
         fit(Base(), Distillation(torch.jit.script(net(16)), {"hint": hint().distiller.terms["hint"]}, student="model"))
     run = fit(Base(), kd(teacher=torch.jit.script(net(16))))
     assert logged(run)["train/kd"] > 0
+
+
+def test_a_second_fit_of_one_trainer_logs_its_terms_too() -> None:
+    module, callback = Base(), hint()
+    run = fit(module, callback)
+    first = logged(run)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader())
+    assert logged(run).keys() == first.keys()
+    assert logged(run)["train/hint"] != first["train/hint"]
