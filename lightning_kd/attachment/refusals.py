@@ -139,10 +139,11 @@ def refuse_uncalled(
     children = [
         n
         for n, child in pl_module.named_children()
-        if not n.startswith(GUEST) and any(True for _ in child.parameters())
+        if not n.startswith(GUEST) and n != student and any(True for _ in child.parameters())
     ]
     raise RuntimeError(
         f"training_step did not call the student ({name}) with gradients enabled, so there is nothing to distil. "
-        "Say which module it calls: Distillation(student=...), one of "
-        f"{', '.join(map(repr, children)) or 'its submodules'}. self.forward(x) bypasses hooks, self(x) does not."
+        f"A call is {'.'.join(filter(None, ('self', student)))}(x): forward(x) and other methods go past the hooks. If "
+        "it calls another module, say which: Distillation(student=...), one of "
+        f"{', '.join(map(repr, children)) or 'its submodules'}."
     )

@@ -446,6 +446,16 @@ def test_a_student_that_is_not_called() -> None:
         fit(Base(), kd(None))
 
 
+def test_a_student_of_which_a_method_is_called() -> None:
+    class Methods(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.model.forward(batch[0]), batch[1])
+
+    told = r"\('model'\).* A call is self\.model\(x\): forward\(x\) and other methods .* one of its submodules\."
+    with pytest.raises(RuntimeError, match=told):
+        fit(Methods(), kd("model"))
+
+
 def test_an_unknown_path_lists_the_closest_and_leaves_nothing_behind() -> None:
     module = Base()
     for callback in (
