@@ -19,11 +19,11 @@ def ifvd(student: Tensor, teacher: Tensor, target: Tensor, num_classes: int, mas
     _check.in_range("target", label, num_classes, "num_classes counts the classes; leave others out by a mask.")
     label = label.clamp(0, num_classes - 1).flatten(1)
     counts = torch.ones_like(label, dtype=torch.bool) if here is None else here.flatten(1)
-    difference = variation(student, label, counts, num_classes) - variation(teacher, label, counts, num_classes)
+    difference = _variation(student, label, counts, num_classes) - _variation(teacher, label, counts, num_classes)
     return torch.where(counts, difference, 0.0).square().sum() / _mask.total(counts)
 
 
-def variation(x: Tensor, label: Tensor, counts: Tensor, num_classes: int) -> Tensor:
+def _variation(x: Tensor, label: Tensor, counts: Tensor, num_classes: int) -> Tensor:
     """Return the cosine (B, positions) of each pixel's feature with the mean of its class in the image."""
     feature = upcast(x).flatten(2).transpose(1, 2)
     # the cosine does not change with the image's scale; without it, squares overflow

@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check, _mask
-from lightning_kd.losses._numerics import unit, upcast
-from lightning_kd.losses.ifvd import variation
+from lightning_kd.losses._numerics import full_precision, unit, upcast
+
+_TEMPERATURE = 0.1  # of cosines, as contrastive losses have it; it decides who is better, and scales nothing
 
 
 def region_bsd(
-    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int, grid: int = 4, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    num_classes: int,
+    grid: int = 4,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return ``1 - cos`` of the features in regions that the teacher tells better; see :class:`RegionBSD`."""
     _check.maps(student, teacher)
@@ -21,14 +27,28 @@ def region_bsd(
     counts = torch.ones_like(label, dtype=torch.bool) if here is None else here
     label = label.where(counts, 0)
     _check.in_range("target", label, num_classes, "num_classes counts the classes; leave others out by a mask.")
-    label = label.clamp(0, num_classes - 1).flatten(1)
+    label = label.clamp(0, num_classes - 1)
     with torch.no_grad():
-        near = [variation(x, label, counts.flatten(1), num_classes).reshape(counts.shape) for x in (student, teacher)]
-        ahead = F.adaptive_avg_pool2d(torch.where(counts, near[1] - near[0], 0.0)[:, None], grid)
+        of_student, of_teacher = (_entropy(x, label, counts, num_classes) for x in (student, teacher))
+        ahead = F.adaptive_avg_pool2d(torch.where(counts, of_student - of_teacher, 0.0)[:, None], grid)
         # asked this way round, what is not a number is not left out in silence
         taught = counts & ~(F.interpolate(ahead, counts.shape[1:], mode="nearest-exact")[:, 0] <= 0)
     apart = 1.0 - (unit(upcast(student), 1) * unit(upcast(teacher), 1)).sum(1)
     return torch.where(taught, apart, 0.0).sum() / _mask.total(counts)
+
+
+def _entropy(x: Tensor, label: Tensor, counts: Tensor, num_classes: int) -> Tensor:
+    """Return for each pixel (B, h, w) the cross entropy of its class, by how near it is to the middles of all."""
+    feature = upcast(x).flatten(2).transpose(1, 2)
+    # the cosine does not change with the image's scale; without it, squares overflow
+    feature = feature / feature.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(feature.dtype).tiny)
+    classes = torch.arange(num_classes, device=label.device)
+    member = (label.flatten(1).unsqueeze(1) == classes[:, None]) & counts.flatten(1).unsqueeze(1)
+    with full_precision(feature):
+        middle = unit(member.to(feature.dtype) @ feature)  # (B, classes, channels); the direction is all that counts
+        near = middle @ unit(feature).transpose(1, 2) / _TEMPERATURE
+    near = near.masked_fill(~member.any(2, keepdim=True), -torch.inf)  # classes that the image has not
+    return F.cross_entropy(near, label.flatten(1), reduction="none").reshape(label.shape)
 
 
 class RegionBSD(nn.Module):
@@ -36,11 +56,11 @@ class RegionBSD(nn.Module):
 
     Of the paper only the abstract could be read, and no code of its authors was found. It says that region-wise BSD
     determines the directions of knowledge transferred between the corresponding regions in the feature space. Here a
-    region is a cell of a grid over the map, and a network is the better one in it whose pixels are closer to the middle
-    of their class, in the mean over the region: with the cosine ``v_i`` of a pixel's feature with the mean of its class
-    in the image, as :class:`~lightning_kd.losses.IFVD` has it::
+    region is a cell of a grid over the map, and a network is the better one in it if its features tell the classes
+    apart better there. With ``c_k`` the mean of the features of class k in the image and ``y_i`` the label of pixel i::
 
-        loss = mean over the pixels of (1 - cos(f_s, f_t)) * [mean(v_t) > mean(v_s) in the pixel's region]
+        CE_i = cross_entropy(cos(f_i, c) / T, y_i),    T = 0.1
+        loss = mean over the pixels of (1 - cos(f_s, f_t)) * [mean(CE_t) < mean(CE_s) in the pixel's region]
 
     It is 0 for a student that is better everywhere. Between two peers a region is taught in one direction, as far as
     the projectors of both leave their order as it is. Beside it :class:`~lightning_kd.losses.BSD` is the pixel-wise
