@@ -63,8 +63,10 @@ def closest_argument(told: str) -> str:
     member = found and pydoc.locate(groups.get(found["of"], found["of"]))
     if not found or not callable(member):
         return ""
-    guess = _guess(found["name"], list(inspect.signature(member).parameters))
-    return f".{guess}" if guess else ""
+    known = list(inspect.signature(member).parameters)
+    if guess := _guess(found["name"], known):
+        return f".{guess}"
+    return f". What else the model takes: options: {{{found['name']}: ...}}" if "options" in known else ""
 
 
 def _guess(name: str, known: Sequence[str]) -> str:

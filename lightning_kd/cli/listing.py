@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 from types import ModuleType
 
 from lightning_kd.cli import configs
@@ -57,7 +58,8 @@ def _one_line(module: ModuleType, name: str) -> str:
         member = getattr(module, name)
     except ImportError as error:
         return f"({error})"
-    return (inspect.getdoc(member) or "").partition("\n")[0].replace("``", "")
+    line = (inspect.getdoc(member) or "").partition("\n")[0]
+    return re.sub(r":\w+:`([^`]+)`", r"\1", line).replace("``", "")
 
 
 def _section(kind: str) -> str:

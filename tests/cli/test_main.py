@@ -434,6 +434,10 @@ def test_bad_input_is_told_with_exit_code_2(
         ("model: {task: {class_path: lightning_kd.tasks.Clasification}}", "Did you mean Classification?"),
         ("model: {terms: {kd: {loss: {class_path: lightning_kd.losses.RDK}}}}", "Did you mean RKD"),
         ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
+        (
+            "model: {student: {class_path: lightning_kd.models.Timm, init_args: {name: resnet10t, in_chans: 1}}}",
+            "options: {in_chans: ...}",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_is_told_in_one_line(
@@ -459,6 +463,7 @@ def test_every_member_that_is_listed_has_its_line(kind: str, capsys: pytest.Capt
     found = members(kind)
     assert found
     assert all(found.values()), found
+    assert not any("`" in line for line in found.values()), found
     assert main(["list", kind]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in found)
