@@ -157,6 +157,7 @@ class DistillationModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the task's own loss; the terms are added by the attachment."""
+        batch = self._in_precision(batch)
         loss = self.task.loss(self.task(self.student, batch), batch)
         if loss is None:
             raise ValueError(f"{type(self.task).__name__}.loss returned None in training: nothing would be learned.")
@@ -167,16 +168,21 @@ class DistillationModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measures the student."""
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(self._in_precision(batch), self.val_metrics, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures the student, and how often it agrees with the teacher."""
+        batch = self._in_precision(batch)
         output = self._evaluate(batch, self.test_metrics, "test")
         # Of what an ensemble's models return, only the logits are left: a task that selects them finds nothing.
         whole = not isinstance(self.teacher, Ensemble) or not self.teacher.path.selectors
         if self.agreement is not None and whole and isinstance(self.teacher, (Ensemble, Frozen)):
             taught = self._teacher_output(self.teacher, batch)
             self.task.update_agreement_batch(self.agreement, output, taught, batch)
+
+    def _in_precision(self, batch: Any) -> Any:
+        """Returns the batch in the Trainer's ``-true`` precision: data that normalise on the device come after it."""
+        return batch if self._trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
     def _teacher_output(self, teacher: Ensemble | Frozen, batch: Any) -> Any:
         """Lets the task call the teacher, on what it is given in training: see ``teacher_input``."""
@@ -212,6 +218,7 @@ class DistillationModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Returns the task's predictions for a batch."""
+        batch = self._in_precision(batch)
         return self.task.predict_batch(self.task(self.student, batch), batch)
 
     def configure_optimizers(self) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning_kd.tasks import Classification
@@ -295,3 +295,22 @@ def test_it_pickles_with_the_optimizer_that_it_has_by_default() -> None:
     optimizer = made.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_data_that_normalise_on_the_device_come_in_the_precision_of_the_weights(precision: Any) -> None:
+    class Bytes(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            images = torch.arange(96, dtype=torch.uint8).view(16, 6)
+            return DataLoader(TensorDataset(images, torch.arange(16) % CLASSES), batch_size=4)
+
+        val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] / 255, batch[1]
+
+    run, lit = trainer(precision=precision, limit_val_batches=1), module(Net(8))
+    run.fit(lit, datamodule=Bytes())
+    assert run.callback_metrics["train/hint"] > 0
+    run.test(lit, datamodule=Bytes(), verbose=False)
+    assert len(run.predict(lit, datamodule=Bytes()) or []) == 4

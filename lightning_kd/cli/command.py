@@ -156,7 +156,7 @@ class DistillationCLI(LightningCLI):
         config, self.config = self.config, self._with_stand_in()
         kept = self.save_config_callback
         trainer = self.own_config["trainer"]
-        trainer.fast_dev_run = True
+        trainer.fast_dev_run, trainer.barebones = True, False
         trainer.enable_checkpointing = trainer.enable_model_summary = trainer.enable_progress_bar = False
         try:
             with quiet(), contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
@@ -176,6 +176,8 @@ class DistillationCLI(LightningCLI):
         """Make the trainer: a fit keeps its logs side by side in one folder, what only measures keeps nothing."""
         config = dict(self._get(self.config_init, "trainer")) | kwargs
         callbacks = list(config.get("callbacks") or [])
+        if config.get("barebones"):  # for which everything else is switched off
+            config |= {"logger": False, "log_every_n_steps": 0} | dict.fromkeys(SWITCHES, False)
         if self.subcommand in ("validate", "test", "predict"):
             config |= {"logger": config.get("logger") or False, "enable_checkpointing": False}
             self.save_config_callback = None

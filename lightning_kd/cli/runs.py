@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import Inputs, inputs_of, random_inputs
 from lightning_kd.cli.teacher import fingerprint
 from lightning_kd.task import TaskAdapter
@@ -100,8 +101,11 @@ class Tested:
                 seen.extend(inputs_of(args))
 
         handle = cli.model.student.register_forward_pre_hook(see)
-        measured = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+        tested = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         handle.remove()
+        if not tested:
+            raise UsageError("compare measures on the test data, which gave no batch; see --trainer.limit_test_batches")
+        measured = tested[0]
         metrics = {k.removeprefix("test/"): float(v) for k, v in measured.items()}
         task = cli.model.task
         return {"metrics": metrics, "inputs": seen, "main": task.main_metric, "higher": _higher(task, metrics)}

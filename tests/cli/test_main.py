@@ -162,6 +162,14 @@ def test_a_dev_run_trains_no_teacher(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to .self.log:UserWarning")  # Lightning's, of any module that logs
+def test_a_barebones_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.barebones", "true", "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", "digits_kd", *ALONE, *options, "--traceback"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_only_shown_decides_no_run() -> None:
     settings = {"seed_everything": 0, "trainer": {"max_epochs": 2, "log_every_n_steps": 5}}
     shown = {"max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
