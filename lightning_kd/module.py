@@ -39,6 +39,7 @@ class DistillationModule(LightningModule):
         optimizer: Makes the optimizer of parameters; AdamW at 1e-3 unless given.
         lr_scheduler: Makes the learning-rate scheduler of the optimizer; or a schedule, whose value is the factor of
             the learning rate: ``schedules.Cosine(1.0, 0.0)`` anneals over the whole run, however long that is.
+            ``ReduceLROnPlateau`` watches ``val/loss``.
         lr_interval: When the scheduler steps, ``"epoch"`` or ``"step"``.
         task_weight: Factor of the task's own loss, or a schedule of it.
         teacher_input: Makes the teacher's arguments out of the student's; as the task does it unless given.
@@ -228,7 +229,10 @@ class DistillationModule(LightningModule):
             return optimizer
         given = self.lr_scheduler
         scheduler = self._annealing(optimizer, given) if isinstance(given, Schedule) else given(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+        # Of ReduceLROnPlateau: Lightning's own says what it watches, torch's does not. Others do not look at it.
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": how}
 
     def _annealing(self, optimizer: Optimizer, schedule: Schedule) -> LambdaLR:
         trainer = self.trainer

@@ -10,6 +10,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd.drawing import Drawing
 from lightning_kd.numbers import is_whole
 from lightning_kd.predictions import PredictionFile
+from lightning_kd.wiring import describe
 
 UNLABELLED = -100
 """The class of a sample that has none: torch's cross-entropy leaves it out."""
@@ -57,12 +58,21 @@ class TaskAdapter(nn.Module, ABC):
         return model(self.inputs(batch))
 
     def inputs(self, batch: Any) -> Any:
-        """Returns what the model takes of a batch."""
-        return batch[0]
+        """Returns what the model takes of a batch; a batch that is one tensor is that itself."""
+        return batch if isinstance(batch, Tensor) else self._part(batch, 0)
 
     def target(self, batch: Any) -> Any:
         """Returns the labels of a batch, for losses that need them."""
-        return batch[1]
+        return self._part(batch, 1)
+
+    def _part(self, batch: Any, place: int) -> Any:
+        short = isinstance(batch, (tuple, list)) and len(batch) <= place
+        if short or isinstance(batch, (Mapping, Tensor)):
+            raise ValueError(
+                f"{type(self).__name__} takes batches (inputs, target), and this one is {describe(batch)}. Let the "
+                "data set return such pairs, or override inputs() and target() of the task."
+            )
+        return batch[place]
 
     def index(self, batch: Any) -> Any:
         """Returns the samples' indices in the data set, for losses with a memory of it; None where there are none."""

@@ -76,6 +76,7 @@ class Classification(TaskAdapter):
                     f"multilabel=True wants targets of zeros and ones, {tuple(logits.shape)} like the logits; got "
                     f"{tuple(target.shape)}."
                 )
+            self._refuse_values(target, target)
             return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
         soft = target.is_floating_point()
         if target.shape != (logits.shape if soft else logits.shape[:1]):
@@ -84,12 +85,29 @@ class Classification(TaskAdapter):
                 f"{tuple(logits.shape)}; got {target.dtype} {tuple(target.shape)}."
             )
         if soft:
+            self._refuse_values(target, target.sum(dim=1, dtype=torch.float32))
             return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         known = self._labelled(target)
         # The mean over what is labelled; of nothing it is 0 and not torch's nan.
         total = F.cross_entropy(logits, target.long(), label_smoothing=self.label_smoothing, reduction="sum")
         mean: Tensor = total / known.sum().clamp(min=1)
         return mean
+
+    def _refuse_values(self, target: Tensor, total: Tensor) -> None:
+        """Refuses what cannot be probabilities; on the CPU, since elsewhere looking would wait for the device."""
+        if target.device.type != "cpu" or torch.compiler.is_compiling() or not target.numel():
+            return
+        low, high = float(target.min()), float(total.max())
+        if low < 0.0 or high > 1.0 + 0.01:  # what float16 and bfloat16 round
+            one = "each label" if self.multilabel else "the classes together"
+            raise ValueError(
+                f"Targets are probabilities, from 0 to 1 for {one}; got from {low:g} to {high:g}. "
+                + (
+                    "Map -1 and 1 to 0 and 1; labels that are not known are for a loss() of your own."
+                    if self.multilabel
+                    else "If a sample can have several classes at once, it is multilabel=True."
+                )
+            )
 
     def _labelled(self, target: Tensor) -> Tensor:
         """Returns which samples have a class; that it is one of them is checked on the CPU, elsewhere torch does."""
@@ -128,6 +146,8 @@ class Classification(TaskAdapter):
         if not self.multilabel:
             known = self._labelled(target)
             said, target = said[known], target[known]
+            if not len(target):  # torchmetrics takes no empty batch
+                return
         metrics.update(said, target.long())
 
     def agreement(self) -> Metric:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import Logger
 from lightning_kd.tasks import Classification
 from sklearn.metrics import accuracy_score
@@ -274,6 +275,21 @@ def test_a_schedule_of_the_learning_rate_needs_an_end() -> None:
     fitted = module(lr_scheduler=schedules.Cosine(1.0, 0.0))
     with pytest.raises(ValueError, match="Set max_epochs, or with max_steps lr_interval='step'"):
         trainer(max_epochs=-1, max_steps=3).fit(fitted, loader(), loader())
+
+
+@pytest.mark.parametrize(
+    ("plateau", "watched"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "val/loss"),
+        (lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/accuracy"), "val/accuracy"),
+    ],
+)
+def test_a_plateau_is_one_of_what_is_validated(plateau: Any, watched: str) -> None:
+    run = trainer()
+    run.fit(module(lr_scheduler=plateau), loader(), loader())
+    (config,) = run.lr_scheduler_configs
+    assert config.monitor == watched
+    assert config.scheduler.best == pytest.approx(float(run.callback_metrics[watched]))
 
 
 def test_another_optimizer_or_no_teacher_does_not_resume(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from lightning_kd import __version__
-from lightning_kd.cli.errors import UsageError, alternatives, closest_argument, unknown
+from lightning_kd.cli.errors import UsageError, alternatives, closest_argument, expected, unknown
 
 OWN = {"cache": "cache", "list": "listing", "export": "export", "compare": "compare"}
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -122,8 +122,8 @@ def _explains_itself(error: Exception) -> bool:
 
     # OSError: a file or folder that cannot be read or written; FloatingPointError: a term that is not finite.
     told = (UsageError, MisconfigurationException, OSError, ModuleNotFoundError, ValueError, TypeError)
-    if type(error) is RuntimeError:  # torch's, of a checkpoint of another network
-        return str(error).startswith("Error(s) in loading state_dict")
+    if type(error) is RuntimeError:  # torch's, of a checkpoint of another network, and Lightning's
+        return str(error).startswith(("Error(s) in loading state_dict", "Early stopping conditioned on metric"))
     if isinstance(error, UserWarning):
         return re.match(NO_LAST, str(error)) is not None
     return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
@@ -145,8 +145,8 @@ def _told(error: BaseException) -> str:
         error = error.__cause__
     told = str(error)
     while tried := alternatives(told):
-        key = re.match(r'Parser key "([^"]+)"', told)
-        where = where or (f"{key[1]}: " if key else "")
-        told = next((each for each in tried if not each.startswith("Expected a ")), tried[0])
+        for key in re.findall(r'Parser key "([^"]+)"', told.partition("Errors:")[0]):
+            where += "" if f"{key}: " in where else f"{key}: "
+        told = next((each for each in tried if not re.match("Expected (a )?(<|typing|dot import)", each)), "") or expected(told)
     shown = f"{where}{told}".partition("\nSubclass types expect one of")[0].strip()
     return re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)

@@ -16,6 +16,9 @@ class UsageError(Exception):
 GROUPS = ("trainer", "model", "data", "seed_everything", "teacher_fit", "ckpt_path")
 """What a configuration has at its top."""
 
+NAMED = ("losses", "schedules", "teachers", "tasks", "models", "data")
+"""Where the classes are that a configuration names."""
+
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not among the known ones: the closest first, then all of them.
@@ -43,6 +46,23 @@ def alternatives(told: str) -> list[str]:
     return [re.sub(rf"^{found[1]}    ", "", one, flags=re.MULTILINE).rstrip("\n") for one in each]
 
 
+def expected(told: str) -> str:
+    """What would have fitted, where jsonargparse says that a value is of none of some plain types.
+
+    Example:
+        >>> told = ["... any of the Union subtypes", "Errors:", "  - Expected a <class 'NoneType'>"]
+        >>> told += ["  - Expected a <class 'int'>", "Given value type: <class 'str'>", "Given value: two"]
+        >>> expected(chr(10).join(told))
+        'Expected null, int; got two'
+    """
+    kinds = [re.sub(r"^Expected (a )?", "", each) for each in alternatives(told)]
+    kinds = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", each).replace("NoneType", "null") for each in kinds]
+    kinds = [re.sub(r"typing\.Literal\[(.*)\]$", r"\1", each) for each in kinds]
+    kinds = [re.sub(r"dot import path string: .*", "the name of a class", each, flags=re.DOTALL) for each in kinds]
+    given = re.findall(r"Given value: (?:NestedArg\(.*val=)?(.*?)\)?$", told, re.MULTILINE)
+    return f"Expected {', '.join(dict.fromkeys(kinds))}; got {given[0] if given else 'something else'}"
+
+
 def closest_argument(told: str) -> str:
     """What was probably meant, where jsonargparse says that it does not know an option or a class.
 
@@ -55,11 +75,20 @@ def closest_argument(told: str) -> str:
     if missing := re.search(r"module '(?P<of>[\w.]+)' has no attribute '(?P<name>\w+)'", told):
         known = [name for name in dir(pydoc.locate(missing["of"])) if name[0].isupper()]
         return f".{guess}" if (guess := _guess(missing["name"], known)) else ""
-    if group := re.search(r"Subcommand '\w+' does not accept option '(?P<name>\w+)", told):
-        return f".{guess}" if (guess := _guess(group["name"], GROUPS)) else ""
+    if own := re.search(r"(?:dot import path string: |the name of a class; got )(?P<name>[A-Za-z]\w+)$", told):
+        known = [name for kind in NAMED for name in getattr(pydoc.locate(f"lightning_kd.{kind}"), "__all__", ())]
+        return f".{guess}" if (guess := _guess(own["name"], known)) else ""
+    groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
-    groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
+    top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>\w+)", told)
+    if top and not found:
+        for group, of in groups.items():
+            if top["name"] in inspect.signature(pydoc.locate(of)).parameters:  # type: ignore[arg-type]  # classes
+                return f". Did you mean {group}.{top['name']}?"
+        return f".{guess}" if (guess := _guess(top["name"], GROUPS)) else ""
+    if file := re.match(r"Unrecognized arguments: (?P<name>[^-\s]\S*\.ya?ml)", told):
+        return f". Did you mean --config {file['name']}?"
     member = found and pydoc.locate(groups.get(found["of"], found["of"]))
     if not found or not callable(member):
         return ""

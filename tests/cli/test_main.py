@@ -418,6 +418,12 @@ def test_a_peer_is_exported_tested_and_compared(
             ["fit", "--config", "cifar10_kd", "--trainer.max_epochs=1"],
             "set LIGHTNING_KD_DATA to the folder with weights/",
         ),
+        (["fit", "--config", "digits_kd", "--max_epochs", "3"], "Did you mean trainer.max_epochs?"),
+        (["fit", "mine.yaml"], "Did you mean --config mine.yaml?"),
+        (["fit", "--config", "digits_kd", "--model.terms.kd.loss", "DDK"], "Did you mean DKD?"),
+        (["fit", "--config", "digits_kd", "--model.terms.kd.weight", "0,9"], "weight: Expected float, the name of a"),
+        (["fit", "--config", "digits_kd", "--model.lr_scheduler", "Cosin"], "Did you mean Cosine?"),
+        (["fit", "--config", "digits_kd", "--trainer.precision", "fp16"], "'bf16-mixed'"),
         (["test", "--config", "digits_kd"], "error: No checkpoint at 'checkpoints/digits_teacher.ckpt'"),
     ],
 )
@@ -439,6 +445,8 @@ def test_bad_input_is_told_with_exit_code_2(
         ("", "mine.yaml: expected keys and values (trainer:, data:, model:), received an empty file"),
         ("- a\n- b\n", "received a list"),
         ("trianer: {max_epochs: 3}", "Did you mean trainer"),
+        ("trainer: {max_epoch: 3}", "Did you mean max_epochs"),
+        ("model: {term: {kd: {weight: 1.0}}}", "Did you mean terms?"),
         ("model: {task: {class_path: lightning_kd.tasks.Clasification}}", "Did you mean Classification?"),
         ("model: {terms: {kd: {loss: {class_path: lightning_kd.losses.RDK}}}}", "Did you mean RKD"),
         ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
@@ -525,4 +533,14 @@ def test_python_m_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_a_wrong_type_is_told_with_its_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "digits_kd", "--trainer.max_epochs", "abc"]) == 2
-    assert "trainer.max_epochs" in capsys.readouterr().err
+    assert "trainer.max_epochs: Expected null, int; got abc" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    watched = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss"]
+    quick = ["--trainer.limit_train_batches", "1", "--trainer.logger", "false"]
+    assert main(["fit", "--config", "digits_kd", *SMALL, *ALONE, *quick, *watched]) == 2
+    assert "Early stopping conditioned on metric `val_loss`" in capsys.readouterr().err

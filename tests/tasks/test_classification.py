@@ -170,6 +170,50 @@ def test_a_label_of_no_class_is_refused(label: int) -> None:
         task.update(task.metrics(), torch.zeros(3, 3), (None, target))
 
 
+@pytest.mark.parametrize(
+    ("multilabel", "target", "told"),
+    [
+        (True, torch.tensor([[-1, 1, 1]]), "from -1 to 1. Map -1 and 1 to 0 and 1"),
+        (True, torch.tensor([[-100.0, 1.0, 0.0]]), "from -100 to 1"),
+        (False, torch.tensor([[1.0, 1.0, 0.0]]), "from 0 to 2. If a sample can have several .* multilabel=True"),
+    ],
+)
+def test_targets_that_are_no_probabilities_are_refused(multilabel: bool, target: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=f"Targets are probabilities, from 0 to 1 for .*; got {told}"):
+        Classification(3, multilabel=multilabel).loss(torch.zeros(1, 3), (None, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_probabilities_are_probabilities(dtype: torch.dtype) -> None:
+    target = (5 * torch.randn(64, 1000)).softmax(dim=1).to(dtype)
+    smooth = (0.9 * nn.functional.one_hot(torch.arange(64), 1000) + 0.1 / 1000).to(dtype)
+    for each in (target, smooth):
+        Classification(1000).loss(torch.zeros(64, 1000), (None, each.float()))
+
+
+def test_a_batch_without_a_label_changes_no_metric() -> None:
+    task, metrics = Classification(3), Classification(3).metrics()
+    task.update(metrics, 5 * torch.eye(3), (None, torch.tensor([0, 0, 2])))
+    expected = metrics.compute()
+    task.update(metrics, torch.zeros(3, 3), (None, torch.full((3,), -100)))
+    metrics["accuracy"]._computed = metrics["calibration_error"]._computed = None
+    assert metrics.compute() == expected
+
+
+@pytest.mark.parametrize("batch", [{"image": torch.zeros(2, 3), "label": torch.zeros(2)}, [torch.zeros(2, 3)]])
+def test_a_batch_that_is_no_pair_is_told(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"takes batches \(inputs, target\), and this one is a (dict|list)"):
+        Classification(3).target(batch)
+
+
+def test_a_batch_may_be_the_inputs_alone_to_predict() -> None:
+    images, task = torch.randn(2, 3), Classification(3)
+    assert torch.equal(task(nn.Identity(), images), images)
+    assert torch.equal(task(nn.Identity(), [images]), images)
+    with pytest.raises(ValueError, match="and this one is a tensor of shape"):
+        task.target(images)
+
+
 def test_metrics_are_fresh_and_of_float32() -> None:
     task = Classification(CLASSES)
     logits, target = torch.randn(8, CLASSES).bfloat16(), torch.randint(0, CLASSES, (8,))
