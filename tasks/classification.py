@@ -100,13 +100,11 @@ class Classification(TaskAdapter):
         low, high = float(target.min()), float(total.max())
         if low < 0.0 or high > 1.0 + 0.01:  # what float16 and bfloat16 round
             one = "each label" if self.multilabel else "the classes together"
+            remedy = "If a sample can have several classes at once, it is multilabel=True."
+            if self.multilabel:
+                remedy = "Map -1 and 1 to 0 and 1; labels that are not known are for a loss() of your own."
             raise ValueError(
-                f"Targets are probabilities, from 0 to 1 for {one}; got from {low:g} to {high:g}. "
-                + (
-                    "Map -1 and 1 to 0 and 1; labels that are not known are for a loss() of your own."
-                    if self.multilabel
-                    else "If a sample can have several classes at once, it is multilabel=True."
-                )
+                f"Targets are probabilities, from 0 to 1 for {one}; got from {low:g} to {high:g}. {remedy}"
             )
 
     def _labelled(self, target: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ def test_a_schedule_of_the_learning_rate_needs_an_end() -> None:
     ],
 )
 def test_a_plateau_is_one_of_what_is_validated(plateau: Any, watched: str) -> None:
-    run = trainer()
+    run = trainer(limit_val_batches=1)
     run.fit(module(lr_scheduler=plateau), loader(), loader())
     (config,) = run.lr_scheduler_configs
     assert config.monitor == watched

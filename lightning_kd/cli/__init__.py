@@ -147,6 +147,7 @@ def _told(error: BaseException) -> str:
     while tried := alternatives(told):
         for key in re.findall(r'Parser key "([^"]+)"', told.partition("Errors:")[0]):
             where += "" if f"{key}: " in where else f"{key}: "
-        told = next((each for each in tried if not re.match("Expected (a )?(<|typing|dot import)", each)), "") or expected(told)
+        deeper = [each for each in tried if not re.match("Expected (a )?(<|typing|dot import)", each)]
+        told = deeper[0] if deeper else expected(told)
     shown = f"{where}{told}".partition("\nSubclass types expect one of")[0].strip()
     return re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)

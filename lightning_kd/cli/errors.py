@@ -16,6 +16,9 @@ class UsageError(Exception):
 GROUPS = ("trainer", "model", "data", "seed_everything", "teacher_fit", "ckpt_path")
 """What a configuration has at its top."""
 
+CALLED = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
+"""What the arguments of a group go to."""
+
 NAMED = ("losses", "schedules", "teachers", "tasks", "models", "data")
 """Where the classes are that a configuration names."""
 
@@ -78,24 +81,31 @@ def closest_argument(told: str) -> str:
     if own := re.search(r"(?:dot import path string: |the name of a class; got )(?P<name>[A-Za-z]\w+)$", told):
         known = [name for kind in NAMED for name in getattr(pydoc.locate(f"lightning_kd.{kind}"), "__all__", ())]
         return f".{guess}" if (guess := _guess(own["name"], known)) else ""
-    groups = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
-    top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>\w+)", told)
-    if top and not found:
-        for group, of in groups.items():
-            if top["name"] in inspect.signature(pydoc.locate(of)).parameters:  # type: ignore[arg-type]  # classes
-                return f". Did you mean {group}.{top['name']}?"
-        return f".{guess}" if (guess := _guess(top["name"], GROUPS)) else ""
-    if file := re.match(r"Unrecognized arguments: (?P<name>[^-\s]\S*\.ya?ml)", told):
-        return f". Did you mean --config {file['name']}?"
-    member = found and pydoc.locate(groups.get(found["of"], found["of"]))
-    if not found or not callable(member):
+    if not found:
+        return _top_level(told)
+    member = pydoc.locate(CALLED.get(found["of"], found["of"]))
+    if not callable(member):
         return ""
     known = list(inspect.signature(member).parameters)
     if guess := _guess(found["name"], known):
         return f".{guess}"
     return f". What else the model takes: options: {{{found['name']}: ...}}" if "options" in known else ""
+
+
+def _top_level(told: str) -> str:
+    """What was probably meant by an argument that stands at the top: a file, or what belongs into a group."""
+    if file := re.match(r"Unrecognized arguments: (?P<name>[^-\s]\S*\.ya?ml)", told):
+        return f". Did you mean --config {file['name']}?"
+    top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>\w+)", told)
+    if not top:
+        return ""
+    for group, name in CALLED.items():
+        called = pydoc.locate(name)
+        if callable(called) and top["name"] in inspect.signature(called).parameters:
+            return f". Did you mean {group}.{top['name']}?"
+    return f".{guess}" if (guess := _guess(top["name"], GROUPS)) else ""
 
 
 def _guess(name: str, known: Sequence[str]) -> str:

@@ -422,7 +422,7 @@ def test_a_peer_is_exported_tested_and_compared(
         (["fit", "mine.yaml"], "Did you mean --config mine.yaml?"),
         (["fit", "--config", "digits_kd", "--model.terms.kd.loss", "DDK"], "Did you mean DKD?"),
         (["fit", "--config", "digits_kd", "--model.terms.kd.weight", "0,9"], "weight: Expected float, the name of a"),
-        (["fit", "--config", "digits_kd", "--model.lr_scheduler", "Cosin"], "Did you mean Cosine?"),
+        (["fit", "--config", "digits_kd", "--model.lr_scheduler", "Cosin"], "Did you mean Cosine"),
         (["fit", "--config", "digits_kd", "--trainer.precision", "fp16"], "'bf16-mixed'"),
         (["test", "--config", "digits_kd"], "error: No checkpoint at 'checkpoints/digits_teacher.ckpt'"),
     ],
