@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kd import losses
-from lightning_kd.anomalies import Combine, StudentTeacher
+from lightning_kd.anomalies import Combine, Layers, StudentTeacher
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.distiller import Distiller
 from lightning_kd.extras import late_import
+from lightning_kd.teachers import Itself
 from lightning_kd.term import Term
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ else:
 
 TEACHER = "model.teacher."
 """Keys that no checkpoint holds."""
+
+STUDENT = "model.student."
 
 
 class StudentTeacherModule(AnomalibModule):
@@ -35,10 +38,13 @@ class StudentTeacherModule(AnomalibModule):
 
     Args:
         student: The student.
-        teacher: Its teacher, which stands still.
-        levels: Paths of what is compared, in both networks: ``["layer1", "layer2", "layer3"]``.
+        teacher: Its teacher, which stands still; or the student, of which one part imitates another: reverse
+            distillation.
+        levels: Paths of what is compared, in both networks: ``["layer1", "layer2", "layer3"]``; or lists of them, whose
+            maps are multiplied.
         teacher_levels: Paths in the teacher, where they are others.
         combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``.
+        smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
         terms: What is distilled, by name; ``losses.STFPM`` on each level unless given.
         optimizer: Makes the optimizer of parameters; STFPM's own unless given: SGD of 0.4, momentum 0.9, weight decay
             1e-4.
@@ -65,8 +71,8 @@ class StudentTeacherModule(AnomalibModule):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        levels: Sequence[str],
-        teacher_levels: Sequence[str] | None = None,
+        levels: Layers,
+        teacher_levels: Layers | None = None,
         combine: Combine = "product",
         terms: Mapping[str, Term] | None = None,
         optimizer: Callable[[Any], Optimizer] | None = None,
@@ -74,16 +80,19 @@ class StudentTeacherModule(AnomalibModule):
         post_processor: Any = True,
         evaluator: Any = True,
         visualizer: Any = True,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        teacher.requires_grad_(False)
-        self.model = StudentTeacher(student, teacher, levels, teacher_levels, combine)
+        if teacher is not student:
+            teacher.requires_grad_(False)
+        self.model = StudentTeacher(student, teacher, levels, teacher_levels, combine, smoothing)
         self.optimizer = optimizer
-        pairs = list(zip(levels, teacher_levels or levels, strict=True))
+        pairs = list(zip(_flat(levels), _flat(teacher_levels or levels), strict=True))
         terms = terms or {f"stfpm{i}": Term(losses.STFPM(), student=s, teacher=t) for i, (s, t) in enumerate(pairs)}
-        self.attachment = Attachment(Distiller(terms, teacher), student="model.student", prog_bar=True)
+        distiller = Distiller(terms, Itself() if teacher is student else teacher)
+        self.attachment = Attachment(distiller, student="model.student", prog_bar=True)
 
     def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
         """Saves none: the arguments are networks, and a checkpoint is no code."""
@@ -120,8 +129,12 @@ class StudentTeacherModule(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the teacher that there is."""
         super().on_load_checkpoint(checkpoint)
-        own = {key: value for key, value in self.state_dict().items() if key.startswith(TEACHER)}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
+        held = checkpoint["state_dict"]
+        if self.model.teacher is self.model.student:
+            own = {TEACHER + key.removeprefix(STUDENT): held[key] for key in held if key.startswith(STUDENT)}
+        else:
+            own = {key: value for key, value in self.state_dict().items() if key.startswith(TEACHER)}
+        checkpoint["state_dict"] = {**held, **own}
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -132,6 +145,10 @@ class StudentTeacherModule(AnomalibModule):
     def learning_type(self) -> Any:
         """Says that it learns from normal images."""
         return late_import("anomalib", "anomalib", "anomaly").LearningType.ONE_CLASS
+
+
+def _flat(layers: Layers) -> list[str]:
+    return [text for one in layers for text in ([one] if isinstance(one, str) else one)]
 
 
 def _tensors(value: Any) -> Any:

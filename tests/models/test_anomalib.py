@@ -118,6 +118,32 @@ def test_a_student_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_pa
     assert not any(part._forward_hooks for part in module.modules())
 
 
+def test_a_network_that_teaches_itself_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
+    from anomalib.engine import Engine
+
+    from lightning_kd.models.anomalib import StudentTeacherModule
+
+    network, again = (ReverseDistillation("resnet18", image_size=(64, 64), pretrained=False) for _ in range(2))
+    compared: dict[str, Any] = {"levels": ["decoder[:]"], "teacher_levels": ["encoder[:]"], "combine": "sum"}
+    compared |= {"smoothing": 2.0, "pre_processor": _pre_processor()}
+    module = StudentTeacherModule(network, network, optimizer=torch.optim.AdamW, visualizer=False, **compared)
+    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    data = folder()
+    engine.fit(module, datamodule=data)
+    assert engine.trainer.callback_metrics["train/stfpm0"] > 0
+    (measured,) = engine.test(module, datamodule=data, verbose=False)
+    assert {"image_AUROC", "pixel_AUROC"} <= set(measured)
+    engine.trainer.save_checkpoint(tmp_path / "module.ckpt")
+    keys = torch.load(tmp_path / "module.ckpt", weights_only=True)["state_dict"]
+    assert not any("teacher" in key for key in keys)
+    loaded = StudentTeacherModule.load_from_checkpoint(
+        tmp_path / "module.ckpt", student=again, teacher=again, visualizer=False, **compared
+    ).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(images), module.eval().model(images))
+
+
 def _own(name: str) -> tuple[Any, str, Term]:
     """A module of anomalib, where its student is, and a term with a bigger network of ImageNet's kind."""
     from anomalib import models
