@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -95,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
             _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `| head`, which has read enough; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if traceback or not _explains_itself(error):
             raise

@@ -3,6 +3,7 @@ import pickle
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -331,6 +332,17 @@ def test_a_checkpoint_that_names_other_code_is_refused(
     torch.save(content, tmp_path / "evil.ckpt")
     assert main(["export", str(tmp_path / "evil.ckpt"), "--format", "onnx"]) == 2
     assert "refused: 'os.system'" in capsys.readouterr().err
+
+
+def test_who_reads_a_part_of_the_list_is_told_of_no_error() -> None:
+    listing = [sys.executable, "-m", "lightning_kd", "list"]
+    with subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert told == b""
+    assert process.returncode == 141  # as a shell says it of what a closed pipe ended
 
 
 def test_compare_trains_once_and_goes_on(

@@ -35,7 +35,7 @@ def test_questions_and_judgments_are_of_the_test_alone(data_dir: Path) -> None:
     assert batch[1].unique(return_counts=True)[1].tolist() == [2] * 16
     few = Cranfield(MINILM, root=str(data_dir), batch_size=32, limit=8)
     few.setup("fit")
-    with pytest.raises(ValueError, match=r"limit=8 leaves texts of 1 documents, and a batch of batch_size=32 is of 16"):
+    with pytest.raises(ValueError, match=r"limit=8 leaves texts of 2 documents, and a batch of batch_size=32 is of 16"):
         few.train_dataloader()
 
 
