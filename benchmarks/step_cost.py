@@ -126,6 +126,14 @@ def plot(cases: dict[str, dict[str, Row]], file: Path) -> None:
     axes.set_xlabel("time of a step, as a multiple of the LightningModule by hand")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def save(here: dict[str, Any], cases: dict[str, dict[str, Row]], output: Path) -> None:
+    text = "\n\n".join(table(title, rows) for title, rows in cases.items())
+    output.with_suffix(".json").write_text(json.dumps(here | {"cases": cases}, indent=1) + "\n")
+    output.with_suffix(".md").write_text(f"# Cost of a step\n\n{here}\n\n{text}\n")
+    plot(cases, output.with_suffix(".png"))
 
 
 def main() -> None:
@@ -149,11 +157,7 @@ def main() -> None:
         found[title] = measure(work, bf16, options.steps, options.rounds, ways)
         print(f"\n{table(title, found[title])}", flush=True)
         if options.output:  # so far: a long run may be stopped
-            options.output.with_suffix(".json").write_text(json.dumps(here | {"cases": found}, indent=1) + "\n")
-    if options.output:
-        text = "\n\n".join(table(title, rows) for title, rows in found.items())
-        options.output.with_suffix(".md").write_text(f"# Cost of a step\n\n{here}\n\n{text}\n")
-        plot(found, options.output.with_suffix(".png"))
+            save(here, found, options.output)
 
 
 if __name__ == "__main__":
