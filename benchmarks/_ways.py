@@ -42,9 +42,7 @@ class ByHand:
         output = self.kept["student"][""] = self.work.call(self.student, batch)
         found = {"task": self.work.loss(output, batch)}
         for name, path in self.work.taps.items():
-            ours, theirs = (self.kept[side][path] for side in ("student", "teacher"))
-            pairs = zip(ours.values(), theirs.values(), strict=True) if self.work.levels else [(ours, theirs)]
-            found[name] = torch.stack([self.work.by_hand[name][1](s, t) for s, t in pairs]).sum()
+            found[name] = self.work.compare(name, *(self.kept[side][path] for side in ("student", "teacher")))
         for side in self.kept.values():
             side.clear()
         return found
@@ -192,12 +190,10 @@ class _OwnLoss(nn.Module):
 
     def __init__(self, work: Work, name: str) -> None:
         super().__init__()
-        self.path, self.levels, self.loss = work.taps[name] or ".", work.levels, work.by_hand[name][1]
+        self.work, self.name, self.path = work, name, work.taps[name] or "."
 
     def forward(self, student: Any, teacher: Any, targets: Any) -> Tensor:
-        ours, theirs = (side[self.path]["output"] for side in (student, teacher))
-        pairs = zip(ours.values(), theirs.values(), strict=True) if self.levels else [(ours, theirs)]
-        return torch.stack([self.loss(s, t) for s, t in pairs]).sum()
+        return self.work.compare(self.name, *(side[self.path]["output"] for side in (student, teacher)))
 
 
 BY_HAND = "module by hand"

@@ -63,6 +63,11 @@ class Work:
         """Calls the student in training."""
         return student(*batch) if self.levels else student(batch[0])
 
+    def compare(self, term: str, ours: Any, theirs: Any) -> Tensor:
+        """Returns the loss of a term by hand, over levels the sum."""
+        pairs = zip(ours.values(), theirs.values(), strict=True) if self.levels else [(ours, theirs)]
+        return torch.stack([self.by_hand[term][1](s, t) for s, t in pairs]).sum()
+
     def teach(self, teacher: nn.Module, batch: Any) -> Any:
         """Calls what is needed of the teacher, and no more."""
         if self.levels:

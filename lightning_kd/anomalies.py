@@ -54,10 +54,7 @@ def said(output: Any) -> AnomalyMaps | None:
 
 
 def difference(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    size: tuple[int, int],
-    combine: Combine = "product",
+    student: Sequence[Tensor], teacher: Sequence[Tensor], size: tuple[int, int], combine: Combine = "product"
 ) -> AnomalyMaps:
     """Returns how student and teacher differ in the directions of their features.
 
@@ -125,8 +122,9 @@ class StudentTeacher(nn.Module):
         self.teacher = teacher if teacher is student else teacher.eval()
         self.combine: Combine = combine
         self.smoothing = checked_smoothing(smoothing)
-        self._levels = _grouped(levels)
-        self._teacher_levels = _grouped(teacher_levels or levels)
+        self._levels, self._teacher_levels = (
+            [[Path(text) for text in each] for each in grouped(side)] for side in (levels, teacher_levels or levels)
+        )
         self._taps: tuple[Taps, Taps] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,27 +167,31 @@ class StudentTeacher(nn.Module):
         if self._taps is None:
             one = Taps(self.student, ours | theirs if itself else ours, "the student")
             self._taps = one, one if itself else Taps(self.teacher, theirs, "the teacher")
-        said = answer = _record(self._taps[0], images)
+        record = answer = _record(self._taps[0], images)
         if not itself:
             with torch.no_grad():
                 answer = _record(self._taps[1], images)
         return (
-            [_maps(said, paths, "the student") for paths in self._levels],
+            [_maps(record, paths, "the student") for paths in self._levels],
             [_maps(answer, paths, self._taps[1].owner) for paths in self._teacher_levels],
         )
 
 
-def _grouped(layers: Layers) -> list[list[Path]]:
-    return [[Path(text) for text in ([one] if isinstance(one, str) else one)] for one in _lists(layers)]
+def grouped(layers: Layers) -> list[list[str]]:
+    """Returns lists of paths, each of which gives a map of its own; of paths alone, one list.
 
-
-def _lists(layers: Layers) -> Sequence[Any]:
-    return [layers] if all(isinstance(one, str) for one in layers) else layers
+    Example:
+        >>> grouped(["a", "b"]), grouped([["a"], ["b", "c"]])
+        ([['a', 'b']], [['a'], ['b', 'c']])
+    """
+    if all(isinstance(each, str) for each in layers):
+        return [[*map(str, layers)]]
+    return [[each] if isinstance(each, str) else [*each] for each in layers]
 
 
 def checked_smoothing(smoothing: float) -> float:
     """Returns a standard deviation that is a number, and not negative."""
-    if not is_number(smoothing) or not 0.0 <= smoothing < math.inf:
+    if not (is_number(smoothing) and smoothing >= 0):
         raise ValueError(f"smoothing is a standard deviation in pixels, 0 for none; got {smoothing!r}.")
     return smoothing
 

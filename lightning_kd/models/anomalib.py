@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kd import losses
-from lightning_kd.anomalies import Combine, Layers, StudentTeacher
+from lightning_kd.anomalies import Combine, Layers, StudentTeacher, grouped
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.distiller import Distiller
 from lightning_kd.extras import late_import
@@ -89,7 +90,8 @@ class StudentTeacherModule(AnomalibModule):
             teacher.requires_grad_(False)
         self.model = StudentTeacher(student, teacher, levels, teacher_levels, combine, smoothing)
         self.optimizer = optimizer
-        pairs = list(zip(_flat(levels), _flat(teacher_levels or levels), strict=True))
+        ours, theirs = (chain.from_iterable(grouped(side)) for side in (levels, teacher_levels or levels))
+        pairs = list(zip(ours, theirs, strict=True))
         terms = terms or {f"stfpm{i}": Term(losses.STFPM(), student=s, teacher=t) for i, (s, t) in enumerate(pairs)}
         distiller = Distiller(terms, Itself() if teacher is student else teacher)
         self.attachment = Attachment(distiller, student="model.student", prog_bar=True)
@@ -145,10 +147,6 @@ class StudentTeacherModule(AnomalibModule):
     def learning_type(self) -> Any:
         """Says that it learns from normal images."""
         return late_import("anomalib", "anomalib", "anomaly").LearningType.ONE_CLASS
-
-
-def _flat(layers: Layers) -> list[str]:
-    return [text for one in layers for text in ([one] if isinstance(one, str) else one)]
 
 
 def _tensors(value: Any) -> Any:
