@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from lightning_kd.losses.stfpm import half_squared_distance
 from lightning_kd.numbers import is_number
 from lightning_kd.projectors import resize
 from lightning_kd.taps import Record, Taps
+from lightning_kd.teachers.base import made_by
 from lightning_kd.wiring import Levels, Path, describe
 
 Combine = Literal["product", "sum"]
@@ -97,6 +98,8 @@ class StudentTeacher(nn.Module):
         teacher_levels: Paths in the teacher, where they are others.
         combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``; in lists, of those in a list.
         smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
+        teacher_input: Makes what the teacher is called with out of the images: a tensor, a tuple of positional
+            arguments or a dict of keyword arguments.
 
     Raises:
         ValueError: If a path is unknown, the two sides do not fit, or smoothing is negative.
@@ -116,12 +119,14 @@ class StudentTeacher(nn.Module):
         teacher_levels: Layers | None = None,
         combine: Combine = "product",
         smoothing: float = 0.0,
+        teacher_input: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher if teacher is student else teacher.eval()
         self.combine: Combine = combine
         self.smoothing = checked_smoothing(smoothing)
+        self.teacher_input = teacher_input
         self._levels, self._teacher_levels = (
             [[Path(text) for text in each] for each in grouped(side)] for side in (levels, teacher_levels or levels)
         )
@@ -156,7 +161,8 @@ class StudentTeacher(nn.Module):
         if self.smoothing:
             functional = late_import("torchvision.transforms.v2.functional", "torchvision", "anomaly")
             width = 2 * math.ceil(4 * self.smoothing) + 1
-            maps = functional.gaussian_blur(maps, [width, width], [self.smoothing, self.smoothing])
+            kernel, sigma = [width, width], [self.smoothing, self.smoothing]
+            maps = functional.gaussian_blur(maps.unsqueeze(1), kernel, sigma).squeeze(1)  # of any number of images
         return AnomalyMaps(maps, maps.flatten(1).amax(1))
 
     def _read(self, images: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
@@ -167,10 +173,12 @@ class StudentTeacher(nn.Module):
         if self._taps is None:
             one = Taps(self.student, ours | theirs if itself else ours, "the student")
             self._taps = one, one if itself else Taps(self.teacher, theirs, "the teacher")
-        record = answer = _record(self._taps[0], images)
+        record = answer = _record(self._taps[0], (images,), {})
         if not itself:
             with torch.no_grad():
-                answer = _record(self._taps[1], images)
+                given: Any = (images,), {}
+                args, kwargs = made_by(self.teacher_input, *given) if self.teacher_input else given
+                answer = _record(self._taps[1], args, kwargs)
         return (
             [_maps(record, paths, "the student") for paths in self._levels],
             [_maps(answer, paths, self._taps[1].owner) for paths in self._teacher_levels],
@@ -196,12 +204,13 @@ def checked_smoothing(smoothing: float) -> float:
     return smoothing
 
 
-def _record(taps: Taps, images: Tensor) -> Record:
-    """Returns what was captured of a network that sees the images."""
-    taps.stop_early = not torch.compiler.is_exporting()  # what is left by an exception has no graph
+def _record(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
+    """Returns what was captured of a network that is called so."""
+    # What is left by an exception has no graph.
+    taps.stop_early = not (torch.compiler.is_exporting() or torch._C._get_tracing_state())
     taps.attach()
     try:
-        return taps.run(images)
+        return taps.run(*args, **kwargs)
     finally:
         taps.detach()
 

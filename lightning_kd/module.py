@@ -16,6 +16,7 @@ from lightning_kd.attachment.labels import labels_of
 from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.attachment.resume import START_ANEW
 from lightning_kd.distiller import Distiller
+from lightning_kd.meeting import introduce
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
@@ -109,9 +110,8 @@ class DistillationModule(LightningModule):
                 task_weight=task_weight,
                 prog_bar=True,
             )
-            asked = self.attachment.distiller.teacher.root(student)
-            if asked is not None:
-                task.meet(student, asked)
+            given = self.attachment.distiller
+            introduce(task, student, given.teacher, given.teacher_input)
         self.val_metrics = task.metrics()
         self.test_metrics = task.metrics()
         self.agreement = task.agreement() if self.teacher is not None else None

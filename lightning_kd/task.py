@@ -40,6 +40,10 @@ class TaskAdapter(nn.Module, ABC):
     """Makes the student's arguments in training where there is a teacher, likewise: another view, or targets out of
     what the teacher said, which a keyword-only parameter ``teacher`` asks for."""
 
+    as_taught: Callable[..., Any] | None = None
+    """Set before ``meet``: all that makes the arguments of the teacher's network out of the student's, the ``input`` of
+    a ``Frozen`` included, for a task that calls it itself; None where they are equal."""
+
     main_metric: str = ""
     """The metric by which models are compared, of those in ``metrics()``; the first of them unless said."""
 
@@ -135,7 +139,10 @@ class TaskAdapter(nn.Module, ABC):
         return None
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """Returns what runs where the student is used, and is counted and timed: the student itself, in most tasks."""
+        """Returns what runs where the student is used, and is exported, counted and timed: the student, in most tasks.
+
+        Where it is another network, ``lightning-kd export`` makes task and teacher again out of the configuration.
+        """
         return student
 
     def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing | None:

@@ -119,7 +119,8 @@ class AnomalyDetection(TaskAdapter):
         if self.difference is None or self._met is None:
             return student
         teacher = self._met.teacher or student
-        return StudentTeacher(student, teacher, self.difference, self.teacher_difference, self.combine, self.smoothing)
+        layers = self.difference, self.teacher_difference
+        return StudentTeacher(student, teacher, *layers, self.combine, self.smoothing, self.as_taught)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model; in evaluation with the teacher beside it, where their difference is the map."""
@@ -128,9 +129,7 @@ class AnomalyDetection(TaskAdapter):
             return model(images)
         if not self._detector or self._detector[0].student is not model:
             self._detector = [self.deployed(model)]  # type: ignore[list-item]  # as there is a teacher
-        if self._met.teacher is not None:
-            self._met.teacher.to(images.device)
-        return self._detector[0].eval()(images)
+        return self._detector[0].to(images.device).eval()(images)
 
     def inputs(self, batch: Any) -> Tensor:
         """Returns the images, of anomalib's batches, too."""

@@ -198,19 +198,35 @@ class DistillationCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(save_on_train_epoch_end=True))
         if output := self.own_config.get("output"):
             callbacks.append(SavePredictions(Path(output)))
-        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes())]}
+        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes(), self.deployed())]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 
     def recipes(self) -> tuple[Recipe, list[Recipe]]:
         """The student's class and arguments, with what was linked filled in, and those of its peers."""
-        recipe: Recipe = plain(self.own_config["model"]["student"])
+        recipe = self._linked(plain(self.own_config["model"]["student"]), "student.init_args.")
+        return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
+
+    def _linked(self, recipe: Recipe, prefix: str) -> Recipe:
+        """A recipe with what was linked filled in."""
         for said, targets in LINKED.items():
             value = plain(getattr(self.datamodule, said, None))
-            names = [target.removeprefix("student.init_args.") for target in targets if target.startswith("student.")]
-            if value is not None:
-                recipe["init_args"] |= dict.fromkeys(filter(partial(accepts, recipe["class_path"]), names), value)
-        return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
+            names = [target.removeprefix(prefix) for target in targets if target.startswith(prefix)]
+            own = [name for name in names if "." not in name]  # not what is inside of an argument
+            if value is not None and own:
+                recipe["init_args"] |= dict.fromkeys(filter(partial(accepts, recipe["class_path"]), own), value)
+        return recipe
+
+    def deployed(self) -> dict[str, Recipe | None] | None:
+        """Recipes of what the task makes of student and teacher in the end; None, where the student alone runs."""
+        if self.model.task.deployed(self.model.student) is self.model.student:
+            return None
+        model = self.own_config["model"]
+        parts = {name: plain(model.get(name), initial=True) for name in ("task", "teacher", "teacher_input")}
+        self._linked(parts["task"], "task.init_args.")
+        network = (parts["teacher"].get("init_args") or {}).get("model")
+        self._linked(network or parts["teacher"], f"teacher.init_args.{'model.init_args.' if network else ''}")
+        return parts
 
     def _loggers(self, folder: Path) -> list[Logger]:
         given = self.own_config.get("config") or []

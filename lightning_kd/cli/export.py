@@ -1,4 +1,4 @@
-"""``lightning-kd export``: the student alone, in a format that needs neither teacher nor this library."""
+"""``lightning-kd export``: what runs in the end, in a format that needs neither a training nor this library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from lightning_kd.boxes import detections
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.cli.recipe import Saved, build
+from lightning_kd.cli.recipe import Saved
 
 Outputs = list[Tensor]
 Run = Callable[[tuple[Any, ...]], Outputs]
+TINY = 1e-6
+"""Differences are relative to the largest value of an output, or to this, where that is smaller."""
 SAME = 1e-3
 """Largest difference at another image size, relative; else only the size of the training is offered."""
 
@@ -28,7 +30,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lightning-kd export",
         allow_abbrev=False,
-        description="Write the student of a checkpoint, read it back, and compare its outputs with the network's.",
+        description="Write the student of a checkpoint, or what its task makes of it and of its teacher (a detector of "
+        "anomalies that is their difference), read it back, and compare its outputs with the network's.",
     )
     parser.add_argument("checkpoint", help="a .ckpt file that `lightning-kd fit` wrote")
     parser.add_argument(
@@ -41,6 +44,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
     parser.add_argument("--peer", type=int, default=0, metavar="N", help="write the student's N-th peer instead of it")
+    parser.add_argument(
+        "--teacher", metavar="CKPT", help="the teacher's checkpoint, where it is part of what runs and was moved"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(arguments)
     if options.format not in FORMATS:
@@ -48,7 +54,7 @@ def main(arguments: list[str]) -> None:
     if not options.tolerance >= 0:
         raise UsageError(f"--tolerance: expected a number that is not negative, received {options.tolerance}")
     ending, write = FORMATS[options.format]
-    saved = Saved(options.checkpoint, options.peer)
+    saved = Saved(options.checkpoint, options.peer, options.teacher)
     checked = saved.inputs or options.format != "state_dict"  # weights can be written of any network
     try:
         if checked:
@@ -110,7 +116,7 @@ def _worst(saved: Saved, run: Run, examples: Iterable[tuple[Any, ...]]) -> float
             return float("inf")
         for e, r in zip(expected, received, strict=True):
             e, r = e.double(), r.double()  # noqa: PLW2901 - also what was decided, True and False
-            worst = max(worst, float((e - r).abs().max() / e.abs().max().clamp(min=1.0)))
+            worst = max(worst, float((e - r).abs().max() / e.abs().max().clamp(min=TINY)))
     return worst
 
 
@@ -153,11 +159,22 @@ def _exported(saved: Saved, path: Path, runtime: Any, any_size: bool) -> tuple[R
     dynamic = tuple(
         dict.fromkeys((0, 2, 3) if each.ndim == 4 else (0,), inferred) if any_size else {0: batch} for each in inputs
     )
-    program = torch.onnx.export(saved.model, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    with torch.no_grad():
+        names = _names(saved.model(*inputs))
+    program = torch.onnx.export(
+        saved.model, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False, output_names=names
+    )
     assert program is not None
     program.save(path, external_data=False)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return _running(session), [each.shape for each in session.get_inputs()]
+
+
+def _names(value: Any) -> list[str] | None:
+    """What the network calls its outputs, if it says it: the keys of a dict of tensors, the fields of a tuple."""
+    named = value._asdict() if hasattr(value, "_asdict") else value
+    fit = isinstance(named, Mapping) and all(isinstance(each, Tensor) for each in named.values())
+    return [*map(str, named)] if fit else None
 
 
 def _same_at_any_size(saved: Saved, run: Run) -> bool:
@@ -211,6 +228,8 @@ def _torchscript(saved: Saved, path: Path) -> Run:
     with warnings.catch_warnings():
         # Said in --help, and asked for all the same.
         warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=FutureWarning)
+        # What a trace takes for constant is compared at another batch size.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]  # torch's own gap
         inputs = saved.example(2)
         with torch.no_grad():
             strict = not isinstance(saved.model(*inputs), dict)
@@ -224,9 +243,8 @@ def _torchscript(saved: Saved, path: Path) -> Run:
 
 def _state_dict(saved: Saved, path: Path) -> Run:
     torch.save(saved.state, path)
-    fresh = build(saved.recipe)
+    fresh = saved.fresh()
     fresh.load_state_dict(torch.load(path, weights_only=True))
-    fresh.eval()
     return lambda inputs: outputs(fresh(*inputs))
 
 

@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.meeting import introduce
+from lightning_kd.task import TaskAdapter
+from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.weights import peers_in, read_checkpoint
 
 KEY = "lightning_kd"
+FROZEN = "lightning_kd.teachers.Frozen"
 _INITIAL_WEIGHTS = {
     "weights": None,
     "pretrained": False,
@@ -27,17 +32,17 @@ Inputs = list[tuple[list[int], str]]
 """Of each input, its shape without the batch, and the name of its type; ``list[...]`` of images that detectors take."""
 
 
-def plain(value: Any) -> Any:
-    """Configuration values as plain types, without what only says where training started from."""
+def plain(value: Any, initial: bool = False) -> Any:
+    """Configuration values as plain types, without what only says where training started from, unless that is asked."""
     if hasattr(value, "as_dict"):
         value = value.as_dict()
     if isinstance(value, dict):
-        kept = {str(k): plain(v) for k, v in value.items()}
-        if "class_path" in kept and "init_args" in kept:
+        kept = {str(k): plain(v, initial) for k, v in value.items()}
+        if "class_path" in kept and "init_args" in kept and not initial:
             kept["init_args"] = {k: _INITIAL_WEIGHTS.get(k, v) for k, v in kept["init_args"].items()}
         return kept
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [plain(v, initial) for v in value]
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
@@ -93,18 +98,27 @@ def read(path: str | Path) -> Any:
         raise UsageError(str(error)) from error
 
 
+def teacher_mark(teacher: Teacher | None) -> str | None:
+    """What tells a teacher that stands still from another; None, where there is none."""
+    if isinstance(teacher, Frozen):
+        teacher.context()  # which brings its weights into the type that they have in a training
+    return fingerprint(teacher.still) if teacher is not None and teacher.still is not None else None
+
+
 class Saved:
-    """The student of a checkpoint, ready to use.
+    """What runs in the end, of a checkpoint: the student, or what its task makes of it and of its teacher.
 
     Args:
         path: A checkpoint that ``lightning-kd fit`` wrote. Loaded with ``weights_only=True``.
         peer: Which of the networks that learned beside the student to take instead of it; 0 is the student.
+        teacher: The teacher's checkpoint, where it is not any more where it was in the training.
 
     Raises:
-        UsageError: If there is no such file or peer, or it is not such a checkpoint.
+        UsageError: If there is no such file or peer, it is not such a checkpoint, or the teacher is not there or is
+            another one.
     """
 
-    def __init__(self, path: str | Path, peer: int = 0) -> None:
+    def __init__(self, path: str | Path, peer: int = 0, teacher: str | None = None) -> None:
         content = read(path)
         if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
             raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
@@ -122,15 +136,54 @@ class Saved:
                 k.removeprefix(prefix): v for k, v in states[peer]["state_dict"].items() if k.startswith(prefix)
             }
             class_path = self.recipe["class_path"]
+            self.deployed: dict[str, Any] = {} if peer else dict(content[KEY].get("deployed") or {})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: what it says of its network cannot be read ({error!r})") from error
-        self.model: nn.Module = build(self.recipe)
+        if teacher is not None:
+            self._teach(teacher)
+        student: nn.Module = build(self.recipe)
         try:
-            self.model.load_state_dict(self.state)
+            student.load_state_dict(self.state)
         except RuntimeError as error:
             raise UsageError(f"{path}: the weights do not fit {class_path}: {error}") from error
-        self.model.eval()
+        self.model = self._deploy(student)
+        if self.deployed:
+            self.state = self.model.state_dict()
         self.any_size = False  # until it is shown for what was exported
+
+    def fresh(self) -> nn.Module:
+        """The same network once more, without the weights that were learned."""
+        return self._deploy(build(self.recipe))
+
+    def _deploy(self, student: nn.Module) -> nn.Module:
+        """What the task makes of the student, and of its teacher."""
+        if not self.deployed:
+            return student.eval()
+        makes = self.deployed.get("teacher_input")
+        if isinstance(makes, str):
+            raise UsageError(
+                f"the teacher is called by a function, teacher_input={makes}, and out of a checkpoint only networks "
+                "are made: export task.deployed(student) by your own code, or make it a torch.nn.Module"
+            )
+        task, teacher, makes = (build(self.deployed.get(part)) for part in ("task", "teacher", "teacher_input"))
+        if not isinstance(task, TaskAdapter) or not isinstance(teacher, nn.Module):
+            raise UsageError("the checkpoint is damaged: it names no task and teacher of what runs in the end")
+        teacher = teacher if isinstance(teacher, Teacher) else Frozen(teacher)
+        if teacher_mark(teacher) != self.deployed.get("fingerprint"):
+            raise UsageError(
+                "the teacher is not the one of the training: other weights. Give that one's checkpoint with --teacher"
+            )
+        introduce(task, student, teacher, makes or task.teacher_input)
+        return task.deployed(student).eval().requires_grad_(False)
+
+    def _teach(self, checkpoint: str) -> None:
+        """Takes the teacher's weights from a file."""
+        if (self.deployed.get("teacher") or {}).get("class_path") != FROZEN:
+            raise UsageError(
+                "--teacher: expected a run whose teacher is part of what is exported, a Frozen with a model (the "
+                "difference of student and teacher); this one has none"
+            )
+        self.deployed["teacher"]["init_args"]["checkpoint"] = checkpoint
 
     @property
     def takes_lists(self) -> bool:

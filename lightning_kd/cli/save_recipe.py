@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kd.cli.recipe import KEY, Inputs, Recipe, inputs_of
+from lightning_kd.cli.recipe import KEY, Inputs, Recipe, inputs_of, teacher_mark
+from lightning_kd.module import DistillationModule
 
 
 class SaveRecipe(Callback):
@@ -20,11 +21,15 @@ class SaveRecipe(Callback):
     Args:
         recipe: ``{"class_path": ..., "init_args": {...}}`` of the student.
         peers: Likewise of the networks that learn beside it.
+        deployed: Recipes of ``task``, ``teacher`` and ``teacher_input``, where more runs in the end than the student.
     """
 
-    def __init__(self, recipe: Recipe, peers: Sequence[Recipe] = ()) -> None:
+    def __init__(
+        self, recipe: Recipe, peers: Sequence[Recipe] = (), deployed: Mapping[str, Recipe | None] | None = None
+    ) -> None:
         self.recipe = recipe
         self.peers = list(peers)
+        self.deployed = deployed
         self.inputs: Inputs = []
         self._handle: RemovableHandle | None = None
 
@@ -53,3 +58,6 @@ class SaveRecipe(Callback):
         checkpoint[KEY] = {"student": self.recipe, "inputs": [list(i) for i in self.inputs]}
         if self.peers:
             checkpoint[KEY]["peers"] = self.peers
+        if self.deployed:
+            assert isinstance(pl_module, DistillationModule)
+            checkpoint[KEY]["deployed"] = {**self.deployed, "fingerprint": teacher_mark(pl_module.teacher)}

@@ -1,5 +1,6 @@
 """What is exported, by what reads it: onnxruntime, and the plain class."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_kd.cli import costs, main
-from lightning_kd.cli.recipe import build
+from lightning_kd.anomalies import StudentTeacher
+from lightning_kd.caching.checks import fingerprint
+from lightning_kd.cli import command, costs, main
+from lightning_kd.cli.recipe import Saved, build
+from lightning_kd.models import AnomalyNet
 
 SMALL = {"num_classes": 3, "backbone": "mobilenet_v3_small", "channels": 32, "min_size": 64, "max_size": 64}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -20,13 +24,13 @@ MMDET: dict[str, Any] = {
 }
 
 
-def checkpoint(path: Path, class_path: str, arguments: dict[str, Any], inputs: list[Any]) -> nn.Module:
+def checkpoint(path: Path, class_path: str, arguments: dict[str, Any], inputs: list[Any], **more: Any) -> nn.Module:
     """A file as `lightning-kd fit` writes it, of a network that learned nothing."""
     torch.manual_seed(0)
     recipe = {"class_path": class_path, "init_args": arguments}
     model: nn.Module = build(recipe).eval()
     state = {f"student.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"state_dict": state, "lightning_kd": {"student": recipe, "inputs": inputs}}, path)
+    torch.save({"state_dict": state, "lightning_kd": {"student": recipe, "inputs": inputs, **more}}, path)
     return model
 
 
@@ -117,3 +121,94 @@ def test_a_detector_of_mmdet_for_its_own_class(tmp_path: Path) -> None:
         plain = MODELS.build(config.model)
     assert type(plain).__module__.startswith("mmdet.")
     plain.load_state_dict(torch.load(tmp_path / "a.state_dict.pt", weights_only=True), strict=True)
+
+
+STUDENT = "lightning_kd.models.AnomalyNet", {"width": 2, "level_channels": [4, 8, 16]}, [[[3, 32, 32], "float32"]]
+LEVELS = ["level1", "level2"]
+
+
+def difference_of_two(folder: Path, **more: Any) -> StudentTeacher:
+    """``a.ckpt`` of a student whose difference to the teacher, ``teacher.pt``, detects anomalies; the detector."""
+    teacher = AnomalyNet(width=4).eval()
+    torch.save(teacher.state_dict(), folder / "teacher.pt")
+    network = {"class_path": "lightning_kd.models.AnomalyNet", "init_args": {"width": 4}}
+    frozen = {"model": network, "checkpoint": str(folder / "teacher.pt")}
+    task = {"class_path": "lightning_kd.tasks.AnomalyDetection", "init_args": {"difference": LEVELS, "smoothing": 1.0}}
+    deployed = {
+        "task": task,
+        "teacher": {"class_path": "lightning_kd.teachers.Frozen", "init_args": frozen},
+        "teacher_input": None,
+        "fingerprint": fingerprint(teacher),
+    }
+    student = checkpoint(folder / "a.ckpt", *STUDENT, deployed=deployed | more)
+    return StudentTeacher(student, teacher, LEVELS, smoothing=1.0).eval()
+
+
+def test_a_difference_is_exported_with_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    detector = difference_of_two(tmp_path)
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", "onnx", "--traceback"]) == 0
+    assert "any batch size, height and width" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 3, 48, 80)
+    maps, scores = session.run(["anomaly_map", "pred_score"], {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = detector(images)
+    torch.testing.assert_close(torch.from_numpy(maps), expected.anomaly_map, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(scores), expected.pred_score, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["torchscript", "state_dict"])
+def test_a_difference_in_the_other_formats(form: str, tmp_path: Path) -> None:
+    detector = difference_of_two(tmp_path)
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", form, "--traceback"]) == 0
+    if form == "state_dict":
+        plain = StudentTeacher(AnomalyNet(width=2, level_channels=(4, 8, 16)), AnomalyNet(width=4), LEVELS)
+        plain.load_state_dict(torch.load(tmp_path / "a.state_dict.pt", weights_only=True), strict=True)
+        for key, value in plain.teacher.state_dict().items():
+            assert torch.equal(value, detector.teacher.state_dict()[key])
+
+
+def test_a_teacher_that_was_moved_is_given_and_another_refused(tmp_path: Path, capfd: Any) -> None:
+    difference_of_two(tmp_path)
+    export = ["export", str(tmp_path / "a.ckpt"), "--format", "state_dict"]
+    (tmp_path / "teacher.pt").rename(tmp_path / "moved.pt")
+    assert main(export) == 2
+    assert "No checkpoint at" in capfd.readouterr().err
+    assert main([*export, "--teacher", str(tmp_path / "moved.pt")]) == 0
+    torch.save(AnomalyNet(width=4).state_dict(), tmp_path / "other.pt")
+    assert main([*export, "--teacher", str(tmp_path / "other.pt")]) == 2
+    assert "the teacher is not the one of the training" in capfd.readouterr().err
+    difference_of_two(tmp_path, teacher_input="my_module.crop")
+    assert main(export) == 2
+    assert "the teacher is called by a function, teacher_input=my_module.crop" in capfd.readouterr().err
+    difference_of_two(tmp_path, task={"class_path": "torch.nn.ReLU"})
+    assert main(export) == 2
+    assert "it names no task and teacher of what runs in the end" in capfd.readouterr().err
+    checkpoint(tmp_path / "a.ckpt", *STUDENT)
+    assert main([*export, "--teacher", str(tmp_path / "moved.pt")]) == 2
+    assert "--teacher: expected a run whose teacher is part of what is exported" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_says_what_is_deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    renormalized = {"from_mean": [0.45] * 3, "from_std": [0.15] * 3, "to_mean": [0.5] * 3, "to_std": [0.5] * 3}
+    given = {"class_path": "lightning_kd.teachers.Renormalize", "init_args": renormalized}
+    short = [
+        "--trainer.max_epochs", "1", "--teacher_fit.max_epochs", "1", "--trainer.enable_progress_bar", "false",
+        "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--trainer.log_every_n_steps", "1",
+        "--trainer.check_val_every_n_epoch", "1", "--model.teacher_input", json.dumps(given),
+    ]  # fmt: skip
+    models: list[Any] = []
+    monkeypatch.setattr(command.DistillationCLI, "after_fit", lambda cli: models.append(cli.model))
+    assert main(["fit", "--config", "textures_stfpm", *short, "--traceback"]) == 0
+    module = models[-1].eval()
+    (file,) = (tmp_path / "runs").rglob("*.ckpt")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exported = Saved(file).model(images)
+        found = module.predict_step((images, torch.zeros(2, 64, 64)), 0)
+    torch.testing.assert_close(exported, found)
+    detector = StudentTeacher(module.student, module.teacher.model, module.task.difference).eval()
+    with torch.no_grad():
+        assert not torch.allclose(detector(images).anomaly_map, found.anomaly_map, rtol=1e-2)  # without teacher_input

@@ -17,6 +17,7 @@ from lightning_kd import DistillationModule, Term, losses
 from lightning_kd.anomalies import StudentTeacher
 from lightning_kd.data import Textures
 from lightning_kd.models import AnomalyNet
+from lightning_kd.teachers import Frozen
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
@@ -132,6 +133,26 @@ def test_the_difference_is_what_is_predicted():
     assert not any("teacher" in key for key in module.state_dict())
     torch.testing.assert_close(copy.deepcopy(module).predict_step((images, masks), 0), prediction)
     torch.testing.assert_close(pickle.loads(pickle.dumps(module)).predict_step((images, masks), 0), prediction)
+
+
+@pytest.mark.parametrize("of_the_module", [True, False])
+def test_what_the_teacher_is_called_with_is_followed_in_evaluation(of_the_module):
+    """A teacher of grey images: without its input they would not fit."""
+    teacher = AnomalyNet(width=8, in_channels=1)
+    grey = {"teacher_input" if of_the_module else "input": lambda images: images.mean(1, keepdim=True)}
+    module = DistillationModule(
+        task=AnomalyDetection(difference=LAYERS),
+        student=AnomalyNet(width=4, level_channels=(8, 16, 32)),
+        teacher=Frozen(teacher, **({} if of_the_module else grey), precision=None if of_the_module else "bf16-true"),
+        terms={name: Term(losses.STFPM(), student=name, teacher=name) for name in LAYERS},
+        **(grey if of_the_module else {}),
+    )
+    images, masks = _batch()
+    found = module.eval().predict_step((images, masks), 0)
+    detector = StudentTeacher(module.student, teacher.float(), LAYERS, teacher_input=lambda x: x.mean(1, keepdim=True))
+    torch.testing.assert_close(found, detector.eval()(images), rtol=0.1, atol=0.02)
+    assert found.anomaly_map.shape == (4, 32, 32)
+    assert not any("taught" in key for key in module.state_dict())
 
 
 def test_any_network_of_features_is_a_student_and_a_teacher():
