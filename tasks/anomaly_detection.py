@@ -67,6 +67,8 @@ class AnomalyDetection(TaskAdapter):
         teacher_difference: Those of the teacher, where they are others.
         combine: ``"product"`` of the layers' maps, as STFPM has it, or ``"sum"``, as RD4AD.
         smoothing: Standard deviation in pixels of a Gaussian that smooths the difference: 4 in RD4AD.
+        normal_only: Whether the network sees in training the normal images alone, and has no loss: for those that
+            remember what is normal, :class:`~lightning_kd.models.MemoryBank`.
 
     Raises:
         ValueError: If the batch or what a network returns does not fit.
@@ -87,6 +89,7 @@ class AnomalyDetection(TaskAdapter):
         teacher_difference: Layers | None = None,
         combine: Combine = "product",
         smoothing: float = 0.0,
+        normal_only: bool = False,
     ) -> None:
         super().__init__()
         if combine not in ("product", "sum"):
@@ -103,6 +106,7 @@ class AnomalyDetection(TaskAdapter):
         self.teacher_difference = None if teacher_difference is None else list(teacher_difference)
         self.combine: Combine = combine
         self.smoothing = checked_smoothing(smoothing)
+        self.normal_only = normal_only
         self._met: _Met | None = None
         self._detector: list[StudentTeacher] = []
 
@@ -125,6 +129,8 @@ class AnomalyDetection(TaskAdapter):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model; in evaluation with the teacher beside it, where their difference is the map."""
         images = self.inputs(batch)
+        if model.training and self.normal_only:
+            return model(images[~self.target(batch).label])
         if model.training or self.difference is None or self._met is None:
             return model(images)
         if not self._detector or self._detector[0].student is not model:
@@ -189,6 +195,8 @@ class AnomalyDetection(TaskAdapter):
         if not self.training:
             return None
         normal = self.normal(batch)
+        if self.normal_only and isinstance(output, Tensor):
+            return output.sum() * 0.0
         if isinstance(output, Tensor) and (found := said(output)) is not None:
             if found.anomaly_map.shape != normal.shape:
                 raise ValueError(

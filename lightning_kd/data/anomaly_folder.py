@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, default_collate
 
 from lightning_kd.data.image_mask_folder import ENDINGS
 from lightning_kd.data.splits import SplitDataModule
-from lightning_kd.data.synthetic_anomalies import spoiled
+from lightning_kd.data.synthetic_anomalies import DRAWN, Kind, checked_kinds, spoiled
 from lightning_kd.data.tensor_images import normalized
-from lightning_kd.data.textures import DRAWN, Batch
+from lightning_kd.data.textures import Batch
 from lightning_kd.extras import late_import
 from lightning_kd.paths import expand_path
 
@@ -28,7 +28,8 @@ class AnomalyFiles(Dataset[Batch]):
         files: The images, each with its mask file, or None.
         labels: Whether they are anomalous.
         image_size: Height and width that images and masks are resized to.
-        drawn: Whether every other image gets a synthetic anomaly.
+        drawn: Fraction of the images that get a synthetic anomaly, evenly spread.
+        kinds: Of which kinds, in turns.
 
     Raises:
         FileNotFoundError: If a file is not there.
@@ -40,12 +41,14 @@ class AnomalyFiles(Dataset[Batch]):
         files: Sequence[tuple[Path, Path | None]],
         labels: Sequence[bool],
         image_size: tuple[int, int],
-        drawn: bool = False,
+        drawn: float = 0.0,
+        kinds: Sequence[Kind] = DRAWN,
     ) -> None:
         self.files = list(files)
-        self.labels = [label or (drawn and i % 2 == 1) for i, label in enumerate(labels)]
+        chosen = [i for i in range(len(self.files)) if int((i + 1) * drawn) > int(i * drawn)]
+        self.drawn = {i: kinds[rank % len(kinds)] for rank, i in enumerate(chosen)}
+        self.labels = [label or i in self.drawn for i, label in enumerate(labels)]
         self.image_size = image_size
-        self.drawn = drawn
         self._read: dict[int, tuple[Tensor, Tensor]] = {}  # resized, as bytes: small, and decoded once
 
     def __len__(self) -> int:
@@ -63,9 +66,8 @@ class AnomalyFiles(Dataset[Batch]):
         file, mask_file = self.files[index]
         pixels = _opened(file, "RGB")
         image = v2.resize(pixels, list(self.image_size), antialias=True)
-        if self.drawn and index % 2:
-            generator = torch.Generator().manual_seed(index)
-            return spoiled(image, DRAWN["train"][index // 2 % 2], generator)
+        if index in self.drawn:
+            return spoiled(image, self.drawn[index], torch.Generator().manual_seed(index))
         if mask_file is None:
             return image, torch.zeros(self.image_size, dtype=torch.bool)
         mask = _opened(mask_file, "L")
@@ -96,6 +98,10 @@ class AnomalyFolder(SplitDataModule):
         num_workers: Processes that load.
         mean: Subtracted from the pixels in [0, 1], per channel.
         std: The pixels are then divided by it.
+        synthetic: Fraction of the training images into which an anomaly is drawn, with its mask, once: for networks
+            that draw maps.
+        kinds: What is drawn, there and in the validation, in turns: ``shade``, ``noise``, ``scratch``, ``perlin``,
+            which is anomalib's.
 
     Raises:
         FileNotFoundError: If a folder, its images or a mask are not there.
@@ -111,6 +117,8 @@ class AnomalyFolder(SplitDataModule):
         num_workers: int = 0,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        synthetic: float = 0.0,
+        kinds: Sequence[Kind] = DRAWN,
     ) -> None:
         super().__init__(batch_size, num_workers, default_collate)
         if not 0.0 < validation < 1.0:
@@ -118,6 +126,10 @@ class AnomalyFolder(SplitDataModule):
         self.root = Path(expand_path(root))
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.validation = validation
+        if not 0.0 <= synthetic <= 1.0:
+            raise ValueError(f"synthetic: expected a fraction of the training images in [0, 1], received {synthetic}")
+        self.synthetic = synthetic
+        self.kinds = checked_kinds(kinds)
         self.mean = mean
         self.std = std
 
@@ -126,9 +138,8 @@ class AnomalyFolder(SplitDataModule):
         if stage in ("fit", "validate"):
             files: list[tuple[Path, Path | None]] = [(file, None) for file in self._normal()]
             held = max(1, int(self.validation * len(files)))
-            for split, chosen in (("train", files[:-held]), ("val", files[-held:])):
-                drawn = split == "val"
-                self.splits[split] = AnomalyFiles(chosen, [False] * len(chosen), self.image_size, drawn)
+            for split, chosen, drawn in (("train", files[:-held], self.synthetic), ("val", files[-held:], 0.5)):
+                self.splits[split] = AnomalyFiles(chosen, [False] * len(chosen), self.image_size, drawn, self.kinds)
         else:
             found = self._tested()
             self.splits["test"] = AnomalyFiles(

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Kind = Literal["shade", "noise", "foreign", "scratch"]
+from lightning_kd.extras import late_import
+
+Kind = Literal["shade", "noise", "foreign", "scratch", "perlin"]
+
+DRAWN: tuple[Kind, ...] = ("shade", "noise")
+"""What is drawn into images of the training, unless something else is asked for."""
+
+
+def checked_kinds(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Returns kinds that can be drawn without another image.
+
+    Raises:
+        ValueError: If there is none, or another.
+    """
+    known = [kind for kind in get_args(Kind) if kind != "foreign"]
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(known):
+        raise ValueError(f"kinds: expected a list of some of {', '.join(known)}, received {kinds!r}")
+    return tuple(kinds)
 
 
 def blob(size: tuple[int, int], generator: torch.Generator, area: tuple[float, float] = (0.01, 0.08)) -> Tensor:
@@ -58,7 +76,7 @@ def spoiled(
     Args:
         image: ``(C, H, W)``, uint8.
         kind: ``"shade"`` is another brightness, ``"noise"`` hides what is there, ``"foreign"`` is a patch of another
-            image, and ``"scratch"`` a thin line.
+            image, ``"scratch"`` a thin line, and ``"perlin"`` what anomalib draws: Perlin's noise, in colours.
         generator: Of the random numbers.
         foreign: The other image, ``(C, H, W)`` uint8.
 
@@ -71,6 +89,8 @@ def spoiled(
         >>> bool((other != image).any(0)[mask].all()), bool((other == image).all(0)[~mask].all())
         (True, True)
     """
+    if kind == "perlin":
+        return _perlin(image, generator)
     size = (image.shape[-2], image.shape[-1])
     mask = scratch(size, generator) if kind == "scratch" else blob(size, generator)
     pixels = image.float()
@@ -84,3 +104,14 @@ def spoiled(
         patch = pixels + sign * (35.0 + 45.0 * float(torch.rand((), generator=generator)))
     changed = torch.where(mask, patch, pixels).round().clamp(0, 255).to(torch.uint8)
     return changed, mask
+
+
+def _perlin(image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Lets anomalib draw, which takes its random numbers from torch's global generator."""
+    made = late_import("anomalib.data.utils.generators.perlin", "anomalib", "anomaly").PerlinAnomalyGenerator
+    seed = int(torch.randint(2**31, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed, mask = made(probability=1.0)(image.float() / 255)
+    where = mask[0].bool()
+    return torch.where(where, (255 * changed).round().clamp(0, 255).to(torch.uint8), image), where

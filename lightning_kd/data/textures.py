@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_kd.data.splits import SplitDataModule
-from lightning_kd.data.synthetic_anomalies import Kind, spoiled
+from lightning_kd.data.synthetic_anomalies import DRAWN, Kind, checked_kinds, spoiled
 from lightning_kd.data.tensor_images import normalized
 from lightning_kd.extras import late_import
 
@@ -20,8 +21,8 @@ Batch = tuple[Tensor, Target]
 ROWS = {"train": (0, 256), "val": (256, 352), "test": (352, 512)}
 """Of the 512 rows of a texture, those that a split is cut out of: no pixel is in two splits."""
 
-DRAWN: dict[str, tuple[Kind, ...]] = {"train": ("shade", "noise"), "test": ("foreign", "scratch")}
-"""Of the test, kinds that no training image has."""
+TESTED: tuple[Kind, ...] = ("foreign", "scratch")
+"""What is drawn into test images: kinds that no training image has, unless it is asked for."""
 
 
 class AnomalyImages(Dataset[Batch]):
@@ -70,10 +71,12 @@ class Textures(SplitDataModule):
         batch_size: Images in a batch.
         num_workers: Processes that load; 0 is fastest for tensors in memory.
         seed: Of the pieces and of what is drawn.
+        kinds: What is drawn into images of training and validation, in turns: ``shade``, ``noise``, ``scratch``,
+            ``perlin``, which is anomalib's.
 
     Raises:
         ModuleNotFoundError: Without scikit-image.
-        ValueError: If there is no such texture, or size or fraction are out of range.
+        ValueError: If there is no such texture or kind, or size or fraction are out of range.
     """
 
     mean = (0.45, 0.45, 0.45)
@@ -90,6 +93,7 @@ class Textures(SplitDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        kinds: Sequence[Kind] = DRAWN,
     ) -> None:
         super().__init__(batch_size, num_workers, _whole_batch)
         if texture not in get_args(Texture):
@@ -100,8 +104,10 @@ class Textures(SplitDataModule):
             raise ValueError(f"synthetic: expected a fraction of the training images in [0, 1], received {synthetic}")
         self.texture = texture
         self.size = size
+        self.image_size = (size, size)
         self.synthetic = synthetic
         self.seed = seed
+        self.kinds = checked_kinds(kinds)
         self.counts = {"train": train_size, "val": val_size, "test": test_size}
 
     def setup(self, stage: str) -> None:
@@ -115,7 +121,7 @@ class Textures(SplitDataModule):
     def _made(self, whole: dict[str, Tensor], split: str) -> AnomalyImages:
         generator = torch.Generator().manual_seed(3 * self.seed + list(ROWS).index(split))
         others = [texture for name, texture in whole.items() if name != self.texture]
-        kinds = DRAWN["test" if split == "test" else "train"]
+        kinds = TESTED if split == "test" else self.kinds
         fraction = self.synthetic if split == "train" else 0.5
         images, masks = [], []
         count = self.counts[split]

@@ -4,6 +4,7 @@ from lightning_kd.models.anomaly import AnomalyNet, ReverseDistillation, Squeeze
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
 from lightning_kd.models.embedder import Embedder, SmallEmbedder
+from lightning_kd.models.memory_bank import MemoryBank
 from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.part_experts import PartExperts
 from lightning_kd.models.pose import PoseNet
@@ -19,6 +20,7 @@ __all__ = [
     "Embedder",
     "FasterRCNN",
     "MMDetModel",
+    "MemoryBank",
     "PartExperts",
     "PoseNet",
     "RetinaNet",

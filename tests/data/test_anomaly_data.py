@@ -11,6 +11,28 @@ from lightning_kd.data import AnomalyFolder, Textures
 from lightning_kd.data.synthetic_anomalies import Kind, spoiled
 
 
+@pytest.mark.slow  # the import of anomalib
+def test_anomalib_draws_too_and_takes_no_random_number_of_others():
+    image = torch.randint(80, 120, (3, 64, 48), dtype=torch.uint8)
+    state = torch.random.get_rng_state()
+    made = [spoiled(image, "perlin", torch.Generator().manual_seed(seed)) for seed in (0, 1, 1)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for changed, mask in made:
+        assert changed.dtype == torch.uint8
+        assert torch.equal(changed[:, ~mask], image[:, ~mask])
+        assert mask.any()
+        assert not mask.all()
+    assert not torch.equal(made[0][1], made[1][1])
+    assert torch.equal(made[1][0], made[2][0])
+
+
+@pytest.mark.parametrize("kinds", ["shade", [], ["foreign"], ["crack"]])
+def test_kinds_are_some_that_can_be_drawn(kinds, tmp_path: Path):
+    for make in (lambda: Textures(kinds=kinds), lambda: AnomalyFolder(str(tmp_path), (8, 8), kinds=kinds)):
+        with pytest.raises(ValueError, match="kinds: expected a list of some of shade, noise, scratch, perlin, rec"):
+            make()
+
+
 @pytest.mark.parametrize("kind", ["shade", "noise", "foreign", "scratch"])
 def test_what_is_drawn_is_inside_of_its_mask(kind: Kind):
     image = torch.randint(80, 120, (3, 64, 48), dtype=torch.uint8)
@@ -86,6 +108,13 @@ def test_folders_are_read_with_their_masks(root: Path):
     assert not next(iter(module.train_dataloader()))[1]["label"].any()
     _, target = next(iter(module.val_dataloader()))
     assert target["label"].tolist() == [False, True]
+    drawn = AnomalyFolder(str(root), (32, 32), validation=0.2, batch_size=8, synthetic=0.25, kinds=["scratch"])
+    drawn.setup("fit")
+    _, target = next(iter(drawn.train_dataloader()))
+    assert int(target["label"].sum()) == 2
+    assert torch.equal(target["mask"].flatten(1).any(1), target["label"])
+    with pytest.raises(ValueError, match="synthetic: expected a fraction of the training images"):
+        AnomalyFolder(str(root), (32, 32), synthetic=1.5)
     assert torch.equal(target["mask"].flatten(1).any(1), target["label"])
 
 
