@@ -85,7 +85,7 @@ def _remember(bank: MemoryBank, *_: Any) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ValueError(
             "MemoryBank remembers in one process, and this run has several, each of which saw a part of the images. "
-            "Set --trainer.devices 1 for its training, and train the student from its checkpoint with as many as you like."
+            "Set --trainer.devices 1 for its training; the student may learn from its checkpoint in several."
         )
     network: Any = bank.network
     if not bank._picks:
