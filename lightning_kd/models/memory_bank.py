@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KNOWN = "anomalib's PatchcoreModel and PadimModel"
-
 
 class MemoryBank(nn.Module):
     """A detector of anomalib that remembers what is normal: PatchCore, PaDiM.
@@ -46,7 +44,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         self._picks = hasattr(network, "subsample_embedding")
         if not self._picks and not (hasattr(network, "gaussian") and hasattr(network, "fit")):
-            raise TypeError(f"MemoryBank fills {KNOWN}; got {type(network).__name__}.")
+            raise TypeError(f"MemoryBank fills anomalib's PatchcoreModel and PadimModel; got {type(network).__name__}.")
         self.network = network.requires_grad_(False)
         self.vectors = vectors
         self.idle = nn.Parameter(torch.zeros(()))
@@ -60,7 +58,8 @@ class MemoryBank(nn.Module):
             network.memory_bank = found.new_zeros(vectors, found.shape[1])
         else:
             network.fit()  # type: ignore[operator]  # for the shapes
-        self.register_state_dict_pre_hook(_remember)
+        self.network.train()
+        self.register_state_dict_pre_hook(_remember)  # type: ignore[no-untyped-call]  # torch's own gap
 
     def _store(self) -> list[Tensor]:
         held: Any = self.network.embedding_store if self._picks else self.network.memory_bank
