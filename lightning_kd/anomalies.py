@@ -55,7 +55,11 @@ def said(output: Any) -> AnomalyMaps | None:
 
 
 def difference(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], size: tuple[int, int], combine: Combine = "product"
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    size: tuple[int, int],
+    combine: Combine = "product",
+    weights: Sequence[float] | None = None,
 ) -> AnomalyMaps:
     """Returns how student and teacher differ in the directions of their features.
 
@@ -68,6 +72,10 @@ def difference(
         teacher: The same levels of the teacher, of the same shapes.
         size: Height and width of the image.
         combine: How the levels become one map.
+        weights: Of the levels in their sum; 1 unless given.
+
+    Raises:
+        ValueError: If there are not as many weights as levels.
 
     Example:
         >>> x = torch.randn(2, 3, 4, 4)
@@ -78,6 +86,12 @@ def difference(
         F.interpolate(half_squared_distance(s, t).unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
         for s, t in zip(student, teacher, strict=True)
     ]
+    if weights is not None:
+        if len(weights) != len(levels):
+            raise ValueError(
+                f"weights: {len(weights)} were given, and {len(levels)} levels are compared: one for each."
+            )
+        levels = [weight * level for weight, level in zip(weights, levels, strict=True)]
     stacked = torch.stack(levels)
     maps = stacked.prod(0) if combine == "product" else stacked.sum(0)
     return AnomalyMaps(maps, maps.flatten(1).amax(1))
@@ -100,9 +114,11 @@ class StudentTeacher(nn.Module):
         smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
         teacher_input: Makes what the teacher is called with out of the images: a tensor, a tuple of positional
             arguments or a dict of keyword arguments.
+        weights: Of the levels in their sum; 1 unless given.
 
     Raises:
-        ValueError: If a path is unknown, the two sides do not fit, or smoothing is negative.
+        ValueError: If a path is unknown, the two sides do not fit, smoothing is negative, or there are weights of
+            what is no sum.
         ModuleNotFoundError: If the map is to be smoothed, without torchvision.
 
     Example:
@@ -120,6 +136,7 @@ class StudentTeacher(nn.Module):
         combine: Combine = "product",
         smoothing: float = 0.0,
         teacher_input: Callable[..., Any] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -127,6 +144,7 @@ class StudentTeacher(nn.Module):
         self.combine: Combine = combine
         self.smoothing = checked_smoothing(smoothing)
         self.teacher_input = teacher_input
+        self.weights = checked_weights(weights, combine, levels)
         self._levels, self._teacher_levels = (
             [[Path(text) for text in each] for each in grouped(side)] for side in (levels, teacher_levels or levels)
         )
@@ -156,7 +174,7 @@ class StudentTeacher(nn.Module):
                     "together; a student with other channels needs a last layer of its own that has the teacher's."
                 )
             fitted = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
-            found.append(difference(fitted, teacher, size, self.combine).anomaly_map)
+            found.append(difference(fitted, teacher, size, self.combine, self.weights).anomaly_map)
         maps = torch.stack(found).prod(0)
         if self.smoothing:
             functional = late_import("torchvision.transforms.v2.functional", "torchvision", "anomaly")
@@ -195,6 +213,19 @@ def grouped(layers: Layers) -> list[list[str]]:
     if all(isinstance(each, str) for each in layers):
         return [[*map(str, layers)]]
     return [[each] if isinstance(each, str) else [*each] for each in layers]
+
+
+def checked_weights(weights: Sequence[float] | None, combine: Combine, layers: Layers) -> list[float] | None:
+    """Returns weights of levels that are added, each a number that is not negative."""
+    if weights is None:
+        return None
+    fit = isinstance(weights, Sequence) and len(weights) > 0 and all(is_number(w) and w >= 0 for w in weights)
+    if not fit or combine != "sum" or not all(isinstance(each, str) for each in layers):
+        raise ValueError(
+            "weights are numbers, one for each level of a difference whose levels are added: combine='sum', and no "
+            f"lists of layers; got {weights!r} with combine={combine!r}."
+        )
+    return [*weights]
 
 
 def checked_smoothing(smoothing: float) -> float:

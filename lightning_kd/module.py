@@ -252,8 +252,15 @@ class DistillationModule(LightningModule):
         self.task.update(metrics, output, batch)
         return output
 
+    def on_validation_epoch_start(self) -> None:
+        """Tells the task."""
+        if not self.trainer.sanity_checking:
+            self.task.begin_validation()
+
     def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of the task."""
+        """Tells the task, and logs its metrics."""
+        if not self.trainer.sanity_checking:
+            self.task.end_validation(self.student)
         self._log_metrics(self.val_metrics, "val")
 
     def on_test_epoch_end(self) -> None:

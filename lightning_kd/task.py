@@ -57,6 +57,12 @@ class TaskAdapter(nn.Module, ABC):
     def begin_epoch(self, epoch: int) -> None:
         """Is told that an epoch of the training begins, for models that change with it."""
 
+    def begin_validation(self) -> None:
+        """Is told that a validation begins, for what is calibrated on its batches; not of the sanity check."""
+
+    def end_validation(self, student: nn.Module) -> None:
+        """Is told that it has ended, before its metrics are logged: what was calibrated may be kept in the student."""
+
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model on a batch, for training and evaluation; returns what it returns."""
         return model(self.inputs(batch))

@@ -3,6 +3,7 @@
 from lightning_kd.tasks.anomaly_detection import AnomalyDetection
 from lightning_kd.tasks.classification import Classification
 from lightning_kd.tasks.detection import Detection
+from lightning_kd.tasks.efficient_ad import EfficientAD
 from lightning_kd.tasks.label_assisted import LabelAssisted
 from lightning_kd.tasks.mm_pseudo_boxes import MMPseudoBoxes
 from lightning_kd.tasks.mmdetection import MMDetection
@@ -17,6 +18,7 @@ __all__ = [
     "AnomalyDetection",
     "Classification",
     "Detection",
+    "EfficientAD",
     "LabelAssisted",
     "MMDetection",
     "MMPseudoBoxes",

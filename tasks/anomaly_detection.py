@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from lightning_kd.anomalies import AnomalyMaps, Combine, Layers, StudentTeacher, checked_smoothing, said
+from lightning_kd.anomalies import (
+    AnomalyMaps,
+    Combine,
+    Layers,
+    StudentTeacher,
+    checked_smoothing,
+    checked_weights,
+    said,
+)
 from lightning_kd.drawing import HEAT, Drawing, heated
 from lightning_kd.metrics.anomaly import AnomalyQuality
 from lightning_kd.task import TaskAdapter
@@ -69,6 +77,7 @@ class AnomalyDetection(TaskAdapter):
         smoothing: Standard deviation in pixels of a Gaussian that smooths the difference: 4 in RD4AD.
         normal_only: Whether the network sees in training the normal images alone, and has no loss: for those that
             remember what is normal, :class:`~lightning_kd.models.MemoryBank`.
+        weights: Of the layers' maps in their sum, one for each level that is compared.
 
     Raises:
         ValueError: If the batch or what a network returns does not fit.
@@ -90,6 +99,7 @@ class AnomalyDetection(TaskAdapter):
         combine: Combine = "product",
         smoothing: float = 0.0,
         normal_only: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if combine not in ("product", "sum"):
@@ -97,7 +107,7 @@ class AnomalyDetection(TaskAdapter):
         if (
             isinstance(difference, str)
             or (difference is not None and not difference)
-            or ((teacher_difference or smoothing) and not difference)
+            or ((teacher_difference or smoothing or weights) and not difference)
         ):
             raise ValueError(
                 f"difference names layers, at least one, in a list: ['layer1', 'layer2']; got {difference!r}."
@@ -107,8 +117,9 @@ class AnomalyDetection(TaskAdapter):
         self.combine: Combine = combine
         self.smoothing = checked_smoothing(smoothing)
         self.normal_only = normal_only
+        self.weights = checked_weights(weights, combine, difference or ())
         self._met: _Met | None = None
-        self._detector: list[StudentTeacher] = []
+        self._detector: list[nn.Module] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_detector": []}
@@ -124,7 +135,9 @@ class AnomalyDetection(TaskAdapter):
             return student
         teacher = self._met.teacher or student
         layers = self.difference, self.teacher_difference
-        return StudentTeacher(student, teacher, *layers, self.combine, self.smoothing, self.as_taught)
+        return StudentTeacher(
+            student, teacher, *layers, self.combine, self.smoothing, self.as_taught, weights=self.weights
+        )
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model; in evaluation with the teacher beside it, where their difference is the map."""
@@ -133,9 +146,13 @@ class AnomalyDetection(TaskAdapter):
             return model(images[~self.target(batch).label])
         if model.training or self.difference is None or self._met is None:
             return model(images)
+        return self.detector(model, images)(images)
+
+    def detector(self, model: nn.Module, images: Tensor) -> nn.Module:
+        """Returns the network of student and teacher, on the images' device; it is made once."""
         if not self._detector or self._detector[0].student is not model:
-            self._detector = [self.deployed(model)]  # type: ignore[list-item]  # as there is a teacher
-        return self._detector[0].to(images.device).eval()(images)
+            self._detector = [self.deployed(model)]
+        return self._detector[0].to(images.device).eval()
 
     def inputs(self, batch: Any) -> Tensor:
         """Returns the images, of anomalib's batches, too."""

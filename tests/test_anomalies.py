@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from lightning_kd.tasks import AnomalyDetection
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
@@ -26,6 +27,29 @@ def test_levels_are_multiplied_or_added():
     summed = difference(students, teachers, (8, 8), "sum")
     torch.testing.assert_close(summed.anomaly_map, one + other)
     torch.testing.assert_close(summed.pred_score, (one + other).amax((1, 2)))
+
+
+def test_levels_weigh_in_their_sum():
+    levels = [(torch.randn(2, c, 8, 8), torch.randn(2, c, 8, 8)) for c in (3, 5)]
+    students, teachers = zip(*levels, strict=True)
+    one, other = (difference([s], [t], (8, 8)).anomaly_map for s, t in levels)
+    weighed = difference(students, teachers, (8, 8), "sum", [0.25, 2.0])
+    torch.testing.assert_close(weighed.anomaly_map, 0.25 * one + 2 * other)
+    networks = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    detector = StudentTeacher(networks, _other(networks), ["0", "1"], combine="sum", weights=[0.0, 1.0]).eval()
+    alone = StudentTeacher(networks, detector.teacher, ["1"], combine="sum").eval()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(detector(images), alone(images))
+    with pytest.raises(ValueError, match="weights: 1 were given, and 2 levels are compared: one for each"):
+        StudentTeacher(networks, detector.teacher, ["0", "1"], combine="sum", weights=[1.0]).eval()(images)
+
+
+@pytest.mark.parametrize(("combine", "weights"), [("product", [1.0]), ("sum", [-1.0]), ("sum", []), ("sum", 2.0)])
+def test_weights_are_of_a_sum(combine, weights):
+    with pytest.raises(ValueError, match="weights are numbers, one for each level of a difference whose levels are"):
+        AnomalyDetection(["layer1"], combine=combine, weights=weights)
+    with pytest.raises(ValueError, match="weights are numbers"):
+        StudentTeacher(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), [["output"]], combine="sum", weights=[1.0])
 
 
 def test_the_maps_of_lists_of_levels_are_multiplied():

@@ -12,6 +12,7 @@ from lightning_kd.data.mask_scenes import MaskScenes
 from lightning_kd.data.replayed import Replayed
 from lightning_kd.data.tensor_images import RandomShift
 from lightning_kd.data.textures import Textures
+from lightning_kd.data.unrelated import UnrelatedImages
 from lightning_kd.data.unseen_classes import Omniglot, UnseenDigits
 from lightning_kd.data.voc import VocFolder
 
@@ -31,6 +32,7 @@ __all__ = [
     "RandomShift",
     "Replayed",
     "Textures",
+    "UnrelatedImages",
     "UnseenDigits",
     "VocFolder",
 ]

@@ -30,8 +30,8 @@ class EfficientAD(nn.Module):
     Where a normal image is imitated well already, it is left alone: with 0.999 a thousandth of the elements learn. In
     the paper the teacher's features are normalised, channel by channel, by mean and deviation over the training images,
     and batches are of one image; here each sample of a batch has its quantile, and the loss is their mean. ``hard=0``
-    is the mean of all. It is the loss between student and teacher alone: the paper's penalty on other images and its
-    autoencoder are further terms.
+    is the mean of all. It is the loss between student and teacher alone: ``models.Standardized`` normalises the
+    teacher, and ``tasks.EfficientAD`` adds the paper's penalty on other images and its autoencoder.
 
     Args:
         hard: The quantile, in [0, 1).

@@ -3,6 +3,7 @@
 from lightning_kd.models.anomaly import AnomalyNet, ReverseDistillation, SqueezeNetFeatures
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
+from lightning_kd.models.efficient_ad import EfficientADDetector, EfficientADStudent, PatchDescriber, Standardized
 from lightning_kd.models.embedder import Embedder, SmallEmbedder
 from lightning_kd.models.memory_bank import MemoryBank
 from lightning_kd.models.mmdet import MMDetModel
@@ -17,17 +18,21 @@ __all__ = [
     "FCOS",
     "AnomalyNet",
     "CifarResNet",
+    "EfficientADDetector",
+    "EfficientADStudent",
     "Embedder",
     "FasterRCNN",
     "MMDetModel",
     "MemoryBank",
     "PartExperts",
+    "PatchDescriber",
     "PoseNet",
     "RetinaNet",
     "ReverseDistillation",
     "SideBySide",
     "SmallEmbedder",
     "SqueezeNetFeatures",
+    "Standardized",
     "TextEmbedder",
     "Timm",
     "Torchvision",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class StudentTeacherModule(AnomalibModule):
         post_processor: Likewise.
         evaluator: Likewise.
         visualizer: Likewise.
+        weights: Of the levels in their sum; 1 unless given.
+        teacher_input: Makes what the teacher is called with out of the images, in training and afterwards.
 
     Raises:
         ModuleNotFoundError: Without anomalib, when this module is imported.
@@ -82,18 +84,22 @@ class StudentTeacherModule(AnomalibModule):
         evaluator: Any = True,
         visualizer: Any = True,
         smoothing: float = 0.0,
+        weights: Sequence[float] | None = None,
+        teacher_input: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         if teacher is not student:
             teacher.requires_grad_(False)
-        self.model = StudentTeacher(student, teacher, levels, teacher_levels, combine, smoothing)
+        self.model = StudentTeacher(
+            student, teacher, levels, teacher_levels, combine, smoothing, teacher_input, weights
+        )
         self.optimizer = optimizer
         ours, theirs = (chain.from_iterable(grouped(side)) for side in (levels, teacher_levels or levels))
         pairs = list(zip(ours, theirs, strict=True))
         terms = terms or {f"stfpm{i}": Term(losses.STFPM(), student=s, teacher=t) for i, (s, t) in enumerate(pairs)}
-        distiller = Distiller(terms, Itself() if teacher is student else teacher)
+        distiller = Distiller(terms, Itself() if teacher is student else teacher, teacher_input)
         self.attachment = Attachment(distiller, student="model.student", prog_bar=True)
 
     def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
