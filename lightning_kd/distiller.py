@@ -308,18 +308,20 @@ class Distiller(nn.Module):
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
             given = args, kwargs
+            made = self.teacher_input is None
             versions = [(x, x._version) for x in tree_leaves(given) if isinstance(x, Tensor) and not x.is_inference()]
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
+                made = True
                 if self.teacher.labels:
                     self.teacher.look(labels)
                 knowledge = self.teacher(*args, **kwargs)
             except Exception as error:
-                what = "the student's arguments" if self.teacher_input is None else "what teacher_input returned"
+                what = "what teacher_input returned" if made and self.teacher_input else "the student's arguments"
                 said = ", ".join(map(describe, (*args, *kwargs.values())))
                 error.add_note(
-                    f"This happened when the teacher was called with {what}, {said}. teacher_input= makes the "
-                    "teacher's arguments out of the student's."
+                    f"This happened when {'the teacher' if made else 'teacher_input'} was called with {what}, {said}. "
+                    "teacher_input= makes the teacher's arguments out of the student's."
                 )
                 raise
             _refuse_overwritten(versions)

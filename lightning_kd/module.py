@@ -18,7 +18,7 @@ from lightning_kd.attachment.resume import START_ANEW
 from lightning_kd.distiller import Distiller
 from lightning_kd.meeting import introduce
 from lightning_kd.schedules import Schedule
-from lightning_kd.task import TaskAdapter
+from lightning_kd.task import UNLABELLED, TaskAdapter
 from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
 from lightning_kd.teachers.stillness import set_training
 from lightning_kd.term import Term
@@ -270,6 +270,15 @@ class DistillationModule(LightningModule):
             self._log_metrics(self.agreement, "test")
 
     def _log_metrics(self, metrics: Metric | MetricCollection, stage: str) -> None:
+        parts = list(metrics.values(copy_state=False)) if isinstance(metrics, MetricCollection) else [metrics]
+        # Of several processes one may have had nothing to measure.
+        if parts and self.trainer.world_size == 1 and not any(part.update_called for part in parts):
+            if self.trainer.sanity_checking:  # of the first two batches only
+                return
+            raise ValueError(
+                f"{type(self.task).__name__} measured nothing on the {stage} data: no sample has a label (the class "
+                f"{UNLABELLED} is none). Give data with labels, or leave this evaluation out; `predict` needs none."
+            )
         computed = metrics.compute()
         named = computed if isinstance(computed, Mapping) else {"agreement": computed}
         values = {f"{stage}/{name}": value for name, value in named.items()}

@@ -171,7 +171,7 @@ def check_given(number: int | None, name: str = "num_classes") -> None:
     if number is None:
         raise TypeError(
             f"{name} is missing. On the command line the task takes it from the data: set the attribute {name}, an "
-            "integer, in your LightningDataModule."
+            "integer, in your LightningDataModule: in its __init__ or on the class, since setup() runs later."
         )
     if not is_whole(number):
         raise TypeError(f"{name} is a whole number, got {number!r}.")

@@ -190,6 +190,17 @@ def test_the_teacher_may_see_something_else(made: Any) -> None:
     torch.testing.assert_close(values["it"], nn.functional.mse_loss(student(x), teacher(x * 2)))
 
 
+def test_an_error_of_teacher_input_is_told_as_its_own() -> None:
+    distiller = Distiller({"it": Term(nn.MSELoss())}, Net(4), teacher_input=lambda x, y: x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'") as caught:
+        watched(distiller, Net(4), torch.randn(5, 6))
+    assert "when teacher_input was called with the student's arguments" in caught.value.__notes__[0]
+    other = Distiller({"it": Term(nn.MSELoss())}, Net(4), teacher_input=lambda x: x[:, :2])
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught_later:
+        watched(other, Net(4), torch.randn(5, 6))
+    assert "when the teacher was called with what teacher_input returned" in caught_later.value.__notes__[0]
+
+
 def test_without_a_call_there_is_nothing_to_distil() -> None:
     distiller = Distiller({"it": Term(nn.MSELoss())}, Net(4))
     with pytest.raises(RuntimeError, match="not attached"), distiller.watch():

@@ -306,6 +306,22 @@ def test_another_optimizer_or_no_teacher_does_not_resume(tmp_path: Path) -> None
         trainer(max_epochs=2).fit(other, loader(), loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
+def test_data_without_any_label_cannot_be_measured() -> None:
+    unlabelled = DataLoader(TensorDataset(torch.randn(8, 6), torch.full((8,), -100)), batch_size=4)
+    made, run = module(), trainer(limit_val_batches=None)
+    with pytest.raises(ValueError, match="Classification measured nothing on the val data: no sample has a label"):
+        run.validate(made, unlabelled, verbose=False)
+    with pytest.raises(ValueError, match="nothing on the test data"):
+        run.test(made, unlabelled, verbose=False)
+    assert len(run.predict(made, unlabelled) or []) == 2
+    labels = torch.full((16,), -100)
+    labels[-2:] = 1  # which the sanity check does not see
+    some = DataLoader(TensorDataset(torch.randn(16, 6), labels), batch_size=4)
+    run = trainer(limit_val_batches=None)
+    run.fit(module(), loader(), some)
+    assert "val/accuracy" in run.callback_metrics
+
+
 def test_it_pickles_with_the_optimizer_that_it_has_by_default() -> None:
     made = pickle.loads(pickle.dumps(module(Net(8))))
     optimizer = made.configure_optimizers()

@@ -175,6 +175,11 @@ def test_mistakes_are_told_at_once(make: Any, message: str) -> None:
         make()
 
 
+def test_a_function_has_to_return_a_number() -> None:
+    with pytest.raises(TypeError, match=r"returns a number; Custom\(.*\) returned None"):
+        schedules.Custom(lambda progress: None)(0.5)  # type: ignore[arg-type, return-value]
+
+
 def test_what_cannot_be_called_is_no_schedule() -> None:
     with pytest.raises(TypeError, match=r"or a function of the fraction of the run; got 4\.0"):
         schedules.Custom(4.0)  # type: ignore[arg-type]

@@ -348,6 +348,7 @@ class Attachment(Callback):
         def training_step_and_terms(*args: Any, **kwargs: Any) -> Any:
             if not trainer.training:  # many a validation_step calls training_step
                 return training_step(*args, **kwargs)
+            refuse_manual(pl_module)  # again: some say so in setup() or configure_optimizers() only
             if not self._ready:  # the tuner trains inside of another callback's on_fit_start, and calls no hooks
                 self._get_ready(pl_module)
                 self._measure_run(trainer)

@@ -141,6 +141,8 @@ def _told(error: BaseException) -> str:
     if "'linked_targets'" in str(error):  # jsonargparse's own mistake
         key = re.match(r'Parser key "([^"]+)"', str(error))
         return f"{key[1] if key else 'model'}: {FUNCTION}"
+    if str(error).startswith("Call to compute_fn of link") and isinstance(error.__cause__, UsageError):
+        error = error.__cause__
     # Before 4.47 jsonargparse tries None first, so that this is the cause; the others are in the text.
     none = "Expected a <class 'NoneType'>"
     while "Union subtypes" in str(error) and error.__cause__ and not str(error.__cause__).startswith(none):

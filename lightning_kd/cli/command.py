@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ LINKED = {
     "class_names": ("task.init_args.class_names",),
 }
 """What the data say, once: it is filled in wherever the model has an argument of that name, and the data have it."""
+
+ASKED_BEFORE = ("num_classes", "num_keypoints", "image_size")
+"""Of these, what nothing can be made without: data that have the attribute have to know it."""
 
 SWITCHES = {
     "enable_checkpointing": Checkpoint,
@@ -118,7 +122,8 @@ class DistillationCLI(LightningCLI):
         )
         for said, targets in LINKED.items():
             for target in targets:
-                parser.link_arguments(f"data.{said}", f"model.{target}", apply_on="instantiate")
+                known = _known(said) if said in ASKED_BEFORE else None
+                parser.link_arguments(f"data.{said}", f"model.{target}", known, apply_on="instantiate")
 
     @property
     def own_config(self) -> Any:
@@ -127,12 +132,14 @@ class DistillationCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Train the teacher first, if it was not trained before; what is predicted is written, and not kept."""
+        teacher.refuse_untrained(self.own_config)
         if self.subcommand == "predict" and self.own_config.get("output"):
             self.own_config["return_predictions"] = False
         if self.subcommand != "fit":
             if self.subcommand and not self.own_config.get("ckpt_path"):
                 _note_fresh()
             return
+        teacher.note_fresh(self.own_config["model"])
         missing = bool(teacher.missing(self.own_config))
         if missing and self.own_config["trainer"].get("fast_dev_run"):
             print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")
@@ -196,7 +203,9 @@ class DistillationCLI(LightningCLI):
         if self.subcommand == "fit" and saves and not any(isinstance(each, Checkpoint) for each in callbacks):
             # Lightning's own saves where it validates: with check_val_every_n_epoch=5, of 8 epochs the first five.
             callbacks.append(ModelCheckpoint(save_on_train_epoch_end=True))
-        if output := self.own_config.get("output"):
+        if (output := self.own_config.get("output")) and config.get("fast_dev_run"):
+            print(f"predictions: of a fast_dev_run none are written to {output}")
+        elif output:
             callbacks.append(SavePredictions(Path(output)))
         kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes(), self.deployed())]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
@@ -246,6 +255,20 @@ class DistillationCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best and self.trainer.is_global_zero:
             print(f"student saved: {best}")
+
+
+def _known(said: str) -> Callable[[Any], Any]:
+    """Return what takes a value that the data say, and refuses one that they are to find out later."""
+
+    def known(value: Any) -> Any:
+        if value is None:
+            raise UsageError(
+                f"data.{said} is None: the networks are made with it, before setup() of the data runs. Set it in "
+                "__init__, or on the class"
+            )
+        return value
+
+    return known
 
 
 @rank_zero_only

@@ -85,9 +85,14 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
     cli = DistillationCLI(["--config", file, *overrides], run=False, make=False)
     settings = settings_of(cli)
     model = settings["model"]
+    if (settings["trainer"] or {}).get("fast_dev_run"):
+        raise UsageError(
+            "compare trains whole runs, and a fast_dev_run would be measured in their place. Each configuration is "
+            "tried on one batch first anyway; or take `lightning-kd fit` for it"
+        )
     standing = (model.get("teacher") or {}).get("class_path") in STANDING
-    if any(not one.get("checkpoint") for one in teacher.standing(model)):
-        print("teacher: no checkpoint is given; it has the weights that its network brings")
+    teacher.refuse_untrained(cli.own_config)
+    teacher.note_fresh(model)
     if not model.get("terms") or (standing and not teacher.standing(model)):
         raise UsageError(
             f"{file}: compare needs terms, and a teacher: a lightning_kd.teachers.Frozen with a model, an Ensemble of "

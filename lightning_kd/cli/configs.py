@@ -5,12 +5,47 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lightning_kd.cli.errors import UsageError, unknown
 
 _LINES = re.compile(r"\s*\n\s*")
+
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+"""What a class is given by."""
+
+
+def _refuse_twice(node: Any, file: str) -> None:
+    """Refuses keys that stand twice in a part of a YAML file, of which the first would be forgotten: of two terms."""
+    seen = set()
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            if key.value in seen:
+                raise UsageError(
+                    f"{file}, line {key.start_mark.line + 1}: {key.value} stands there twice, and the first one would "
+                    "be forgotten; put both together, or rename one"
+                )
+            seen.add(key.value)
+        _refuse_twice(value, file)
+
+
+def _refuse_arguments_beside(content: Any, file: str, at: str = "") -> None:
+    """Refuses a class whose arguments stand beside its path, where nobody would look for them."""
+    parts: Any = content.items() if isinstance(content, dict) else enumerate(content)
+    if isinstance(content, dict) and "class_path" in content:
+        beside = [str(key) for key in content if key not in CLASS_KEYS]
+        if beside:
+            raise UsageError(
+                f"{file}: {at}: {', '.join(beside)} beside class_path: expected the arguments of "
+                f"{content['class_path']} in init_args: {{{beside[0]}: ...}}"
+            )
+    for key, part in parts:
+        if isinstance(part, dict | list):
+            _refuse_arguments_beside(part, file, f"{at}.{key}" if at else str(key))
 
 
 def shipped() -> dict[str, Path]:
@@ -34,7 +69,8 @@ def find(name_or_file: str) -> str:
     """
     if Path(name_or_file).is_file():
         try:
-            content = yaml.safe_load(Path(name_or_file).read_text(encoding="utf-8"))
+            text = Path(name_or_file).read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
         except UnicodeDecodeError as error:
             raise UsageError(f"{name_or_file} is not UTF-8 text ({error}): save it as such") from error
         except yaml.MarkedYAMLError as error:
@@ -48,6 +84,8 @@ def find(name_or_file: str) -> str:
                 f"{name_or_file}: expected keys and values (trainer:, data:, model:), received "
                 f"{'an empty file' if content is None else f'a {type(content).__name__}'}"
             )
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), name_or_file)
+        _refuse_arguments_beside(content, name_or_file)
         return name_or_file
     named = name_or_file.removesuffix(".yaml")
     if named in (known := shipped()):

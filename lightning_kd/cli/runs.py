@@ -74,12 +74,13 @@ class Tested:
         self.weights = weights
         key = fingerprint(settings | {"weights": _which(weights)})
         self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
-        if not kept.is_file() or "higher" not in json.loads(kept.read_text()):
+        content = _read(kept)
+        if content is None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part")
             part.write_text(json.dumps(self._measure()))
             os.replace(part, kept)
-        content = json.loads(kept.read_text())
+            content = json.loads(kept.read_text())
         self.metrics: dict[str, float] = content["metrics"]
         self.main: str = content["main"]
         self.higher: dict[str, bool | None] = content["higher"]
@@ -115,6 +116,16 @@ class Tested:
         model = self.cli().model
         deployed: nn.Module = model.task.deployed(model.student)
         return deployed.eval(), random_inputs(self._inputs, 1, deployed)
+
+
+def _read(kept: Path) -> dict[str, Any] | None:
+    """What was measured before; None where that is not there, or not whole, so that it is measured again."""
+    try:
+        content: Any = json.loads(kept.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(content, dict) and {"metrics", "inputs", "main", "higher"} <= content.keys()
+    return content if whole and content["metrics"] else None
 
 
 def _which(weights: Path | None) -> list[Any]:

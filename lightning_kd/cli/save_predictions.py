@@ -36,9 +36,10 @@ class SavePredictions(BasePredictionWriter):
         own = task.prediction_file()
         if own is not None and output.suffix != TorchFile.ending:
             self.file = own
-            if output.suffix not in ("", own.ending):
-                kind = f"a file that ends in {own.ending}" if own.ending else "a folder"
-                raise UsageError(f"--output: expected {kind}, or a file that ends in .pt, received {output}")
+        if output.suffix not in ("", self.file.ending):
+            kind = f"a file that ends in {self.file.ending}" if self.file.ending else "a folder"
+            other = "" if self.file.ending == TorchFile.ending else ", or a file that ends in .pt"
+            raise UsageError(f"--output: expected {kind}{other}, received {output}")
         if not output.suffix:
             output = output.with_suffix(self.file.ending)
         if self.file.ending and output.is_dir():

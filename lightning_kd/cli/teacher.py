@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import pydoc
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import plain
+from lightning_kd.teachers import Teacher
 
 if TYPE_CHECKING:
     from lightning_kd.cli.command import DistillationCLI
@@ -66,9 +68,14 @@ class TeacherFit:
 def standing(model: Any) -> list[Any]:
     """The ``init_args`` with a network of the teacher in a model's configuration; of an ensemble, of each of them.
 
-    Teachers that learn with the student have none.
+    Of a plain network, which becomes a ``Frozen``, they are those that this would have. Teachers that learn with the
+    student have none.
     """
-    given = (model.get("teacher") or {}).get("init_args") or {}
+    teacher = model.get("teacher") or {}
+    kind = pydoc.locate(teacher.get("class_path") or "")
+    if isinstance(kind, type) and not issubclass(kind, Teacher):
+        return [{"model": teacher}]
+    given = teacher.get("init_args") or {}
     each = [one.get("init_args") or {} for one in given.get("teachers") or []] or [given]
     return [one for one in each if one.get("model")]
 
@@ -76,6 +83,28 @@ def standing(model: Any) -> list[Any]:
 def trained(model: Any) -> list[Any]:
     """Of these, those with a checkpoint; the others bring their weights with their network."""
     return [one for one in standing(model) if one.get("checkpoint")]
+
+
+def refuse_untrained(config: Any) -> None:
+    """Refuses to train a teacher, as the configuration says, that is to be saved nowhere: a fresh one would teach.
+
+    Raises:
+        UsageError: If no teacher of the configuration has a checkpoint.
+    """
+    model = config["model"]
+    if config.get("teacher_fit") and standing(model) and not trained(model):
+        raise UsageError(
+            "teacher_fit trains a teacher that has a file to be saved to and found again, and this one has none: give "
+            "model.teacher as a lightning_kd.teachers.Frozen with a model and a checkpoint, "
+            "checkpoints/my_teacher.ckpt say. Of a network that brings its weights: --teacher_fit null"
+        )
+
+
+@rank_zero_only
+def note_fresh(model: Any) -> None:
+    """Says which teachers have no file that their weights come from."""
+    if any(not one.get("checkpoint") for one in standing(model)):
+        print("teacher: no checkpoint is given; it has the weights that its network brings")
 
 
 def missing(config: Any) -> list[Any]:

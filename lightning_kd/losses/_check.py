@@ -1,5 +1,7 @@
 """What every loss asks of its inputs: shapes and dtypes only, so that no check waits for the device."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,25 @@ def maps(student: Tensor, teacher: Tensor, channels: bool = True, at_least: int 
             f"{shapes} must be maps (B, C, H, W) of the same batch and resolution. Let the term's projector align "
             "the size; lay tokens out as maps first, with projectors.TokensToMap."
         )
-    if student.shape[2] * student.shape[3] < at_least:
+    positions(student, teacher, at_least, why)
+
+
+def positions(student: Tensor, teacher: Tensor, at_least: int, why: str) -> None:
+    """Raise ``ValueError`` if maps (B, C, ...) of one resolution have fewer positions."""
+    if math.prod(student.shape[2:]) < at_least:
         raise ValueError(
-            f"{shapes} have fewer than {at_least} positions: {why} Tap a layer of a higher resolution, or compare "
-            "vectors: x.flatten(1)."
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} have fewer than {at_least} positions: "
+            f"{why} Tap a layer of a higher resolution, or compare vectors: x.flatten(1)."
+        )
+
+
+def direction(student: Tensor) -> None:
+    """Raise ``ValueError`` if vectors (B, C) or maps (B, C, ...) have one channel: their direction has no gradient."""
+    if student.shape[1] == 1:
+        raise ValueError(
+            f"the student's tensor is {tuple(student.shape)}, and directions are compared: that of one channel is its "
+            "sign, from which nothing is learned. Compare its values: FitNet(), or for a logit KD(activation='sigmoid')"
+            "."
         )
 
 

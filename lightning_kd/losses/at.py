@@ -18,6 +18,7 @@ def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True, m
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be maps (B, C, ...) of "
             "the same resolution; channels may differ. Let the term's projector align the size."
         )
+    _check.positions(student, teacher, 2, "the attention to the only one is always 1, and the term silently zero.")
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
     difference = _attention(student, p) - _attention(teacher, p)
     if here is None:
@@ -59,7 +60,7 @@ class AT(nn.Module):
         where the attentions are proportional. A mask (B, H, W) is True where a pixel counts.
 
     Raises:
-        ValueError: If the resolutions differ.
+        ValueError: If the resolutions differ, or there is one position only.
 
     Source:
         Zagoruyko and Komodakis, Paying More Attention to Attention, arXiv 1612.03928, equation 2.

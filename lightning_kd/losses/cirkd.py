@@ -17,6 +17,7 @@ def cirkd(
     """Return ``KL(p_t || p_s)`` of the similarities to the pixels of each image; see :class:`CIRKD`."""
     _check.temperature(temperature)
     _check.maps(student, teacher, channels=False)
+    _check.direction(student)
     s, t, counts = nodes(student, teacher, patch, "average", mask)
     images = _mask.total(counts.any(1))
     log_s, log_t = (_log_similarities(x, counts, temperature) for x in (s, t))
@@ -54,7 +55,7 @@ class CIRKD(nn.Module):
         scalar, zero at equality. With a mask (B, H', W') only pixels where it is True are compared.
 
     Raises:
-        ValueError: If batch or resolution differ, or there is one position only, or one patch.
+        ValueError: If batch or resolution differ, or there is one position, channel or patch only.
 
     Source:
         Yang et al., Cross-Image Relational Knowledge Distillation for Semantic Segmentation, arXiv 2204.06986.

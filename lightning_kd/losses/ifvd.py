@@ -11,7 +11,8 @@ from lightning_kd.losses._numerics import full_precision, unit, upcast
 
 def ifvd(student: Tensor, teacher: Tensor, target: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
     """Return ``mean((v_s - v_t)^2)`` of the pixels' similarities to their class; see :class:`IFVD`."""
-    _check.maps(student, teacher, channels=False)
+    _check.maps(student, teacher, False, 2, "the only pixel is the middle of its class, and the term silently zero.")
+    _check.direction(student)
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
     label = _mask.class_target(target, student)
     if here is not None:
@@ -55,7 +56,8 @@ class IFVD(nn.Module):
         pixel counts, for the middle of its class, too.
 
     Raises:
-        ValueError: If batch or resolution differ, or the target holds no class indices below ``num_classes``.
+        ValueError: If batch or resolution differ, there is one position or channel only, or the target holds no class
+            indices below ``num_classes``.
 
     Source:
         Wang et al., Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020;

@@ -11,6 +11,7 @@ def pkt(student: Tensor, teacher: Tensor, self_pairs: bool = False, eps: float =
     """Return ``sum_ij p_t[i, j] log(p_t[i, j] / p_s[i, j]) / B^2``; see :class:`PKT`."""
     why = "with fewer, the only neighbour always has probability 1."
     _check.samples(student, teacher, 2 if self_pairs else 3, why)
+    _check.direction(student.flatten(1))
     with full_precision(student):
         p_s = _neighbours(student, self_pairs, eps)
         p_t = _neighbours(teacher.detach(), self_pairs, eps)
@@ -45,7 +46,8 @@ class PKT(nn.Module):
         ``forward(student, teacher)``, both (B, ...), returns a scalar, zero at equality.
 
     Raises:
-        ValueError: If the batch sizes differ or are below three (two with ``self_pairs``).
+        ValueError: If the batch sizes differ or are below three (two with ``self_pairs``), or the student's features
+            are of one number.
 
     Source:
         Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer,

@@ -21,7 +21,8 @@ def region_bsd(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Return ``1 - cos`` of the features in regions that the teacher tells better; see :class:`RegionBSD`."""
-    _check.maps(student, teacher)
+    _check.maps(student, teacher, at_least=2, why="nobody is ahead where there is one class, and the term zero.")
+    _check.direction(student)
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
     label = _mask.class_target(target, student)
     counts = torch.ones_like(label, dtype=torch.bool) if here is None else here
@@ -76,7 +77,8 @@ class RegionBSD(nn.Module):
         pixel counts.
 
     Raises:
-        ValueError: If the shapes differ, or the target holds no class indices below ``num_classes``.
+        ValueError: If the shapes differ, there is one position or channel only, or the target holds no class indices
+            below ``num_classes``.
 
     Source:
         Zhu et al., A Good Student is Cooperative and Reliable: CNN-Transformer Collaborative Learning for Semantic

@@ -22,6 +22,7 @@ def seed(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be embeddings (B, D). Pool maps "
             "and tokens first, or tap the layer behind the pooling."
         )
+    _check.direction(student)
     s, t = unit(upcast(student)), unit(upcast(teacher.detach()))
     t, bank = t.to(s.dtype), others.to(s.dtype)
     with full_precision(student):

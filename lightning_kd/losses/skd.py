@@ -12,6 +12,7 @@ from lightning_kd.losses._numerics import full_precision
 def skd(student: Tensor, teacher: Tensor, patch: int = 2, pool: Pool = "average", mask: Tensor | None = None) -> Tensor:
     """Return ``mean((a_s - a_t)^2)`` of the similarities of places; see :class:`SKD`."""
     _check.maps(student, teacher, channels=False)
+    _check.direction(student)
     s, t, counts = nodes(student, teacher, patch, pool, mask)
     with full_precision(s):
         difference = s @ s.transpose(1, 2) - t @ t.transpose(1, 2)
@@ -42,7 +43,7 @@ class SKD(nn.Module):
         one are in no pair.
 
     Raises:
-        ValueError: If batch or resolution differ, or there is one node only.
+        ValueError: If batch or resolution differ, or there is one node or channel only.
 
     Source:
         Liu et al., Structured Knowledge Distillation for Dense Prediction, arXiv 1903.04197.

@@ -11,6 +11,7 @@ from lightning_kd.losses._numerics import unit, upcast
 def stfpm(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the mean over samples and positions of half the squared distance of unit vectors; see :class:`STFPM`."""
     _check.maps(student, teacher)
+    _check.direction(student)
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
     distance = half_squared_distance(student, teacher)
     return distance.mean() if here is None else distance.sum() / _mask.total(here)
@@ -53,7 +54,7 @@ class STFPM(nn.Module):
         positions where it is True.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or there is one channel only.
 
     Source:
         Wang et al., Student-Teacher Feature Pyramid Matching for Anomaly Detection, arXiv 2103.04257, eqs. 1 to 3.

@@ -63,7 +63,14 @@ class Custom(Schedule):
 
     def __call__(self, progress: float) -> float:
         """Returns what the function returns."""
-        return float(self.function(progress))
+        value: object = self.function(progress)
+        try:
+            return float(value)  # type: ignore[arg-type]  # of a tensor, too
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"a schedule is a function of the fraction of the run that returns a number; {self!r} returned "
+                f"{value!r}."
+            ) from error
 
     def __repr__(self) -> str:
         return f"Custom({getattr(self.function, '__qualname__', self.function)})"

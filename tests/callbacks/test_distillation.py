@@ -416,6 +416,20 @@ def test_manual_optimization_is_told_what_to_call() -> None:
         fit(Manual(), kd())
 
 
+@pytest.mark.parametrize("hook", ["setup", "configure_optimizers", "on_train_start"])
+def test_manual_optimization_that_is_said_late_is_told_too(hook: str) -> None:
+    """It would step its optimizers, and the terms would be silently nothing."""
+
+    class Late(Base):
+        def _late(self, *args: object, **kwargs: object) -> object:
+            self.automatic_optimization = False
+            return getattr(super(), hook)(*args, **kwargs)
+
+    setattr(Late, hook, Late._late)
+    with pytest.raises(ValueError, match="uses manual optimization"):
+        fit(Late(), kd())
+
+
 def test_what_manual_optimization_calls_works() -> None:
     class Manual(Base):
         def __init__(self) -> None:

@@ -102,6 +102,26 @@ def test_predict_writes_one_prediction_per_image(
     assert files(trained) == before
 
 
+def test_predict_writes_nothing_else_than_it_says(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    before, arguments = files(trained), ["predict", "--config", "digits_kd", "--ckpt_path", str(student(trained))]
+    assert main([*arguments, "--output", "predictions.csv"]) == 2
+    assert "--output: expected a file that ends in .pt, received predictions.csv" in capsys.readouterr().err
+    assert main([*arguments, "--trainer.fast_dev_run", "true"]) == 0
+    assert "predictions: of a fast_dev_run none are written to predictions" in capsys.readouterr().out
+    assert files(trained) == before
+
+
+def test_data_that_know_their_classes_too_late_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Digits, "num_classes", None)
+    assert main(["fit", "--config", "digits_kd", *ALONE]) == 2
+    assert "error: data.num_classes is None: the networks are made with it, before setup()" in capsys.readouterr().err
+
+
 def test_predict_does_not_write_over_the_checkpoint(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +381,13 @@ def test_compare_trains_once_and_goes_on(
     assert saved <= {p.name for p in Path("out").iterdir()}
     assert len(Path("out", "runs.csv").read_text().splitlines()) == 1 + 1 + 2 + 2
 
+    (measured, *_) = sorted(path for path in Path("out", "runs").glob("*.json") if path.name.count(".") == 1)
+    whole = measured.read_text()
+    measured.write_text(whole[:50])  # is measured again, and nothing is trained
+    assert main([*arguments, "--seeds", "0", "1"]) == 0
+    assert "training" not in capsys.readouterr().out
+    assert measured.read_text() == whole
+
 
 def test_compare_takes_a_teacher_whose_network_brings_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -436,6 +463,15 @@ def test_a_peer_is_exported_tested_and_compared(
         (["fit", "--config", "digits_kd", "--model.terms.kd.weight", "0,9"], "weight: Expected float, the name of a"),
         (["fit", "--config", "digits_kd", "--model.lr_scheduler", "Cosin"], "Did you mean Cosine"),
         (["fit", "--config", "digits_kd", "--trainer.precision", "fp16"], "'bf16-mixed'"),
+        (
+            ["fit", "--config", "digits_kd", "--model.teacher.init_args.checkpoint=null"],
+            "teacher_fit trains a teacher th",
+        ),
+        (
+            ["fit", "--config", "digits_kd", "--model.teacher=CifarResNet", "--model.teacher.init_args.depth=8"],
+            "teacher_fit trains a teacher that has a",
+        ),
+        (["compare", "--config", "digits_kd", "--trainer.fast_dev_run=true"], "compare trains whole runs"),
         (["test", "--config", "digits_kd"], "error: No checkpoint at 'checkpoints/digits_teacher.ckpt'"),
     ],
 )
@@ -461,6 +497,12 @@ def test_bad_input_is_told_with_exit_code_2(
         ("model: {term: {kd: {weight: 1.0}}}", "Did you mean terms?"),
         ("model: {task: {class_path: lightning_kd.tasks.Clasification}}", "Did you mean Classification?"),
         ("model: {terms: {kd: {loss: {class_path: lightning_kd.losses.RDK}}}}", "Did you mean RKD"),
+        (
+            "trainer: {callbacks: [{class_path: lightning_kd.callbacks.TeacherCache, folder: a}]}",
+            "trainer.callbacks.0: folder beside class_path: expected the arguments of lightning_kd.callbacks.Te",
+        ),
+        ("model: {terms: {kd: {weight: 1.0}, kd: {weight: 2.0}}}", "mine.yaml, line 1: kd stands there twice"),
+        ("trainer: {max_epochs: 2}\ntrainer: {devices: 1}", "mine.yaml, line 2: trainer stands there twice"),
         ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
         (
             "model: {student: {class_path: lightning_kd.models.Timm, init_args: {name: resnet10t, in_chans: 1}}}",

@@ -346,6 +346,23 @@ def test_vectors_without_a_batch_are_refused(name: str):
         _call(_built(CASES[name], x, x), x, x, y)
 
 
+@pytest.mark.parametrize("of", ["AT", "BPKD", "CIRKD", "CWD", "IFVD", "RegionBSD", "SKD"])
+def test_one_position_is_refused(of: str):
+    """Where it would teach nothing: a value that is always 0, or a softmax that is always 1."""
+    s, t, y = _inputs(CASES[of])
+    s, t, y = s[..., :1, :1], t[..., :1, :1], y[..., :1, :1] if y.ndim == 3 else y
+    with pytest.raises(ValueError, match=r"fewer than 2 positions|one node has no relations"):
+        _call(_built(CASES[of], s, t), s, t, y)
+
+
+@pytest.mark.parametrize("of", ["CIRKD", "IFVD", "PKT", "RD4AD", "RegionBSD", "SEED", "SKD", "STFPM"])
+def test_the_direction_of_one_channel_is_refused(of: str):
+    s, t, y = _inputs(CASES[of])
+    s, t = s[:, :1], t[:, :1]
+    with pytest.raises(ValueError, match=r"\(8, 1.*that of one channel is its sign"):
+        _call(_built(CASES[of], s, t), s, t, y)
+
+
 def test_float64_stays_float64(name: str):
     s, t, y = _inputs(CASES[name], dtype=torch.float64)
     assert _call(_built(CASES[name], s, t).double(), s, t, y).dtype == torch.float64
