@@ -35,8 +35,7 @@ class PoseNet(nn.Module):
     Returns:
         ``forward(images)``, images ``(B, 3, H, W)``, returns :class:`~lightning_kd.keypoints.Heatmaps`,
         :class:`~lightning_kd.keypoints.SimCC` or :class:`~lightning_kd.keypoints.Coordinates`, whose fields are paths
-        of
-        terms: ``"output.simcc_x"``.
+        of terms: ``"output.simcc_x"``.
 
     Raises:
         ModuleNotFoundError: Without timm.
@@ -64,13 +63,13 @@ class PoseNet(nn.Module):
         if head not in ("heatmap", "simcc", "coordinates"):
             raise ValueError(f"head is 'heatmap', 'simcc' or 'coordinates', got {head!r}.")
         timm = late_import("timm", "timm", "pose")
-        strides = timm.create_model(backbone, features_only=True).feature_info.reduction()
+        strides = timm.create_model(backbone, features_only=True, feature_cls="getter").feature_info.reduction()
         if stride not in strides:
             raise ValueError(f"{backbone} has stages of the strides {strides}, and none of stride={stride}.")
         stages = tuple(i for i, each in enumerate(strides) if each <= stride)
         self.backbone: nn.Module = timm.create_model(
-            backbone, features_only=True, out_indices=stages, pretrained=pretrained
-        )
+            backbone, features_only=True, feature_cls="getter", out_indices=stages, pretrained=pretrained
+        )  # the getter drops later stages, which others keep: DDP refuses what is never used
         self.image_size = tuple(image_size)
         with torch.no_grad():
             width, *size = self.backbone.eval()(torch.zeros(1, 3, *self.image_size))[-1].shape[1:]

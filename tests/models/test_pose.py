@@ -27,6 +27,15 @@ def test_the_backbone_ends_at_the_stride() -> None:
     assert sum(p.numel() for p in short.backbone.parameters()) < sum(p.numel() for p in whole.backbone.parameters()) / 4
 
 
+@pytest.mark.parametrize(
+    "backbone", ["resnet10t", "mobilenetv3_small_050", "efficientnet_b0", "mobilenetv4_conv_small"]
+)
+def test_nothing_is_there_that_does_not_learn(backbone: str) -> None:
+    net = PoseNet(backbone, 3, (32, 32), stride=16, channels=8)
+    sum(each.sum() for each in net(torch.rand(2, 3, 32, 32))).backward()  # type: ignore[union-attr]
+    assert not [name for name, weight in net.named_parameters() if weight.grad is None]  # DDP refuses such
+
+
 @pytest.mark.parametrize("head", ["heatmap", "coordinates"])
 def test_heads_without_bins_take_images_of_any_size(head: str) -> None:
     net = PoseNet("resnet10t", 3, (32, 32), head=head, stride=8, channels=8)  # type: ignore[arg-type]
