@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_kd.data.tensor_images import Batch, TensorDataModule, TensorImages
 from lightning_kd.extras import late_import
@@ -59,13 +60,29 @@ class UnseenClasses(TensorDataModule):
                 f"{self.per_class} is of {max(needed, 2)}. Raise per_class, or lower batch_size"
             )
         samplers = late_import("pytorch_metric_learning.samplers", "pytorch-metric-learning", "retrieval")
-        sampler = samplers.MPerClassSampler(
-            split.labels, self.per_class, self.batch_size, length_before_new_iter=len(split)
-        )
+        sampler = Anew(partial(samplers.MPerClassSampler, split.labels, self.per_class, self.batch_size, len(split)))
         return DataLoader(
             split, self.batch_size, sampler=sampler, drop_last=True, num_workers=self.num_workers,
             collate_fn=self._collate, persistent_workers=self.num_workers > 0,
         )  # fmt: skip
+
+
+class Anew(Sampler[int]):
+    """A sampler that is made anew for every epoch: one that shuffles in place would go on otherwise in a resumed run.
+
+    Args:
+        make: Makes it.
+    """
+
+    def __init__(self, make: Callable[[], Sampler[int]]) -> None:
+        self.make = make
+        self.length = len(make())  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.make())
+
+    def __len__(self) -> int:
+        return self.length
 
 
 class UnseenDigits(UnseenClasses):

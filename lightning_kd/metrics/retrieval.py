@@ -138,7 +138,7 @@ class RetrievalQuality(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the values by name."""
         queries, labels = dim_zero_cat(self.queries), dim_zero_cat(self.labels)
-        items = dim_zero_cat(self.items) if self.items else queries
+        items = dim_zero_cat(self.items) if len(self.items) else queries  # none of two processes are an empty tensor
         if self.judged:
             values = self._of_judgments(queries, items, labels, dim_zero_cat(self.relevant))
         else:

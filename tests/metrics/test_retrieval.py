@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_a_document_that_two_processes_loaded_is_in_the_index_once() -> None:
     again = torch.nonzero(numbers >= 0).flatten()[:7]
     twice = tuple(torch.cat([x, x[again]]) for x in (points, numbers, relevant))
     assert measured(RetrievalQuality("judgments"), twice) == once
+
+
+@pytest.mark.parametrize("kind", ["labels", "judgments"])
+def test_what_two_processes_have_kept_is_measured_together(kind: Literal["labels", "judgments"]) -> None:
+    points, numbers, relevant = judged()
+    kept = (points, numbers, relevant) if kind == "judgments" else (points, numbers % 4)
+    expected = measured(RetrievalQuality(kind), kept, kept)
+    quality = RetrievalQuality(kind)
+    quality.distributed_available_fn = lambda: True
+    quality.dist_sync_fn = lambda state, group: [state, state]
+    assert measured(quality, kept) == expected
 
 
 def test_a_relevant_document_that_is_not_in_the_index_counts_as_missed() -> None:

@@ -1,4 +1,4 @@
-"""The dense tasks as they are started from a configuration: in two processes, and resumed, with their shuffled data."""
+"""Tasks as they are started from a configuration: in two processes, and resumed, with their shuffled data."""
 
 import csv
 import subprocess
@@ -10,9 +10,13 @@ import torch
 
 from lightning_kd.cli import main
 
+TEACHER = ["--teacher_fit.max_epochs", "1"]
 CONFIGS = {
-    "scenes_detection_cwd": ["--teacher_fit.max_epochs", "1"],
-    "scenes_segmentation_cwd": ["--teacher_fit.max_epochs", "1"],
+    "scenes_detection_cwd": TEACHER,
+    "scenes_segmentation_cwd": TEACHER,
+    "scenes_pose_simcc": TEACHER,
+    "textures_stfpm": TEACHER,
+    "digits_retrieval_leaf": [*TEACHER, "--trainer.limit_train_batches", "4"],
     # A network that knows nothing yet is sure of nothing, so everything that it finds has to pass.
     "scenes_detection_self_training": [
         "--data.init_args.labelled", "0.5", "--model.task.init_args.burn_in", "0",
@@ -23,11 +27,11 @@ SMALL = [
     "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--trainer.check_val_every_n_epoch", "2",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
     "--trainer.accelerator", "cpu",
-    "--data.init_args.train_size", "16", "--data.init_args.val_size", "4", "--data.init_args.batch_size", "4",
     "--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint",
     "--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.filename", "{epoch}",
     "--trainer.callbacks.save_on_train_epoch_end", "true",
 ]  # fmt: skip
+SIZES = ["--data.init_args.train_size", "16", "--data.init_args.val_size", "4", "--data.init_args.batch_size", "4"]
 
 
 def steps(folder: Path) -> list[dict[str, str]]:
@@ -44,7 +48,8 @@ def steps(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_two_processes_and_resumed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fit = ["fit", "--config", name, *SMALL, *CONFIGS[name]]
+    limited = "--trainer.limit_train_batches" in CONFIGS[name]  # data that comes in one size
+    fit = ["fit", "--config", name, *SMALL, *([] if limited else SIZES), *CONFIGS[name]]
     assert main([*fit, "--trainer.default_root_dir", "whole", "--traceback"]) == 0
     (half,), (end,) = Path("whole").rglob("epoch=0.ckpt"), Path("whole").rglob("epoch=1.ckpt")
     assert main([*fit, "--trainer.default_root_dir", "rest", "--ckpt_path", str(half), "--traceback"]) == 0
@@ -62,5 +67,5 @@ def test_in_two_processes_and_resumed(name: str, tmp_path: Path, monkeypatch: py
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     together = steps(Path("two"))
-    assert len(together) == 4  # of 16 scenes, twice, 4 in each process
+    assert len(together) == (8 if limited else 4)  # of 16 images, twice, 4 in each process
     assert all(float(value) > 0 for step in together for key, value in step.items() if key != "step"), together
