@@ -37,11 +37,13 @@ class Drawing(NamedTuple):
         images: Of each, ``(3, H, W)`` uint8.
         legend: Names, and the colours in which they were drawn.
         captions: A line for each image; none where the picture says all.
+        of: Which of the given images these are; all of them unless said.
     """
 
     images: Sequence[Tensor]
     legend: Mapping[str, Colour] = {}
     captions: Sequence[str] = ()
+    of: Sequence[int] | None = None
 
 
 def looks(images: Any, mean: Any = None, std: Any = None) -> list[Tensor] | None:
@@ -188,6 +190,29 @@ def framed(image: Tensor, boxes: Tensor, texts: Sequence[str], colours: Sequence
         font_size=max(10, side // 26), label_colors=["white"] * len(boxes), label_background_colors=list(colours),
         fill_labels=True,
     )  # fmt: skip
+
+
+def tiled(images: Sequence[Tensor], colours: Sequence[Colour]) -> Tensor:
+    """Returns up to four images of one size as the quarters of a larger one, each in a frame of its colour.
+
+    Args:
+        images: ``(3, H, W)`` uint8; the quarters of those that are missing are white.
+        colours: One for each.
+
+    Example:
+        >>> tiled([torch.zeros(3, 160, 160, dtype=torch.uint8)], [GREY]).shape
+        torch.Size([3, 688, 688])
+    """
+    quarters = []
+    for image, colour in zip(images, colours, strict=True):
+        large, _ = enlarged(image)
+        width = max(4, min(large.shape[-2:]) // 40)
+        height, breadth = (side + 2 * width for side in large.shape[1:])
+        quarter = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, height, breadth)
+        quarter[:, width:-width, width:-width] = large
+        quarters.append(F.pad(quarter, [width // 2] * 4, value=255))
+    quarters += [torch.full_like(quarters[0], 255)] * (4 - len(quarters))
+    return torch.cat([torch.cat(quarters[:2], dim=2), torch.cat(quarters[2:], dim=2)], dim=1)
 
 
 def dotted(image: Tensor, points: Tensor, colour: Colour, radius: int = 2, joined: Tensor | None = None) -> Tensor:

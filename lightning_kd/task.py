@@ -51,6 +51,9 @@ class TaskAdapter(nn.Module, ABC):
     """Whether what is said of a batch depends on the teacher that was met: then ``lightning-kd compare`` measures the
     student alone without one."""
 
+    drawn_among: int = 1
+    """How many test images ``draw`` gets at once: more than one where what is said of an image is other images."""
+
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
         """Is told which models meet, before they are called: to refuse a pair, or for its ``teacher_input``."""
 
@@ -155,7 +158,7 @@ class TaskAdapter(nn.Module, ABC):
         """Returns pictures of what was predicted, or of the truth, for ``lightning-kd compare``; None to have none.
 
         Args:
-            images: Those of the batch, as they look: ``(3, H, W)`` uint8 each.
+            images: Those of the batch, as they look: ``(3, H, W)`` uint8 each; ``drawn_among`` of them.
             batch: As the model gets it.
             prediction: What ``predict_batch`` returned; None asks for the truth.
         """

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 
+from lightning_kd.drawing import Drawing, palette, tiled
 from lightning_kd.metrics.retrieval import RetrievalQuality
 from lightning_kd.task import TaskAdapter
 
 FIELDS = ("sentence_embedding", "embeddings", "embedding")
 """Where a model's output holds its embeddings, if it is not a tensor."""
+
+DRAWN = 4
+"""Images whose nearest are drawn."""
 
 
 class Retrieval(TaskAdapter):
@@ -55,6 +60,8 @@ class Retrieval(TaskAdapter):
         >>> float(task.loss(embeddings, (None, torch.tensor([0, 0, 1]))))
         0.0
     """
+
+    drawn_among = 400
 
     def __init__(
         self,
@@ -171,6 +178,29 @@ class Retrieval(TaskAdapter):
         """Returns the embeddings in float32, of length 1 where they are compared by their angle."""
         embeddings = self.embeddings(output).float()
         return F.normalize(embeddings) if self.cosine else embeddings
+
+    def draw(self, images: Sequence[Tensor], batch: Any, prediction: Any = None) -> Drawing | None:
+        """Returns the four nearest of some images, by what was predicted, or the first of their class.
+
+        None with judgments, which are of texts mostly, and where no image has another of its class.
+        """
+        if self.relevance == "judgments":
+            return None
+        labels = self.target(batch).cpu()
+        like = (labels[:, None] == labels).fill_diagonal_(False)
+        (asked,) = torch.nonzero(like.any(1), as_tuple=True)
+        if not len(asked):
+            return None
+        asked = asked[[(2 * i + 1) * len(asked) // (2 * DRAWN) for i in range(min(DRAWN, len(asked)))]]
+        near = like.float() if prediction is None else (prediction @ prediction.T).cpu().fill_diagonal_(-torch.inf)
+        right, wrong = palette(4)[3], palette(1)[0]
+        pictures = []
+        for query in asked.tolist():
+            found = near[query].sort(descending=True, stable=True).indices[:4].tolist()
+            found = [i for i in found if prediction is not None or like[query, i]]
+            pictures.append(tiled([images[i] for i in found], [right if like[query, i] else wrong for i in found]))
+        legend = {"of its class": right} if prediction is None else {"of its class": right, "of another": wrong}
+        return Drawing(pictures, legend, of=asked.tolist())
 
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Offers ``embedding``, and the stages of a backbone of timm."""

@@ -17,18 +17,18 @@ from lightning_kd.drawing import Colour, Drawing, enlarged, in_order, looks
 from lightning_kd.task import TaskAdapter
 
 COUNT = 4
-"""Images, evenly spread over the test data."""
+"""Images, evenly spread over the test data; a task that draws several together chooses among them."""
 
 WIDTH = 1.9
 """Of a column, in inches."""
 
 
 class Example(NamedTuple):
-    """One test image.
+    """One test image, or those among which the task draws.
 
     Attributes:
-        images: It, as it looks.
-        batch: It alone, as the network gets it.
+        images: As they look.
+        batch: These alone, as the network gets them.
     """
 
     images: list[Tensor]
@@ -67,7 +67,8 @@ def save(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
             truth = list(drawings(cli, mine, predict=False))
             if not truth:
                 return False
-            columns = [("image", [enlarged(image)[0] for each in mine for image in each.images], []), _column(truth)]
+            images = [one.images[i] for one, each in zip(mine, truth, strict=True) for i in _of(one, each)]
+            columns = [("image", [enlarged(image)[0] for image in images], []), _column(truth)]
             _add(legend, truth)
         same = len(mine) == len(first) and all(
             a.shape == b.shape and torch.equal(a, b)
@@ -83,7 +84,10 @@ def save(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
 
 
 def examples(cli: DistillationCLI) -> list[Example]:
-    """Returns images of the test data, each a batch of its own since their sizes may differ; [] if there are none."""
+    """Returns images of the test data; [] if there are none.
+
+    Each is a batch of its own, since their sizes may differ, unless the task draws several together.
+    """
     data: Any = cli.datamodule
     data.trainer = cli.trainer
     data.setup("test")
@@ -91,11 +95,12 @@ def examples(cli: DistillationCLI) -> list[Example]:
     dataset: Any = getattr(loader, "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
-    count, found = min(COUNT, len(dataset)), []
-    for i in range(count):
-        index = (2 * i + 1) * len(dataset) // (2 * count)
-        several = getattr(dataset, "__getitems__", None)
-        raw = loader.collate_fn(several([index]) if several else [dataset[index]])
+    together, found = cli.model.task.drawn_among, []
+    count = min(COUNT if together == 1 else together, len(dataset))
+    spread = [(2 * i + 1) * len(dataset) // (2 * count) for i in range(count)]
+    several = getattr(dataset, "__getitems__", None)
+    for indices in [spread[i : i + together] for i in range(0, count, together)]:
+        raw = loader.collate_fn(several(indices) if several else [dataset[index] for index in indices])
         # As the loader gives them: what the data module does on the device, it need not undo.
         images = looks(cli.model.task.inputs(raw), getattr(data, "mean", None), getattr(data, "std", None))
         if images is None:
@@ -115,6 +120,10 @@ def drawings(cli: DistillationCLI, given: Sequence[Example], predict: bool) -> I
         drawn = task.draw(images, batch, found)
         if drawn is not None:
             yield drawn
+
+
+def _of(example: Example, drawn: Drawing) -> Sequence[int]:
+    return range(len(example.images)) if drawn.of is None else drawn.of
 
 
 def _column(drawn: Sequence[Drawing], title: str = "truth") -> Column:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningDataModule
-from lightning_kd.tasks import Classification, Detection, Segmentation, TaskAdapter
+from lightning_kd.tasks import Classification, Detection, Retrieval, Segmentation, TaskAdapter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_kd.cli import examples
 from lightning_kd.cli.report import Row
-from lightning_kd.data import Digits, MaskScenes
+from lightning_kd.data import Digits, MaskScenes, UnseenDigits
 from lightning_kd.data.box_images import BoxDataModule
 
 
@@ -114,6 +114,35 @@ def test_classes_are_captions(tmp_path: Path, columns: dict[str, Any]) -> None:
     truth, said = columns["truth"][1], columns["student\nmiou 50.0 %"][1]
     assert set(truth) <= set("abcdefghij")
     assert all((line[0] == "✓") == (line[2] == name) for line, name in zip(said, truth, strict=True))
+
+
+def test_what_is_found_among_other_images(tmp_path: Path, columns: dict[str, Any]) -> None:
+    networks = {"student": network(Retrieval(None), UnseenDigits(), nn.Flatten())}
+    assert examples.save([row("student")], networks, tmp_path / "e.png")
+    assert set(columns["legend"]) == {"of another", "of its class"}
+    digits, frame = UnseenDigits(), 6
+    digits.setup("test")
+    split: Any = digits.splits["test"]
+    chosen = [(2 * i + 1) * len(split) // 800 for i in range(400)]
+    pixels, labels = split.images[chosen].flatten(1).float(), split.labels[chosen]
+    shown = columns["image"][0]
+    assert len(shown) == 4
+    green = torch.tensor(columns["legend"]["of its class"])
+    for image, truth, found in zip(shown, columns["truth"][0], columns["student\nmiou 50.0 %"][0], strict=True):
+        (query,) = torch.nonzero((pixels == image[0, ::40, ::40].flatten()).all(1)).flatten().tolist()
+        normal = torch.nn.functional.normalize(pixels / 127.5 - 1)
+        near = (normal @ normal[query]).index_fill(0, torch.tensor([query]), -2).topk(4).indices
+        half = found.shape[-1] // 2
+        corners = [found[:, y + frame, x + frame] for y in (0, half) for x in (0, half)]
+        assert [torch.equal(c, green) for c in corners] == (labels[near] == labels[query]).tolist()
+        middle = [found[0, y + half // 2, x + half // 2] for y in (0, half) for x in (0, half)]
+        assert [int(m) for m in middle] == pixels[near].view(4, 8, 8)[:, 4, 4].int().tolist()
+        assert all(torch.equal(truth[:, y + frame, x + frame], green) for y in (0, half) for x in (0, half))
+
+
+def test_images_that_are_all_different_find_nothing() -> None:
+    images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3
+    assert Retrieval(None).draw(images, (torch.zeros(3, 1, 8, 8), torch.arange(3)), torch.rand(3, 4)) is None
 
 
 class Stream(IterableDataset[Any]):
