@@ -8,6 +8,7 @@ from typing import Any
 import lightning as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import EfficientAD
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,11 +30,11 @@ def _terms() -> dict[str, Term]:
     }
 
 
-def _module(unrelated: Any = None) -> DistillationModule:
+def _module(unrelated: Any = None, teacher: nn.Module | None = None) -> DistillationModule:
     return DistillationModule(
         task=EfficientAD(unrelated),
         student=EfficientADStudent(channels=8, image_size=(64, 64), width=4),
-        teacher=PatchDescriber(channels=8, width=8),
+        teacher=teacher or PatchDescriber(channels=8, width=8),
         terms=_terms(),
         optimizer=torch.optim.AdamW,
     )
@@ -76,6 +77,39 @@ def test_a_run_learns_all_four_losses_and_takes_the_quantiles_of_normal_images()
         torch.testing.assert_close(pickle.loads(pickle.dumps(module)).eval()(images), module.eval()(images))
     assert detector(images).pred_score.shape == (8,)
     assert {key.split(".")[0] for key in module.state_dict()} == {"student"}
+
+
+@pytest.mark.slow
+def test_it_is_resumed_exactly(tmp_path: Path) -> None:
+    """Quantiles, dropout and the choice of unrelated images among the rest."""
+    found, teacher = [], PatchDescriber(channels=8, width=8)
+    for seed, resumed in ((1, None), (2, tmp_path / "epoch=0.ckpt")):
+        pl.seed_everything(seed, verbose=False)
+        module = _module(UnrelatedImages(), teacher)
+        kept = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer = pl.Trainer(**{**QUIET, "max_epochs": 2, "enable_checkpointing": True}, callbacks=[kept])
+        trainer.fit(module, datamodule=_data(), ckpt_path=resumed)
+        logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train")}
+        found.append((module.state_dict(), logged))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_quantiles_of_several_processes_are_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, student = EfficientAD(), EfficientADStudent(channels=2, image_size=(64, 64), width=2)
+    values = torch.arange(201.0).expand(2, -1)
+    for other, expected in ((None, [180.0, 199.0]), (torch.tensor([[20.0, 1.0]] * 2), [100.0, 100.0])):
+        if other is not None:  # another process says so
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            added = [other, torch.ones(())]
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, a=added: x.add_(a.pop(0)))
+        task.begin_validation()
+        task._seen.append(values)
+        task.end_validation(student)
+        torch.testing.assert_close(student.quantiles, torch.tensor([expected] * 2))
+    monkeypatch.undo()
+    task.begin_validation()
+    task.end_validation(student)
+    assert student.quantiles[0, 0] == 100  # where nothing was normal they are what they were
 
 
 def test_the_penalty_and_another_student() -> None:
