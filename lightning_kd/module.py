@@ -299,6 +299,11 @@ def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler:
         if not isinstance(given, kind):
             hint = f" Did you mean {given.__name__}(...)?" if isinstance(given, type) else ""
             raise TypeError(f"{name} is a {kind.__name__}, got {describe(given)}.{hint}")
+    if isinstance(student, Teacher):
+        raise TypeError(
+            f"student is the network that learns, got a teacher ({type(student).__name__}). Give the network itself, "
+            "and what it learns from as teacher; were the two swapped?"
+        )
     if not callable(optimizer):
         raise TypeError(
             "optimizer makes one of parameters, a class or functools.partial(torch.optim.SGD, lr=0.1); got "

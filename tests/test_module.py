@@ -84,6 +84,8 @@ def test_classes_and_what_is_made_already_are_refused() -> None:
         DistillationModule(Classification, Net(4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"student is a Module, got the class Net. Did you mean Net\("):
         DistillationModule(Classification(CLASSES), Net)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"student is the network that learns, got a teacher \(Frozen\).*swapped\?"):
+        DistillationModule(Classification(CLASSES), Frozen(Net(4)))
     made = torch.optim.SGD(Net(4).parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"optimizer makes one of parameters.*SGD.*made already"):
         module(optimizer=made)
