@@ -143,9 +143,9 @@ def _told(error: BaseException) -> str:
         return f"{key[1] if key else 'model'}: {FUNCTION}"
     if str(error).startswith("Call to compute_fn of link") and isinstance(error.__cause__, UsageError):
         error = error.__cause__
-    # Before 4.47 jsonargparse tries None first, so that this is the cause; the others are in the text.
-    none = "Expected a <class 'NoneType'>"
-    while "Union subtypes" in str(error) and error.__cause__ and not str(error.__cause__).startswith(none):
+    # The cause is what the first type complained of: null or a number says nothing of a class. All are in the text.
+    plain = "Expected a <class '"
+    while "Union subtypes" in str(error) and error.__cause__ and not str(error.__cause__).startswith(plain):
         key = re.match(r'Parser key "([^"]+)"', str(error))
         where = where or (f"{key[1]}: " if key else "")
         error = error.__cause__

@@ -74,6 +74,8 @@ def closest_argument(told: str) -> str:
         '. Did you mean weight?'
         >>> closest_argument("module 'lightning_kd.losses' has no attribute 'DDK'")
         '. Did you mean DKD?'
+        >>> closest_argument("Import path lightning_kd.losses.KD does not correspond to a subclass of Term")
+        '. Did you mean loss: {class_path: lightning_kd.losses.KD}, one level deeper?'
     """
     if missing := re.search(r"module '(?P<of>[\w.]+)' has no attribute '(?P<name>\w+)'", told):
         known = [name for name in dir(pydoc.locate(missing["of"])) if name[0].isupper()]
@@ -95,7 +97,9 @@ def closest_argument(told: str) -> str:
 
 
 def _top_level(told: str) -> str:
-    """What was probably meant by an argument that stands at the top: a file, or what belongs into a group."""
+    """What was probably meant by what stands too high: a file, a loss, or what belongs into a group."""
+    if loss := re.search(r"Import path (?P<name>\S+) does not correspond to a subclass of Term$", told):
+        return f". Did you mean loss: {{class_path: {loss['name']}}}, one level deeper?"
     if file := re.match(r"Unrecognized arguments: (?P<name>[^-\s]\S*\.ya?ml)", told):
         return f". Did you mean --config {file['name']}?"
     top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>\w+)", told)

@@ -501,6 +501,12 @@ def test_bad_input_is_told_with_exit_code_2(
             "trainer: {callbacks: [{class_path: lightning_kd.callbacks.TeacherCache, folder: a}]}",
             "trainer.callbacks.0: folder beside class_path: expected the arguments of lightning_kd.callbacks.Te",
         ),
+        (
+            "model: {terms: {kd: {class_path: lightning_kd.losses.DKD}}}",
+            "Did you mean loss: {class_path: lightning_kd.losses.DKD}, one level deeper?",
+        ),
+        ("model: {task_weight: none}", "model.task_weight: Expected float, the name of a class; got none"),
+        ("model: {task_weight: {class_path: Linear, init_args: {end: 0.0}}}", "Option 'start' is required"),
         ("model: {terms: {kd: {weight: 1.0}, kd: {weight: 2.0}}}", "mine.yaml, line 1: kd stands there twice"),
         ("trainer: {max_epochs: 2}\ntrainer: {devices: 1}", "mine.yaml, line 2: trainer stands there twice"),
         ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
