@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.attachment.labels import labels_of
@@ -271,8 +272,9 @@ class DistillationModule(LightningModule):
 
     def _log_metrics(self, metrics: Metric | MetricCollection, stage: str) -> None:
         parts = list(metrics.values(copy_state=False)) if isinstance(metrics, MetricCollection) else [metrics]
-        # Of several processes one may have had nothing to measure.
-        if parts and self.trainer.world_size == 1 and not any(part.update_called for part in parts):
+        # Of several processes one may have had nothing to measure; a wrapper does not count its updates.
+        counted = bool(parts) and not any(isinstance(part, WrapperMetric) for part in parts)
+        if counted and self.trainer.world_size == 1 and not any(part.update_called for part in parts):
             if self.trainer.sanity_checking:  # of the first two batches only
                 return
             raise ValueError(
