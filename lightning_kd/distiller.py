@@ -295,6 +295,12 @@ class Distiller(nn.Module):
     # The teacher answers before the student runs, when no activation of the student is in memory yet.
     def _before_call(self, student: nn.Module) -> Callable[..., Any]:
         def answer(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self.student_input and module is student and torch._C._current_graph_task_id() != -1:
+                raise ValueError(
+                    "the student is computed again in backward, by torch.utils.checkpoint around the whole of it, and "
+                    "without what student_input made of its arguments. Checkpoint layers inside of the student, or "
+                    "make its view in training_step."
+                )
             # Validation, evaluation under no_grad and a deep copy of the student are not ours.
             if self._calls is None or self._taps is None or module is not student:
                 return None

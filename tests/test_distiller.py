@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_kd import Distiller, Term, losses, schedules
 from lightning_kd.taps import Record
@@ -359,3 +360,18 @@ def test_the_students_input_may_be_made_of_what_the_teacher_said() -> None:
     torch.testing.assert_close(asked, [said.detach()])
     torch.testing.assert_close(out, student(x + said.sum()))
     torch.testing.assert_close(distiller(calls)["kd"], (out - said).square().mean())
+
+
+def test_a_student_that_is_computed_again_in_backward_lacks_what_student_input_made() -> None:
+    student = Net(4)
+    distiller = Distiller({"kd": Term(losses.KD())}, Net(8), student_input=lambda x: 2.0 * x)
+    distiller.attach(student)
+    with distiller.watch():
+        whole = checkpoint(student, torch.randn(5, 6), use_reentrant=False)
+    with pytest.raises(ValueError, match="computed again in backward"):
+        whole.sum().backward()
+    distiller.student_input = None
+    with distiller.watch() as calls:
+        whole = checkpoint(student, torch.randn(5, 6), use_reentrant=False)
+    (whole.sum() + distiller.total(distiller(calls))).backward()
+    assert len(calls) == 1
