@@ -16,7 +16,7 @@ _NOT_COPIED = (Dataset, DataLoader, LightningDataModule, DeviceMesh)
 
 
 def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
-    """Deep-copies a module; methods that a fit replaced on the original instance are the class's own in the copy.
+    """Deep-copies a module without what a fit changed on it: replaced methods are the class's own, our hooks are gone.
 
     Data that it holds is shared and not copied. What is sharded is sharded in the copy, too.
 
@@ -35,6 +35,10 @@ def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
             "of it: student=..."
         )
         raise
+    for part in made.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("lightning_kd.")]:
+                del hooks[key]
     if hasattr(made, "_orig_mod"):  # a compiled module makes its own forward, in the copy anew
         return made
     for name in [n for n, value in vars(made).items() if inspect.isroutine(value) and hasattr(type(made), n)]:

@@ -34,11 +34,12 @@ class CopyTeacher(Teacher):
         self._student: list[nn.Module] = []  # in a list, so that it is not a submodule
         self._taps: list[Taps] = []
         self._recalled = False
+        self._lent: list[Tensor] = []  # while the student has the copy's weights: these, as precise as they are
         self._swapped = False
         self._ended = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": [], "_student": []}
+        return {**self.__dict__, "_taps": [], "_student": [], "_swapped": False, "_lent": []}
 
     @property
     def model(self) -> nn.Module:
@@ -121,6 +122,10 @@ class CopyTeacher(Teacher):
         memory: dict[str, Any] = {"copies": whole(self.copies.state_dict()), "active": self.active}
         if self.evaluated and self._student:
             memory["student"] = whole(self.student.state_dict())
+        if self._swapped:  # saved within a validation
+            held = {f"{self.active}.{key}": value for key, value in memory["student"].items()}
+            memory["student"] = {key.partition(".")[2]: memory["copies"][key] for key in held}
+            memory["copies"].update(held)
         return memory
 
     def recall(self, memory: Mapping[str, Any]) -> None:
@@ -142,14 +147,19 @@ class CopyTeacher(Teacher):
         if not self.evaluated:
             return
         own, students = _state(self.model), _state(self.student)
-        kept = [x.clone() for x in own]
-        copy_tensors(own, students)
-        copy_tensors(students, kept)
+        if self._swapped:
+            copy_tensors(students, own)
+            copy_tensors(own, self._lent)
+            self._lent = []
+        else:
+            self._lent = [x.clone() for x in own]
+            copy_tensors(own, students)
+            copy_tensors(students, self._lent)
         self._swapped = not self._swapped
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights of the copy in the student's types, if they are evaluated."""
-        if not self.evaluated or not self._student or self._ended:  # in the end the student has them itself
+        if not self.evaluated or not self._student or self._ended or self._swapped:  # the student has them itself
             return {}
         types = {key: value.dtype for key, value in self.student.state_dict().items()}
         return {key: value.to(types[key]) for key, value in self.model.state_dict().items()}

@@ -1,5 +1,6 @@
 """Mean teacher on a module that knows nothing of it."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,46 @@ def test_every_hook_of_validation_sees_the_average() -> None:
     assert len(seen) == 3
     assert all(torch.equal(each, weights.validated[0]) for each in seen)
     assert not torch.equal(seen[0], weights.steps[-1])
+
+
+@pytest.mark.parametrize("hook", ["on_validation_epoch_end", "on_validation_end"])
+def test_a_checkpoint_saved_within_a_validation_holds_the_average_too(tmp_path: Path, hook: str) -> None:
+    class Saves(Callback):
+        pass
+
+    def save(trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    saves, weights, callback = Saves(), Weights(), mean_teacher(evaluate=True)
+    setattr(saves, hook, save)
+    fit(Lit(), saves, weights, callback)
+    state = torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["model.0.weight"], callback.distiller.teacher.model[0].weight)
+    resumed, again = Weights(), mean_teacher(evaluate=True)
+    fit(Lit(), resumed, again, ckpt_path=tmp_path / "0.ckpt")
+    assert torch.equal(again.distiller.teacher.model[0].weight, callback.distiller.teacher.model[0].weight)
+    assert torch.equal(resumed.steps[-1], weights.steps[-1])
+
+
+def test_validations_leave_the_average_as_precise_as_it_is() -> None:
+    averages = []
+    for options in ({}, {"limit_val_batches": 0}):
+        seed_everything(0)
+        callback = mean_teacher(evaluate=True, decay=0.99)
+        fit(Lit(), callback, precision="bf16-true", **options)
+        averages.append(callback.distiller.teacher.model[0].weight)
+    assert averages[0].dtype == torch.float32
+    assert torch.equal(*averages)
+
+
+def test_the_average_has_no_hooks_of_what_distils_beside_it() -> None:
+    terms = {"kd": Term(losses.KD()), "hint": Term(losses.FitNet(), student="0", teacher="0")}
+    frozen = Distillation(Lit().model, terms, student="model")
+    callback = mean_teacher()
+    fit(Lit(), frozen, callback, max_epochs=1)
+    average = callback.distiller.teacher.model
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in average.modules())
+    pickle.dumps(average)
 
 
 def test_two_averages_do_not_both_take_the_students_place() -> None:
