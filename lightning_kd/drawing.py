@@ -104,6 +104,17 @@ def in_order(legend: Mapping[str, Colour]) -> dict[str, Colour]:
     return dict(sorted(legend.items(), key=lambda entry: rank.get(entry[1], len(rank))))
 
 
+def spread(length: int, count: int) -> list[int]:
+    """Returns places in a sequence, evenly spread: ``count`` of them, or all.
+
+    Example:
+        >>> spread(12, 4), spread(2, 4)
+        ([1, 4, 7, 10], [0, 1])
+    """
+    count = min(count, length)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
 def enlarged(image: Tensor, factor: int | None = None) -> tuple[Tensor, int]:
     """Returns an image ``(..., H, W)`` whose pixels are repeated, until a drawing on it is legible, and how often.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 
-from lightning_kd.drawing import Drawing, palette, tiled
+from lightning_kd.drawing import Drawing, palette, spread, tiled
 from lightning_kd.metrics.retrieval import RetrievalQuality
 from lightning_kd.task import TaskAdapter
 
@@ -191,7 +191,7 @@ class Retrieval(TaskAdapter):
         (asked,) = torch.nonzero(like.any(1), as_tuple=True)
         if not len(asked):
             return None
-        asked = asked[[(2 * i + 1) * len(asked) // (2 * DRAWN) for i in range(min(DRAWN, len(asked)))]]
+        asked = asked[spread(len(asked), DRAWN)]
         near = like.float() if prediction is None else (prediction @ prediction.T).cpu().fill_diagonal_(-torch.inf)
         right, wrong = palette(4)[3], palette(1)[0]
         pictures = []

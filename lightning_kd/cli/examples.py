@@ -13,7 +13,7 @@ from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.report import Row, in_percent, mean_std, metric_names
 from lightning_kd.cli.runs import Tested
 from lightning_kd.cli.teacher import fingerprint
-from lightning_kd.drawing import Colour, Drawing, enlarged, in_order, looks
+from lightning_kd.drawing import Colour, Drawing, enlarged, in_order, looks, spread
 from lightning_kd.task import TaskAdapter
 
 COUNT = 4
@@ -96,10 +96,9 @@ def examples(cli: DistillationCLI) -> list[Example]:
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
     together, found = cli.model.task.drawn_among, []
-    count = min(COUNT if together == 1 else together, len(dataset))
-    spread = [(2 * i + 1) * len(dataset) // (2 * count) for i in range(count)]
+    chosen = spread(len(dataset), COUNT if together == 1 else together)
     several = getattr(dataset, "__getitems__", None)
-    for indices in [spread[i : i + together] for i in range(0, count, together)]:
+    for indices in [chosen[i : i + together] for i in range(0, len(chosen), together)]:
         raw = loader.collate_fn(several(indices) if several else [dataset[index] for index in indices])
         # As the loader gives them: what the data module does on the device, it need not undo.
         images = looks(cli.model.task.inputs(raw), getattr(data, "mean", None), getattr(data, "std", None))

@@ -145,6 +145,13 @@ def test_images_that_are_all_different_find_nothing() -> None:
     assert Retrieval(None).draw(images, (torch.zeros(3, 1, 8, 8), torch.arange(3)), torch.rand(3, 4)) is None
 
 
+def test_few_queries_are_all_drawn_once() -> None:
+    images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3
+    drawn = Retrieval(None).draw(images, (torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 0])), torch.rand(3, 4))
+    assert drawn is not None
+    assert drawn.of == [0, 2]
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         yield torch.rand(3, 8, 8), 0
