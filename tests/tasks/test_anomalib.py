@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning_kd.tasks import AnomalyDetection
+from lightning_kd.tasks import AnomalyDetection, Classification
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lightning_kd import Distillation, DistillationModule, Term, losses, projectors, teachers
-from lightning_kd.data import Textures
-from lightning_kd.models import AnomalyNet, ReverseDistillation
+from lightning_kd.data import Textures, UnrelatedImages
+from lightning_kd.models import AnomalyNet, EfficientADStudent, PatchDescriber, ReverseDistillation
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,8 +85,7 @@ def _pre_processor() -> Any:
 
 def test_a_student_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
     from anomalib.engine import Engine
-
-    from lightning_kd.models.anomalib import StudentTeacherModule
+    from lightning_kd.tasks.anomalib import StudentTeacherModule
 
     student, teacher = squeezenet1_1(), squeezenet1_1()
     module = StudentTeacherModule(
@@ -120,8 +119,7 @@ def test_a_student_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_pa
 
 def test_a_network_that_teaches_itself_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
     from anomalib.engine import Engine
-
-    from lightning_kd.models.anomalib import StudentTeacherModule
+    from lightning_kd.tasks.anomalib import StudentTeacherModule
 
     network, again = (ReverseDistillation("resnet18", image_size=(64, 64), pretrained=False) for _ in range(2))
     compared: dict[str, Any] = {"levels": ["decoder[:]"], "teacher_levels": ["encoder[:]"], "combine": "sum"}
@@ -142,6 +140,68 @@ def test_a_network_that_teaches_itself_runs_in_the_engine(folder: Callable[..., 
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(images), module.eval().model(images))
+
+
+def test_efficient_ad_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
+    from anomalib.engine import Engine
+    from lightning_kd.tasks.anomalib import EfficientADModule
+
+    pl.seed_everything(0, verbose=False)
+    describer = PatchDescriber(channels=8, width=4)
+    given: dict[str, Any] = {"unrelated": UnrelatedImages(), "pre_processor": _pre_processor(), "visualizer": False}
+    module = EfficientADModule(EfficientADStudent(8, (64, 64), width=4), describer, **given)
+    fresh = copy.deepcopy(module.model.student.state_dict())
+    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    data = folder()
+    engine.fit(module, datamodule=data)
+    logged = engine.trainer.callback_metrics
+    assert all(logged[f"train/{name}"] > 0 for name in ("hard", "autoencoder", "second", "penalty"))
+    parts = [logged[f"train/{name}"] for name in ("hard", "autoencoder", "second", "penalty")]
+    torch.testing.assert_close(logged["train/loss"], torch.stack(parts).sum())
+    assert any(not torch.equal(value, fresh[key]) for key, value in module.model.student.state_dict().items())
+
+    # What the teacher says of the images of the epoch, one batch here, is standardized.
+    assert module.model.teacher.count == 4 * 8 * 8
+    # Quantiles are of the normal images of the validation, and its thresholds of maps that are brought by them.
+    batch = next(iter(data.val_dataloader()))
+    normal = module.pre_processor(batch.image[~batch.gt_label.bool()])
+    with torch.no_grad():
+        raw = module.model.eval().raw(normal)
+        maps = module.model(module.pre_processor(batch.image)).anomaly_map
+    expected = [torch.quantile(each.flatten(), torch.tensor([0.9, 0.995])) for each in raw]
+    torch.testing.assert_close(module.model.student.quantiles, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(module.post_processor.pixel_max, maps.max())
+    (measured,) = engine.test(module, datamodule=data, verbose=False)
+    assert {"image_AUROC", "pixel_AUROC", "image_F1Score"} <= set(measured)
+
+    engine.trainer.save_checkpoint(tmp_path / "module.ckpt")
+    keys = torch.load(tmp_path / "module.ckpt", weights_only=True)["state_dict"]
+    assert {key for key in keys if "teacher" in key} == {f"model.teacher.{n}" for n in ("count", "sums", "squares")}
+    loaded = EfficientADModule.load_from_checkpoint(
+        tmp_path / "module.ckpt", student=EfficientADStudent(8, (64, 64), width=4), teacher=describer, **given
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(normal), module.model(normal))
+
+
+def test_a_student_that_draws_maps_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
+    from anomalib.engine import Engine
+    from lightning_kd.tasks.anomalib import AnomalibDistillation
+
+    student, teacher = AnomalyNet(width=4), AnomalyNet(width=8)
+    terms = {"map": Term(losses.FitNet(), student="anomaly_map", teacher="anomaly_map")}
+    how: dict[str, Any] = {"terms": terms, "optimizer": torch.optim.AdamW, "visualizer": False}
+    module = AnomalibDistillation(AnomalyDetection(), student, teacher, **how, pre_processor=_pre_processor())
+    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    data = folder()
+    engine.fit(module, datamodule=data)
+    logged = engine.trainer.callback_metrics
+    torch.testing.assert_close(logged["train/loss"], logged["train/task"] + logged["train/map"])
+    assert min(logged["train/task"], logged["train/map"]) > 0
+    (measured,) = engine.test(module, datamodule=data, verbose=False)
+    assert "image_AUROC" in measured
+    with pytest.raises(TypeError, match="task is an AnomalyDetection in anomalib's modules, got Classification"):
+        AnomalibDistillation(Classification(2), student, teacher, **how)
 
 
 def _own(name: str) -> tuple[Any, str, Term]:
