@@ -5,8 +5,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it has what its parent set
+THREADS = "1" if WORKER else os.environ.get("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ["OMP_NUM_THREADS"] = THREADS
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that downloads is a mistake
 
@@ -18,7 +19,7 @@ pytest_plugins = ["pytester"]
 REPO = Path(__file__).parents[1]
 CI = os.environ.get("CI", "").lower() in {"1", "true"}
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture(autouse=True)

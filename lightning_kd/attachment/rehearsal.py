@@ -34,7 +34,7 @@ def rehearse(
 ) -> list[Call]:
     """Runs ``training_step`` on two samples until the student has returned; nothing is changed by it.
 
-    Random numbers, buffers and logs are as before, and the rest of the step never runs.
+    Random numbers, buffers, training modes and logs are as before, and the rest of the step never runs.
 
     Args:
         trainer: The trainer of the fit that is about to begin.
@@ -50,7 +50,7 @@ def rehearse(
     calls: list[Call] = []
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
-        stack.enter_context(_buffers_restored(pl_module))
+        stack.enter_context(_state_restored(pl_module))
         stack.enter_context(_silent(pl_module))
         # Hooks that a compiled module meets only later would never fire.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -163,13 +163,16 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Puts BatchNorm statistics and other buffers back, and what metrics have counted."""
+def _state_restored(module: nn.Module) -> Iterator[None]:
+    """Puts BatchNorm statistics and other buffers back, training modes, and what metrics have counted."""
+    modes = [(part, part.training) for part in module.modules()]  # some networks freeze a part in their forward
     saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(part, _counted(part)) for part in module.modules() if isinstance(part, Metric)]
     try:
         yield
     finally:
+        for part, training in modes:
+            part.training = training
         for metric, counted in metrics:
             for name, value in counted.items():
                 setattr(metric, name, value)

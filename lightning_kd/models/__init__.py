@@ -1,6 +1,6 @@
 """Models that the shipped configurations name, and makers of those of other libraries."""
 
-from lightning_kd.models.anomaly import AnomalyNet, ReverseDistillation, SqueezeNetFeatures
+from lightning_kd.models.anomaly import AnomalyNet, SqueezeNetFeatures
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
 from lightning_kd.models.efficient_ad import EfficientADDetector, EfficientADStudent, PatchDescriber, Standardized
@@ -9,6 +9,7 @@ from lightning_kd.models.memory_bank import MemoryBank
 from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.part_experts import PartExperts
 from lightning_kd.models.pose import PoseNet
+from lightning_kd.models.reverse_distillation import ResidualReverseDistillation, ReverseDistillation
 from lightning_kd.models.side_by_side import SideBySide
 from lightning_kd.models.text_embedder import TextEmbedder
 from lightning_kd.models.timm import Timm
@@ -27,6 +28,7 @@ __all__ = [
     "PartExperts",
     "PatchDescriber",
     "PoseNet",
+    "ResidualReverseDistillation",
     "RetinaNet",
     "ReverseDistillation",
     "SideBySide",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_kd.extras import late_import
 from lightning_kd.models.cifar_resnet import _stage
+from lightning_kd.numbers import is_whole
 from lightning_kd.paths import expand_path
 from lightning_kd.teachers import load_weights
 
@@ -79,18 +81,24 @@ class SqueezeNetFeatures(nn.Module):
     Args:
         weights: File with weights, by torchvision's names; read as data, never as code. ``$LIGHTNING_KD_DATA`` in it is
             expanded. Images are to be normalised as ImageNet's are.
+        levels: Which of its 13 layers are returned, in a list, for who wants several: ``[2, 4, 7, 12]`` are four of
+            64, 128, 256 and 512 channels. What the last one makes is returned unless given.
 
     Raises:
         ModuleNotFoundError: Without torchvision.
         FileNotFoundError: If there is no such file.
+        ValueError: If there is no such layer.
 
     Example:
         >>> SqueezeNetFeatures()(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 512, 3, 3])
     """
 
-    def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, weights: str | os.PathLike[str] | None = None, levels: Sequence[int] | None = None) -> None:
         super().__init__()
+        if levels is not None and not (levels and all(is_whole(k) and 0 <= k <= 12 for k in levels)):
+            raise ValueError(f"levels are numbers of layers, 0 to 12, in a list: [4, 7, 12]; got {levels!r}.")
+        self.levels = levels
         models = late_import("torchvision.models", "torchvision", "anomaly")
         self.features = models.squeezenet1_1(weights=None).features
         if weights is not None:
@@ -102,46 +110,10 @@ class SqueezeNetFeatures(nn.Module):
                 )
             load_weights(self, path)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W) -> (B, 512, H / 16, W / 16)``."""
-        features: Tensor = self.features(images)
-        return features
-
-
-class ReverseDistillation(nn.Module):
-    """Anomalib's reverse distillation: a frozen encoder, a bottleneck, and a decoder that restores what it saw.
-
-    The encoder teaches, the rest is the student, and both are one network: ``teachers.Itself``, with terms from
-    ``decoder[:]`` to ``encoder[:]``. What is made is anomalib's own class; its encoder learns nothing.
-
-    Args:
-        backbone: A ResNet that anomalib has a decoder for: ``resnet18``, ``resnet34``, ``resnet50``,
-            ``wide_resnet50_2``.
-        image_size: Height and width of the images.
-        layers: Of the encoder, from the first on.
-        pretrained: Whether timm downloads ImageNet's weights for the encoder. Without any it knows nothing.
-
-    Raises:
-        ModuleNotFoundError: Without anomalib.
-
-    Example:
-        >>> network = ReverseDistillation("resnet18", image_size=(64, 64), pretrained=False).eval()
-        >>> network(torch.zeros(2, 3, 64, 64)).anomaly_map.shape
-        torch.Size([2, 1, 64, 64])
-
-    Source: Deng and Li, Anomaly Detection via Reverse Distillation from One-Class Embedding, arXiv 2201.10703.
-    """
-
-    def __new__(  # type: ignore[misc]  # noqa: D102 - what is made is anomalib's
-        cls,
-        backbone: str = "wide_resnet50_2",
-        image_size: tuple[int, int] = (256, 256),
-        layers: tuple[str, ...] = ("layer1", "layer2", "layer3"),
-        pretrained: bool = True,
-    ) -> nn.Module:
-        where = "anomalib.models.image.reverse_distillation"
-        model = late_import(f"{where}.torch_model", "anomalib", "anomaly").ReverseDistillationModel
-        mode = late_import(f"{where}.anomaly_map", "anomalib", "anomaly").AnomalyMapGenerationMode.ADD
-        made: nn.Module = model(backbone, image_size, list(layers), mode, pre_trained=pretrained)
-        made.encoder.requires_grad_(False)
-        return made
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """``(B, 3, H, W) -> (B, 512, H / 16, W / 16)``, or the levels that were asked for."""
+        x, made = images, []
+        for layer in self.features:
+            x = layer(x)
+            made.append(x)
+        return x if self.levels is None else [made[k] for k in self.levels]

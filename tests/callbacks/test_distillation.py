@@ -336,11 +336,19 @@ def test_an_iterable_data_set_and_several_loaders() -> None:
 
 
 def test_the_rehearsal_leaves_no_trace() -> None:
+    class Still(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.eval()  # as some frozen encoders do it
+            return super().forward(x)
+
     class Random(Base):
         def __init__(self) -> None:
             super().__init__()
-            self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
+            self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), Still(8, 4))
             self.steps: list[int] = []
+
+        def on_train_start(self) -> None:
+            assert self.model[3].training
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.log("before", 1.0)
