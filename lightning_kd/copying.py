@@ -1,6 +1,8 @@
-"""Copies of a user's modules."""
+"""Copies of a user's modules, without what a fit changes on them."""
 
 import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
@@ -13,6 +15,76 @@ from lightning_kd.sharded_copies import deep_copy
 M = TypeVar("M", bound=nn.Module)
 
 _NOT_COPIED = (Dataset, DataLoader, LightningDataModule, DeviceMesh)
+
+
+class _Reduced:
+    """Takes the place of a module's ``__reduce_ex__``, by which it is deep-copied and pickled.
+
+    What is on loan there for the length of a fit is left out: hooks of this package, methods that hide the class's own,
+    submodules.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.loans: list[tuple[Mapping[str, Any], frozenset[str]]] = []
+
+    def __call__(self, protocol: Any) -> Any:
+        made = type(self.module).__reduce_ex__(self.module, protocol)
+        if not isinstance(made, tuple) or len(made) < 3 or not isinstance(made[2], dict):
+            return made  # a class with a way of its own
+        state = {name: value for name, value in made[2].items() if value is not self}
+        for names in ("_forward_hooks", "_forward_pre_hooks"):
+            ours = {key for key, hook in state.get(names, {}).items() if is_ours(hook)}
+            for kind in [name for name in state if name.startswith(names)]:
+                state[kind] = OrderedDict((key, hook) for key, hook in state[kind].items() if key not in ours)
+        for own, parts in reversed(self.loans):
+            for name, value in own.items():
+                if value is None:
+                    state.pop(name, None)
+                else:
+                    state[name] = value
+            state["_modules"] = {name: part for name, part in state["_modules"].items() if name not in parts}
+        return (*made[:2], state, *made[3:])
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is of this package."""
+    return getattr(hook, "__module__", "").startswith("lightning_kd.")
+
+
+def lend(module: nn.Module, own: Mapping[str, Any] | None = None, parts: Iterable[str] = ()) -> Callable[[], None]:
+    """Lets copies and pickles of a module be without our hooks, and without what else is there for a while.
+
+    Args:
+        module: The module.
+        own: What attributes that are replaced were before, by name; None for those of its class.
+        parts: Names of submodules that are not its own.
+
+    Returns:
+        What ends that.
+
+    Example:
+        >>> import copy
+        >>> module = nn.Linear(2, 2)
+        >>> module.forward = lambda x: 0
+        >>> undo = lend(module, {"forward": None})
+        >>> "forward" in vars(copy.deepcopy(module))
+        False
+        >>> undo()
+    """
+    held = vars(module)
+    reduced = held.setdefault("__reduce_ex__", _Reduced(module))
+    loan = dict(own or {}), frozenset(parts)
+    if not isinstance(reduced, _Reduced):  # the instance has one of its own
+        return lambda: None
+    reduced.loans.append(loan)
+
+    def undo() -> None:
+        reduced.loans[:] = [each for each in reduced.loans if each is not loan]
+        if not reduced.loans:
+            held.pop("__reduce_ex__", None)
+
+    return undo
 
 
 def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
@@ -37,7 +109,7 @@ def own_copy(module: M, memo: dict[int, Any] | None = None) -> M:
         raise
     for part in made.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("lightning_kd.")]:
+            for key in [k for k, hook in hooks.items() if is_ours(hook)]:
                 del hooks[key]
     if hasattr(made, "_orig_mod"):  # a compiled module makes its own forward, in the copy anew
         return made

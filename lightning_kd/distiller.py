@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_kd.copying import lend
 from lightning_kd.counts import COUNTS
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps
@@ -129,12 +130,12 @@ class Distiller(nn.Module):
         self._taps: Taps | None = None
         self._calls: list[Call] | None = None
         self._labels: LabelsOf = dict
-        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
         self._depth = 0
         self._asks_teacher = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None, "_calls": None, "_labels": dict, "_handles": []}
+        return {**self.__dict__, "_taps": None, "_calls": None, "_labels": dict, "_undo": []}
 
     def set_teacher(self, teacher: Teacher) -> None:
         """Gives it a teacher, before it is attached: past nn.Module's registration, so that it is no submodule."""
@@ -229,9 +230,10 @@ class Distiller(nn.Module):
         ]
         self._taps = Taps(student, (path.module for path in self._student_paths.values()), "the student")
         self._taps.attach()
-        self._handles = [
-            student.register_forward_pre_hook(self._before_call(student), with_kwargs=True),
-            student.register_forward_hook(self._after_call(student), always_call=True),
+        self._undo = [
+            student.register_forward_pre_hook(self._before_call(student), with_kwargs=True).remove,
+            student.register_forward_hook(self._after_call(student), always_call=True).remove,
+            lend(student),
         ]
 
     def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
@@ -251,9 +253,9 @@ class Distiller(nn.Module):
 
     def detach(self) -> None:
         """Takes every hook out of student and teacher."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for undo in self._undo:
+            undo()
+        self._undo = []
         if self._taps is not None:
             self._taps.detach()
             self._taps = None

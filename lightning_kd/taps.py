@@ -1,13 +1,13 @@
 """Taps: named outputs of named modules, captured by forward hooks and cleared on read."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_kd.copying import lend
 from lightning_kd.wiring import OUTPUT, Path, find_module
 
 Record = dict[str, list[Any]]
@@ -52,7 +52,7 @@ class Taps:
         self._captured: list[tuple[str, Any, dict[int, int]]] = []
         self._called_once = False
         self._stop_after: int | None = None
-        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Registers the hooks; what was compiled of the model without them is forgotten."""
@@ -60,13 +60,13 @@ class Taps:
             torch.compiler.reset()
         for path, module in self._modules.items():
             if path != OUTPUT:
-                self._handles.append(module.register_forward_hook(self._hook(path, module)))
+                self._undo += [module.register_forward_hook(self._hook(path, module)).remove, lend(module)]
 
     def detach(self) -> None:
         """Removes every hook and forgets every tensor."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         self._record = None
         self.forget()
 
@@ -171,5 +171,5 @@ def _has_compiled(model: nn.Module) -> bool:
     return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
 
-class _AllCapturedError(Exception):
-    """Ends a forward pass whose remaining layers nobody reads."""
+class _AllCapturedError(BaseException):
+    """Ends a forward pass whose remaining layers nobody reads; no model's own ``except Exception`` is to catch it."""

@@ -32,7 +32,7 @@ from lightning_kd.attachment.refusals import (
 )
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
-from lightning_kd.copying import unshare
+from lightning_kd.copying import lend, unshare
 from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
 from lightning_kd.schedules import Schedule
@@ -138,6 +138,8 @@ class Attachment(Callback):
         self._measure_run(trainer)
         refuse_forgotten(trainer, self._student_in(pl_module))
         self._steps_done = trainer.global_step
+        # Weight averaging has copied the module by now, with what learns; who copies it from here on wants the user's.
+        self._patches.add(lend(pl_module, parts=[name for name in pl_module._modules if name.startswith(GUEST)]))
         self.distiller.teacher.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,8 +189,9 @@ class Attachment(Callback):
             self._pending = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves the module as it was after an interrupted fit, too."""
+        """Leaves the module as it was after an interrupted fit, too; what was loaded for it is no other's."""
         self.leave(trainer)
+        self._pending = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the terms learned and what the teacher remembers; nothing of a frozen one."""
@@ -353,7 +356,11 @@ class Attachment(Callback):
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
             self._begin_step()
-            labels = functools.cache(lambda: self._labels_of(batch_of(args, kwargs)))
+            read = self._labels_of(batch_of(args, kwargs))  # now: many a step tidies its labels in place
+
+            def labels() -> dict[str, Any]:
+                return read
+
             with self.distiller.watch(labels) as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result

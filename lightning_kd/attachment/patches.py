@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_kd.copying import lend
+
 
 class Patches:
     """Changes, each with how it is undone; undone in reverse order, once.
@@ -30,8 +32,9 @@ class Patches:
         self._undo.append(undo)
 
     def replace(self, module: nn.Module, name: str, value: Any) -> None:
-        """Sets an attribute of the instance, which hides that of its class."""
+        """Sets an attribute of the instance, which hides that of its class; copies of the instance have its own."""
         had = vars(module).get(name)
+        self.add(lend(module, {name: had}))
 
         def undo() -> None:
             if had is None:

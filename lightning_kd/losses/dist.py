@@ -11,6 +11,10 @@ _TWO_CLASSES = (
     "use KD() for two classes, KD(activation='sigmoid') for binary and multi-label logits."
 )
 
+_TWO_SAMPLES = (
+    "a correlation over one is undefined, and over two it is 1 or -1, with no gradient (all there is without beta)."
+)
+
 
 def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
     """Return ``T^2 * (beta * (1 - rho_rows) + gamma * (1 - rho_columns))``; see :class:`DIST`."""
@@ -19,7 +23,7 @@ def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0
     p_s = (rows(upcast(student)) / temperature).softmax(1)
     p_t = (rows(upcast(teacher.detach())) / temperature).softmax(1)
     if gamma != 0:
-        _check.samples(p_s, p_t, 2, "a correlation over one sample is undefined.")
+        _check.samples(p_s, p_t, 2 if beta != 0 else 3, _TWO_SAMPLES)
     loss = beta * (1 - _pearson(p_s, p_t, dim=1)) + gamma * (1 - _pearson(p_s, p_t, dim=0))
     return temperature**2 * loss
 
@@ -56,8 +60,8 @@ class DIST(nn.Module):
         are perfectly correlated.
 
     Raises:
-        ValueError: If the shapes differ, with fewer than two samples (unless gamma is 0), or fewer than two classes
-            (three if gamma is 0).
+        ValueError: If the shapes differ, with fewer than two samples (three if beta is 0, one if gamma is 0), or fewer
+            than two classes (three if gamma is 0).
 
     Source:
         Huang et al., Knowledge Distillation from A Stronger Teacher, arXiv 2205.10536.

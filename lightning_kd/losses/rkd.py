@@ -12,6 +12,12 @@ def rkd(student: Tensor, teacher: Tensor, distance: float = 25.0, angle: float =
     """Return ``distance * L_D + angle * L_A``; see :class:`RKD`."""
     _check.samples(student, teacher, 3, "with two, the one distance is always 1 and there is no angle.")
     s, t = upcast(student).flatten(1), upcast(teacher.detach()).flatten(1)
+    if distance == 0 and min(s.shape[1], t.shape[1]) < 2:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}: between samples of one number each "
+            "angle is 0 or 180 degrees, with no gradient, and without distance nothing is taught. Take features of "
+            "more numbers, or distance > 0."
+        )
     loss = torch.zeros((), dtype=s.dtype, device=s.device)
     with full_precision(student):
         if distance != 0:

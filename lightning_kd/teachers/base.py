@@ -2,7 +2,8 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def in_type_of(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments with their floating-point tensors in the type of the model's weights, or in one given."""
-    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    dtype = dtype or _type_of(model)
 
     def convert(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x
@@ -131,6 +132,24 @@ def in_type_of(
     if dtype is not None:
         args, kwargs = tree_map(convert, (args, kwargs))
     return args, kwargs
+
+
+@contextmanager
+def own_type(model: nn.Module) -> Iterator[None]:
+    """Lets a float32 model make its constants in float32, whatever default type the Trainer's precision has set."""
+    default = torch.get_default_dtype()
+    if default == torch.float32 or _type_of(model) != torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _type_of(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def labels_asked(make: Callable[..., Any] | None) -> dict[str, bool]:

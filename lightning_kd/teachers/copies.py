@@ -10,7 +10,7 @@ from lightning_kd.copying import own_copy
 from lightning_kd.schedules import Moment
 from lightning_kd.sharding import is_sharded, local, reshard, sharded_as, whole
 from lightning_kd.taps import Record, Taps
-from lightning_kd.teachers.base import Teacher, in_type_of
+from lightning_kd.teachers.base import Teacher, in_type_of, own_type
 
 
 class CopyTeacher(Teacher):
@@ -94,7 +94,7 @@ class CopyTeacher(Teacher):
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
         self._set_mode()
         args, kwargs = in_type_of(self.model, args, kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), own_type(self.model):
             return self._taps[self.active].run(*args, **kwargs)
 
     def _set_mode(self) -> None:

@@ -1,8 +1,8 @@
 """Frozen: a trained model that stands still."""
 
 import os
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, Literal, Self
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from lightning_kd.copying import unshare
 from lightning_kd.sharding import is_sharded
 from lightning_kd.taps import Record, Taps
-from lightning_kd.teachers.base import Teacher, in_type_of, made_by
+from lightning_kd.teachers.base import Teacher, in_type_of, made_by, own_type
 from lightning_kd.teachers.precision import Precision, checked, context, convert, type_of_weights
 from lightning_kd.teachers.stillness import Shared, refuse_restless, set_training
 from lightning_kd.teachers.weights import load_weights
@@ -175,8 +175,13 @@ class Frozen(Teacher):
         """Returns the context in which the model is called: its precision."""
         if not self._prepared:  # tests come without a fit, and bind nothing
             self._prepare()
+        return self._running()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         tensors = chain(self.model.parameters(), self.model.buffers())
-        return context(self.precision, next((t.device.type for t in tensors), "cpu"))
+        with context(self.precision, next((t.device.type for t in tensors), "cpu")), own_type(self.model):
+            yield
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns what the model is called with where the teacher is called with ``args`` and ``kwargs``."""

@@ -59,3 +59,12 @@ def test_one_sample_needs_gamma_0():
     with pytest.raises(ValueError, match=r"at least 2 samples are needed, got 1.*drop_last"):
         losses.DIST()(s[:1], t[:1])
     assert torch.isfinite(losses.DIST(gamma=0.0)(s[:1], t[:1]))
+
+
+def test_what_has_no_gradient_is_refused():
+    two, three = torch.randn(2, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    with pytest.raises(ValueError, match=r"at least 3 samples are needed, got 2: .* over two it is 1 or -1"):
+        losses.DIST(beta=0.0)(two, torch.randn(2, 5))
+    for loss, student in ((losses.DIST(beta=0.0), three), (losses.DIST(), two), (losses.DIST(gamma=0.0), two[:1])):
+        (gradient,) = torch.autograd.grad(loss(student, torch.randn(student.shape)), student)
+        assert gradient.abs().max() > 1e-3

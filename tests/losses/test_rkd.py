@@ -65,3 +65,11 @@ def test_distances_survive_a_large_offset():
     s, t = 1000 + torch.randn(40, 3), torch.randn(40, 3)
     expected = rkd(s.double(), t.double(), angle=0.0).float()
     torch.testing.assert_close(rkd(s, t, angle=0.0), expected, rtol=1e-4, atol=0)
+
+
+def test_angles_between_numbers_are_refused():
+    student = torch.randn(5, 1, requires_grad=True)
+    with pytest.raises(ValueError, match="between samples of one number each angle is 0 or 180 degrees"):
+        losses.RKD(distance=0.0)(student, torch.randn(5, 3))
+    (gradient,) = torch.autograd.grad(losses.RKD(distance=1.0)(student, torch.randn(5, 3)), student)
+    assert gradient.abs().max() > 1e-3

@@ -1,0 +1,236 @@
+"""What others see of a module while it is distilled, and what one fit leaves for the next."""
+
+import copy
+import functools
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_kd.callbacks import EMATeacher, MutualDistillation
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_kd import Distillation, Term, losses, teachers
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "enable_checkpointing": False,
+}  # fmt: skip
+
+
+def _net(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def _data() -> DataLoader[Any]:
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(16, 6), torch.randint(0, 4, (16,))), batch_size=8)
+
+
+class Project(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = _net()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Validated(Project):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.model(batch[0])
+
+
+def _terms(learns: bool = True) -> dict[str, Term]:
+    kd = {"kd": Term(losses.KD())}
+    return {**kd, "hint": Term(losses.FitNet(), student="0", teacher="0")} if learns else kd
+
+
+def _distillation(**kwargs: Any) -> Distillation:
+    torch.manual_seed(2)
+    return Distillation(_net(16), _terms(**kwargs), student="model")
+
+
+class Do(Callback):
+    """Does something in a hook of Lightning's, of which the result is kept."""
+
+    def __init__(self, hook: str, what: Callable[..., Any]) -> None:
+        self.results: list[Any] = []
+
+        def act(trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            self.results.append(what(pl_module))
+
+        setattr(self, hook, act)
+
+
+def _fit(module: LightningModule, *callbacks: Callback, **kwargs: Any) -> Trainer:
+    trainer = Trainer(callbacks=list(callbacks), **QUIET | kwargs)
+    trainer.fit(module, _data(), _data() if isinstance(module, Validated) else None)
+    return trainer
+
+
+def _is_the_users_own(module: nn.Module) -> bool:
+    hooks = [hook for part in module.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+    replaced = {"training_step", "configure_optimizers", "configure_model", "on_save_checkpoint", "__reduce_ex__"}
+    return not hooks and not replaced & vars(module).keys() and all("_dist" not in n for n, _ in module.named_modules())
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_copy_that_is_taken_in_a_fit_is_the_users_own(learns: bool) -> None:
+    module, keep = Project(), Do("on_train_epoch_end", copy.deepcopy)
+    _fit(module, _distillation(learns=learns), keep)
+    (best,) = keep.results
+    assert _is_the_users_own(best)
+    assert _is_the_users_own(module)
+    assert torch.equal(best.model[0].weight, module.model[0].weight)
+    before, expected = copy.deepcopy(module.state_dict()), copy.deepcopy(module)
+    _fit(best)  # it is the copy that learns, and nothing else does
+    _fit(expected)
+    assert not torch.equal(best.model[0].weight, before["model.0.weight"])
+    torch.testing.assert_close(best.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_end", "on_validation_end"])
+def test_a_student_is_copied_and_pickled_at_any_moment(hook: str) -> None:
+    def taken(module: LightningModule) -> tuple[nn.Module, nn.Module]:
+        file = io.BytesIO()
+        torch.save(module.model, file)
+        file.seek(0)
+        return copy.deepcopy(module.model), torch.load(file, weights_only=False)
+
+    do = Do(hook, taken)
+    _fit(Validated(), _distillation(), do)
+    assert do.results
+    for copies in do.results:
+        assert all(_is_the_users_own(each) for each in copies)
+        torch.testing.assert_close(copies[0].state_dict(), copies[1].state_dict(), rtol=0, atol=0)
+
+
+def test_a_module_is_pickled_in_a_fit_with_two_callbacks_and_methods_of_its_own() -> None:
+    module = Project()
+    module.configure_optimizers = own = functools.partial(_sgd, module.model)  # type: ignore[method-assign]
+    do = Do("on_train_batch_end", lambda module: pickle.loads(pickle.dumps(module)))
+    consistency = {"c": Term(losses.KD())}
+    _fit(module, _distillation(), EMATeacher(consistency, decay=0.9, student="model"), do)
+    for each in do.results:
+        assert isinstance(each.configure_optimizers, functools.partial)
+        assert "training_step" not in vars(each)
+        assert not each.model._forward_hooks
+        assert sum(1 for _ in each.parameters()) == 4
+    assert module.configure_optimizers is own
+    assert "__reduce_ex__" not in {name for part in module.modules() for name in vars(part)}
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+class Fails(Callback):
+    def __init__(self, *hooks: str) -> None:
+        for hook in hooks:
+            setattr(self, hook, self.fail)
+
+    def fail(self, *args: Any) -> None:
+        raise RuntimeError("somebody else's")
+
+
+def test_what_a_validation_that_failed_has_loaded_is_no_other_fits(tmp_path: Path) -> None:
+    module, callback, path = Validated(), _distillation(), tmp_path / "early.ckpt"
+    _fit(module, callback).save_checkpoint(path)
+    _fit(module, callback, max_epochs=2)
+    learned = callback.distiller.terms["hint"].projector.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="somebody else's"):
+        Trainer(callbacks=[callback, Fails("on_validation_start")], **QUIET).validate(
+            module, _data(), ckpt_path=path, weights_only=True, verbose=False
+        )
+    see = Do("on_train_start", lambda _: callback.distiller.terms["hint"].projector.weight.detach().clone())
+    _fit(module.train(), callback, see)
+    assert torch.equal(see.results[0], learned)
+
+
+def test_what_a_resumed_fit_that_failed_has_loaded_is_no_other_fits(tmp_path: Path) -> None:
+    callback, path = EMATeacher({"c": Term(losses.KD())}, decay=0.9, student="model"), tmp_path / "early.ckpt"
+    _fit(Project(), callback).save_checkpoint(path)
+    with pytest.raises(RuntimeError, match="somebody else's"):
+        Trainer(callbacks=[Fails("on_fit_start"), callback], **QUIET | {"max_epochs": 2}).fit(
+            Project(), _data(), ckpt_path=path, weights_only=True
+        )
+    other = Project()
+    nn.init.ones_(other.model[0].weight)
+    see = Do("on_train_batch_start", lambda _: callback.distiller.teacher.model[0].weight.clone())
+    _fit(other, callback, see)
+    assert torch.equal(see.results[0], torch.ones(8, 6))
+
+
+def test_labels_are_those_with_which_a_batch_comes() -> None:
+    class Tidies(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.model(batch[0])
+            batch[1][batch[1] == 255] = 0  # of what is ignored
+            return F.cross_entropy(logits, batch[1])
+
+    images, labels = torch.randn(8, 6), torch.tensor([0, 1, 255, 2, 255, 3, 1, 255])
+    counts = (labels != 255)[:, None, None].expand(-1, 2, 2)
+    found = []
+    for kind, mask in ((Project, lambda batch: counts), (Tidies, lambda batch: batch[1] != 255)):
+        torch.manual_seed(0)
+        module, teacher = kind(), nn.Sequential(_net(16), Maps())
+        module.model = nn.Sequential(_net(), Maps())
+        target = labels[:, None, None].repeat(1, 2, 2).clamp(max=255 if kind is Tidies else 3)
+        terms = {"kd": Term(losses.Pixelwise(losses.KD()))}
+        callback = Distillation(teacher, terms, student="model", labels={"mask": mask})
+        trainer = Trainer(callbacks=[callback], **QUIET)
+        trainer.fit(module, DataLoader(TensorDataset(images, target), batch_size=8))
+        found.append(float(trainer.callback_metrics["train/kd"]))
+    assert found[0] == found[1] != 0
+
+
+class Maps(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, :, None, None] * torch.arange(1.0, 5.0).view(2, 2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_a_teacher_computes_in_its_own_type(precision: Any) -> None:
+    """In a true precision the Trainer changes torch's default type, in which constants are made."""
+    torch.manual_seed(0)
+    frozen, term, seen = OfBytes(16), {"kd": Term(losses.KD())}, []
+    watching = frozen.register_forward_hook(lambda m, args, output: seen.append((args[0], output, m.positions)))
+    batches = DataLoader(TensorDataset(torch.randint(0, 256, (16, 6), dtype=torch.uint8), torch.arange(16) % 4), 8)
+    own = {"student": "model"}
+    for callback in (
+        Distillation(frozen, term, **own), Distillation(teachers.Frozen(frozen, precision="32-true"), term, **own),
+        EMATeacher({"kd": Term(losses.KD())}, decay=0.5, **own), MutualDistillation([OfBytes(8)], term, **own),
+    ):  # fmt: skip
+        module = Project()
+        module.model = OfBytes(8)
+        trainer = Trainer(callbacks=[callback], precision=precision, **QUIET)
+        trainer.fit(module, batches)
+        assert torch.get_default_dtype() == torch.float32
+    watching.remove()
+    assert len(seen) == 4
+    for given, output, positions in seen:
+        assert positions == 600
+        torch.testing.assert_close(output, frozen(given), rtol=0, atol=0)
+
+
+class OfBytes(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = _net(width)
+        self.positions = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.positions = (torch.arange(600) / 600).unique().numel()
+        return self.net(x / 255)
