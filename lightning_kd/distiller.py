@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_kd.copying import lend
 from lightning_kd.counts import COUNTS
 from lightning_kd.schedules import Moment
-from lightning_kd.taps import Record, Taps
+from lightning_kd.taps import Record, Taps, overwritten, versions_of
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked, made_by
 from lightning_kd.term import Term
@@ -35,6 +36,8 @@ class Call:
 
     student: Record
     teacher: Record
+    versions: dict[int, int] = field(default_factory=dict)
+    """Of what the teacher answered, when it did."""
 
 
 class Distiller(nn.Module):
@@ -212,12 +215,16 @@ class Distiller(nn.Module):
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
         self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
         for name, term in self.named_terms() if self.teacher.same_call else ():
-            here, there = self._student_paths[name].text, self._teacher_paths[name].text
-            if here == there and term.student.text == term.teacher.text and term.projector is None:
-                raise ValueError(
-                    f"Term {name!r} compares {here!r} of the student with itself, which is always 0. Name another of "
-                    f"its layers as teacher=, or give a projector=."
+            here, there = (
+                (_at(student, start), [*start.selectors, *inside.selectors])
+                for start, inside in (
+                    (self._student_paths[name], term.student),
+                    (self._teacher_paths[name], term.teacher),
                 )
+            )
+            if here == there and not term.projects:
+                with _naming(name):
+                    self._refuse_itself(name)
         paths = {path.module for path in self._teacher_paths.values()}
         self._asks_teacher = ANSWER in labels_asked(self.student_input)
         self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)
@@ -235,6 +242,13 @@ class Distiller(nn.Module):
             student.register_forward_hook(self._after_call(student), always_call=True).remove,
             lend(student),
         ]
+
+    def _refuse_itself(self, name: str) -> None:
+        here, there = self._student_paths[name].text, self._teacher_paths[name].text
+        both = f"{here!r} of the student with {'itself' if here == there else f'{there!r}, which is the same'}"
+        raise ValueError(
+            f"it compares {both}, so it is always 0. Name another of its layers as teacher=, or give a projector=."
+        )
 
     def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
         """Returns where each term's path starts on one side; the names that the task offers are looked up."""
@@ -312,12 +326,14 @@ class Distiller(nn.Module):
             if not torch.is_grad_enabled():
                 return None
             labels = self._labels() if self._labels_of_inputs or self.teacher.labels else {}
+            given = args, kwargs
+            leaves = tree_leaves(given)
+            versions = versions_of(leaves)
             own = None
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
-            given = args, kwargs
+                _refuse_overwriting_input(leaves, versions, given)
             made = self.teacher_input is None
-            versions = [(x, x._version) for x in tree_leaves(given) if isinstance(x, Tensor) and not x.is_inference()]
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
                 made = True
@@ -332,10 +348,12 @@ class Distiller(nn.Module):
                     "teacher_input= makes the teacher's arguments out of the student's."
                 )
                 raise
-            _refuse_overwritten(versions)
+            _refuse_overwriting_teacher(leaves, versions)
+            answered = versions_of(knowledge)
             if self.student_input and self._asks_teacher:
                 own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
-            self._calls.append(Call(student=self._taps.open(), teacher=knowledge))
+                _refuse_overwriting_input(leaves, versions, given)
+            self._calls.append(Call(student=self._taps.open(), teacher=knowledge, versions=answered))
             return own
 
         return _eager(answer)
@@ -358,6 +376,8 @@ class Distiller(nn.Module):
             self.teacher.after_call(output)
             if failed and self._calls:  # who catches that may call it again, on other inputs
                 self._calls.pop()
+            elif self.teacher.same_call and self._calls:
+                self._calls[-1].versions = versions_of(self._calls[-1].teacher)
 
         return _eager(finish)
 
@@ -409,9 +429,26 @@ class Distiller(nn.Module):
         losses = {}
         for name, term in self.named_terms():
             with _naming(name):
+                self._check_answers(name, term, calls)
                 values = [term(*self._captured(name, call), labels) for call in calls]
                 losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
         return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
+
+    def _check_answers(self, name: str, term: Term, calls: Sequence[Call]) -> None:
+        """Refuses what was overwritten between the teacher's answer and now, if it is read; and what is one tensor."""
+        for call in calls:
+            for value in self._captured(name, call)[1]:
+                if overwritten(term.teacher.select(value), call.versions):
+                    raise ValueError(
+                        f"the teacher's {term.teacher.text!r} was overwritten in place after it had answered, so its "
+                        "values are gone: by training_step, by a student that works in place on what both are called "
+                        "with, or by the teacher's next answer in the same memory. Compute something new there: "
+                        "z = z * 2 and not z.mul_(2)."
+                    )
+        if self.teacher.same_call and not term.projects:
+            sides = [zip(*term.sides(*self._captured(name, call)), strict=True) for call in calls]
+            if all(_one_memory(s, t) for each in sides for s, t in each):
+                self._refuse_itself(name)
 
     def at(self, moment: Moment) -> None:
         """Sets everything that is scheduled to its value at a moment of the run."""
@@ -449,13 +486,33 @@ class Distiller(nn.Module):
         )
 
 
-def _refuse_overwritten(versions: list[tuple[Tensor, int]]) -> None:
-    for x, version in versions:
-        if x._version != version:
+def _refuse_overwriting_teacher(leaves: list[Any], versions: Mapping[int, int]) -> None:
+    for x in leaves:
+        if overwritten(x, versions):
             raise ValueError(
                 f"the teacher overwrites its input ({describe(x)}), which the student is called with next. Give it its "
                 "own: teacher_input=lambda x: x.clone()."
             )
+
+
+def _refuse_overwriting_input(leaves: list[Any], versions: Mapping[int, int], given: Any) -> None:
+    for x, now in zip_longest(leaves, tree_leaves(given)):
+        if x is not now or overwritten(x, versions):
+            raise ValueError(
+                f"student_input changes what it is given ({describe(now if x is None else x)}) in place, which is the "
+                "teacher's input and the batch of training_step, too. Let it return something new: x + noise and not "
+                "x.add_(noise)."
+            )
+
+
+def _at(model: nn.Module, path: Path) -> nn.Module:
+    return model if path.module == OUTPUT else find_module(model, path.module, "the student")
+
+
+def _one_memory(a: Tensor, b: Tensor) -> bool:
+    """Tells whether two tensors are one, of which one may be detached."""
+    where = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
+    return where[0] == where[1]
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:

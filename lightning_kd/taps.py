@@ -28,6 +28,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors([getattr(value, field.name) for field in fields(value)])
 
 
+def versions_of(value: Any) -> dict[int, int]:
+    """Returns how often each of the tensors in there was written, by its id: it must live as long as this is used."""
+    return {id(tensor): tensor._version for tensor in _tensors(value)}
+
+
+def overwritten(value: Any, versions: Mapping[int, int]) -> bool:
+    """Tells whether a tensor in there was written since ``versions_of`` saw it."""
+    return any(versions.get(id(tensor), tensor._version) != tensor._version for tensor in _tensors(value))
+
+
 class Taps:
     """Captures the outputs of a model's modules while a record is open.
 
@@ -89,7 +99,7 @@ class Taps:
             record[path].append(output.clone() if isinstance(output, Tensor) else output)
             return
         record[path].append(output)
-        self._captured.append((path, output, {id(tensor): tensor._version for tensor in _tensors(output)}))
+        self._captured.append((path, output, versions_of(output)))
 
     @property
     def recording(self) -> bool:
@@ -124,8 +134,7 @@ class Taps:
         """
         captured, self._captured = self._captured, []
         for path, output, versions in captured:
-            tensors = _tensors(output) if read is None else _selected(output, path, read)
-            if any(versions.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
+            if overwritten(output if read is None else list(_selected(output, path, read)), versions):
                 raise RuntimeError(
                     f"The output of {path!r} in {self.owner} was modified in place after it was computed (by an "
                     "activation with inplace=True, for one), so its values are gone. Tap the layer that modifies it "

@@ -102,6 +102,11 @@ class Term(nn.Module):
         return not self._built and (aligned or hasattr(self.loss, "build"))
 
     @property
+    def projects(self) -> bool:
+        """Whether it has a projector that somebody gave, so that its two sides may be one tensor."""
+        return self.projector is not None and not self._bridged
+
+    @property
     def needs_end(self) -> bool:
         """Whether something of the term changes over the run, so that it must be known how long that is."""
         return isinstance(self.weight, Schedule) or bool(self.schedules) or hasattr(self.loss, "at")

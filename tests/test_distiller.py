@@ -375,3 +375,72 @@ def test_a_student_that_is_computed_again_in_backward_lacks_what_student_input_m
         whole = checkpoint(student, torch.randn(5, 6), use_reentrant=False)
     (whole.sum() + distiller.total(distiller(calls))).backward()
     assert len(calls) == 1
+
+
+def noisy(x: Tensor) -> Tensor:
+    return x.add_(1.0)
+
+
+def noisy_for_the_teacher(x: Tensor, *, teacher: Tensor) -> Tensor:
+    return x.add_(teacher.mean())
+
+
+def replacing(x: list[Tensor]) -> list[Tensor]:
+    x[0] = x[0] + 1.0
+    return x
+
+
+@pytest.mark.parametrize("made", [noisy, noisy_for_the_teacher, replacing])
+def test_a_view_for_the_student_that_the_teacher_would_see_is_refused(made: Any) -> None:
+    class Listed(Net):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x[0] if isinstance(x, list) else x)
+
+    x = torch.randn(5, 6)
+    distiller = Distiller({"kd": Term(losses.KD())}, Listed(8), student_input=made)
+    with pytest.raises(ValueError, match=r"student_input changes what it is given \(a tensor of shape \(5, 6\)\)"):
+        watched(distiller, Listed(4), [x] if made is replacing else x)
+
+
+def test_an_answer_that_is_overwritten_before_it_is_compared_is_refused() -> None:
+    class Halving(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    class Buffered(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.held = getattr(self, "held", torch.empty(len(x), self.out_features))
+            return self.held.copy_(super().forward(x))
+
+    told = "Term 'it': the teacher's 'output' was overwritten in place after it had answered"
+    terms = {"it": Term(nn.MSELoss())}
+    for teacher in (nn.Identity(), nn.Unflatten(1, (6,))):  # the input, and a view of it
+        distiller = Distiller(terms, teacher)
+        calls = watched(distiller, Halving(6, 6), torch.randn(5, 6))
+        with pytest.raises(ValueError, match=told):
+            distiller(calls)
+        distiller.detach()
+    distiller, student = Distiller(terms, Buffered(6, 4)), Net(4)
+    distiller.attach(student)
+    for times in (1, 2, 1):
+        with distiller.watch() as calls:
+            for _ in range(times):
+                student(torch.randn(5, 6))
+        if times == 1:
+            assert distiller(calls)["it"] > 0
+        else:
+            with pytest.raises(ValueError, match=told):
+                distiller(calls)
+
+
+def test_what_is_overwritten_and_not_compared_does_not_matter() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"input": x, "twice": 2 * x}
+
+    student = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+    distiller = Distiller({"it": Term(nn.MSELoss(), teacher="output.twice")}, Both())
+    x = torch.randn(5, 6)
+    calls = watched(distiller, student, x)
+    x.zero_()
+    assert distiller(calls)["it"] > 0

@@ -69,10 +69,45 @@ def test_what_is_overwritten_is_refused() -> None:
 
 def test_a_layer_that_would_teach_itself_is_refused() -> None:
     distiller = Distiller({"exit": Term(losses.KD(), student="exit", teacher="exit")}, Itself())
-    with pytest.raises(ValueError, match="Term 'exit' compares 'exit' of the student with itself, which is always 0"):
+    with pytest.raises(ValueError, match="Term 'exit': it compares 'exit' of the student with itself, so it is"):
         distiller.attach(Exits())
     own = Term(losses.FitNet(), student="first", teacher="first", projector=nn.Linear(6, 6))
     Distiller({"own": own}, Itself()).attach(Exits())
+
+
+def test_one_tensor_under_two_names_is_refused() -> None:
+    student = Exits()
+    student.alias = student.exit
+    with pytest.raises(
+        ValueError, match="Term 'it': it compares 'exit' of the student with 'alias', which is the same"
+    ):
+        Distiller({"it": Term(losses.KD(), student="exit", teacher="alias")}, Itself()).attach(student)
+    flat = nn.Sequential(student.first, nn.Flatten())  # of vectors: what it is given
+    for model, here, there in [(student, "head", "output"), (flat, "0", "1")]:
+        distiller = Distiller({"it": Term(losses.FitNet(), student=here, teacher=there)}, Itself())
+        distiller.attach(model)
+        with distiller.watch() as calls:
+            model(torch.randn(8, 4))
+        with pytest.raises(ValueError, match=f"'{here}' of the student with '{there}', which is the same, so it is"):
+            distiller(calls)
+        distiller.detach()
+
+
+def test_what_the_step_overwrites_is_refused() -> None:
+    student, images = Exits(), torch.randn(8, 4)
+    distiller = Distiller({"exit": Term(losses.KD(), student="exit", teacher="output")}, Itself())
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        expected = student(images) * 10
+    before = distiller(calls)
+    with distiller.watch() as calls:
+        logits = student(images)
+        assert torch.equal(logits.mul_(10), expected)
+    with pytest.raises(ValueError, match="Term 'exit': the teacher's 'output' was overwritten in place after it had"):
+        distiller(calls)
+    with distiller.watch() as calls:
+        student(images).square()
+    assert torch.equal(distiller(calls)["exit"], before["exit"])
 
 
 def test_before_it_is_bound_it_answers_nothing() -> None:
