@@ -17,6 +17,7 @@ from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps, overwritten, versions_of
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked, made_by
+from lightning_kd.teachers.stillness import refuse_taught
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
@@ -225,6 +226,9 @@ class Distiller(nn.Module):
             if here == there and not term.projects:
                 with _naming(name):
                     self._refuse_itself(name)
+        for name, term in self.named_terms():
+            with _naming(name):
+                refuse_taught(self.teacher, term)
         paths = {path.module for path in self._teacher_paths.values()}
         self._asks_teacher = ANSWER in labels_asked(self.student_input)
         self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)

@@ -250,7 +250,8 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
     """
     if align == "map" and not (student.ndim == teacher.ndim == 4 and student.shape[:2] == teacher.shape[:2]):
         align = "none"
-    if align == "none" or (align == "shape" and student.shape == teacher.shape):
+    equal = student.shape == teacher.shape and (student.ndim != 4 or _channels_last(student))
+    if align == "none" or (align == "shape" and equal):  # equal maps may differ in a later batch, of other images
         return nn.Identity(), nn.Identity()
     shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
     if student.shape[:1] != teacher.shape[:1]:
@@ -264,7 +265,7 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
         )
     layouts = (student.ndim, teacher.ndim)
     if layouts[0] == layouts[1] and _size(student) == _size(teacher):
-        if align == "size":
+        if align == "size" and student.ndim != 4:
             return nn.Identity(), nn.Identity()
         if student.ndim in (2, 3):
             return nn.Linear(student.shape[-1], teacher.shape[-1]), nn.Identity()

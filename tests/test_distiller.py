@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -8,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_kd import Distiller, Term, losses, schedules
 from lightning_kd.taps import Record
-from lightning_kd.teachers import Frozen, Teacher
+from lightning_kd.teacher_layers import TeacherLayers
+from lightning_kd.teachers import EMA, Ensemble, Frozen, Itself, Teacher
 
 
 class Net(nn.Module):
@@ -28,6 +30,17 @@ class Failing(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise self.error
+
+
+class Through(nn.Module):
+    """A loss behind a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (self.layer(student) - teacher).square().mean()
 
 
 def watched(distiller: Distiller, student: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -444,3 +457,37 @@ def test_what_is_overwritten_and_not_compared_does_not_matter() -> None:
     calls = watched(distiller, student, x)
     x.zero_()
     assert distiller(calls)["it"] > 0
+
+
+def test_a_projector_that_would_train_the_teacher_is_refused() -> None:
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    paths = {"student": "stem", "teacher": "output"}
+    shared = Distiller(
+        {"it": Term(losses.KD(), **paths, projector=nn.Sequential(nn.Linear(4, 8), teacher[2]))}, teacher
+    )
+    with pytest.raises(
+        ValueError, match=r"Term 'it': it has weights of the teacher .* student: 2\.weight, 2\.bias\. .*"
+    ):
+        shared.attach(Net(4))
+    ensemble = Ensemble([nn.Linear(6, 4), teacher])
+    in_the_loss = Distiller({"it": Term(Through(teacher[2]), **paths)}, ensemble)
+    with pytest.raises(ValueError, match="Term 'it': it has weights of the teacher"):
+        in_the_loss.attach(Net(8))
+    teacher[2].requires_grad_(False)
+    shared.attach(Net(4))
+
+
+def test_projectors_that_leave_the_teacher_alone_are_not_refused() -> None:
+    student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    own = {"student": "0", "teacher": "output", "projector": nn.Sequential(student[1], student[2])}
+    for teacher in (Itself(), EMA(), copy.deepcopy(student)):
+        distiller = Distiller({"it": Term(losses.KD(), **own)}, teacher)
+        distiller.attach(student)
+        distiller.detach()
+    layers = TeacherLayers(["2"], before=nn.Linear(4, 8))
+    teacher = copy.deepcopy(student)
+    before = copy.deepcopy(teacher.state_dict())
+    distiller = Distiller({"it": Term(losses.KD(), student="stem", projector=layers)}, teacher)
+    distiller(watched(distiller, Net(4), torch.randn(5, 6)))["it"].backward()
+    torch.optim.SGD(distiller.parameters(), lr=1.0).step()
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

@@ -375,6 +375,20 @@ def test_a_projector_that_was_built_follows_images_of_changing_size() -> None:
         torch.testing.assert_close(term([s], [t], {}), expected)
 
 
+@pytest.mark.parametrize(
+    "loss", [losses.FitNet(), losses.AT(), losses.CWD(), losses.PKD(), losses.KD()], ids=lambda x: type(x).__name__
+)
+def test_maps_that_were_equal_first_follow_images_of_changing_size(loss: nn.Module) -> None:
+    term = Term(loss)
+    before = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 8, 8)
+    term.build(*before)
+    assert not term.state_dict()
+    torch.testing.assert_close(term(*([side] for side in before), {}), loss(*before))
+    s, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 9, 9)
+    larger = nn.functional.interpolate(s, (9, 9), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(term([s], [t], {}), loss(larger, t))
+
+
 def test_a_loss_that_knows_no_mask_is_refused_where_there_is_one() -> None:
     s, t = [torch.randn(2, 3, 4, 4, requires_grad=True)], [torch.randn(2, 3, 4, 4)]
     mask = torch.ones(2, 4, 4, dtype=torch.bool)

@@ -102,7 +102,8 @@ class CRD(nn.Module):
             raise ValueError(f"memory needs at least 2 samples and 1 negative, got {memory!r} and {negatives!r}.")
         if not (is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}: at 1 the banks never change.")
-        _check.positive("dim", dim)
+        if not (is_whole(dim) and dim >= 1):
+            raise ValueError(f"dim must be a whole number of dimensions, 1 or more; got {dim!r}.")
         self.dim = dim
         self.temperature = _check.positive("temperature", temperature)
         self.memory = memory

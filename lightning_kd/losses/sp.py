@@ -1,5 +1,6 @@
 """SP: which samples of the batch look alike."""
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
@@ -15,6 +16,8 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _similarity(feature: Tensor) -> Tensor:
     flat = upcast(feature).flatten(1)
+    # The result knows no scale, and squares of squares of a large feature would overflow.
+    flat = flat / flat.detach().abs().amax().clamp_min(torch.finfo(flat.dtype).tiny)
     return unit(flat @ flat.T, dim=1)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import full_precision, upcast
+from lightning_kd.numbers import is_number
 
 EPS = 1e-5
 
@@ -70,7 +71,7 @@ class VID(nn.Module):
 
     def __init__(self, variance: float = 5.0, dim: int = 1) -> None:
         super().__init__()
-        if not EPS < variance < math.inf:
+        if not (is_number(variance) and variance > EPS):
             raise ValueError(f"variance must be finite and above {EPS}, got {variance!r}.")
         self.variance = variance
         self.dim = dim

@@ -85,6 +85,20 @@ class Shared:
             )
 
 
+def refuse_taught(teacher: nn.Module, part: nn.Module) -> None:
+    """Refuses what learns with the student and has weights of the teacher, which would learn with it."""
+    theirs = {_place(p): name for name, p in teacher.named_parameters()}
+    taught = [theirs[_place(p)] for p in part.parameters() if p.requires_grad and _place(p) in theirs]
+    if taught:
+        more = f" and {len(taught) - 4} more" if len(taught) > 4 else ""
+        raise ValueError(
+            "it has weights of the teacher that would learn with the student: "
+            f"{', '.join(name.removeprefix('model.') for name in taught[:4])}{more}. To send the student's feature "
+            "through layers of the teacher as they are, take projector=projectors.TeacherLayers([...]); to begin from "
+            "them, a copy.deepcopy of each."
+        )
+
+
 def _place(t: Tensor) -> object:
     """Returns where a tensor is in memory; itself while it is nowhere."""
     there = not is_lazy(t) and t.device.type != "meta" and t.numel() and t.data_ptr()

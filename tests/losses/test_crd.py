@@ -258,8 +258,9 @@ def test_errors_give_the_remedy():
         losses.CRD(momentum=1.0)
     with pytest.raises(ValueError, match="memory"):
         losses.CRD(memory=1)
-    with pytest.raises(ValueError, match="dim"):
-        losses.CRD(dim=0)
+    for dim in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="dim must be a whole number"):
+            losses.CRD(dim=dim)
     with pytest.raises(ValueError, match="target=lambda batch: None"):
         loss(s, t, torch.rand(8), torch.arange(8))
     with pytest.raises(ValueError, match="partition"):

@@ -38,6 +38,19 @@ def test_a_dead_sample_has_a_bounded_gradient():
     assert s.grad.abs().max() < 10
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e10, 1e15, 1e30])
+def test_a_large_or_small_feature_is_that_of_a_common_size(scale: float):
+    torch.manual_seed(0)
+    s, t = torch.randn(6, 5), torch.randn(6, 5)
+    found, expected = (scale * s).requires_grad_(), s.double().requires_grad_()
+    for teacher in (t, scale * t):
+        loss = sp(found, teacher)
+        oracle = sp(expected, t.double())
+        assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
+        (own,), (of_oracle,) = torch.autograd.grad(loss, found), torch.autograd.grad(oracle, expected)
+        torch.testing.assert_close((own.double() * scale), of_oracle, rtol=1e-4, atol=1e-6)
+
+
 def test_batches_must_agree():
     with pytest.raises(ValueError, match=r"\(4, 8\) and teacher \(5, 8\)"):
         sp(torch.zeros(4, 8), torch.zeros(5, 8))

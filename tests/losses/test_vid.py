@@ -23,6 +23,12 @@ def test_starts_at_the_given_variance():
     torch.testing.assert_close(F.softplus(loss.rho) + 1e-5, torch.full((6,), 0.3))
 
 
+@pytest.mark.parametrize("variance", [0.0, 1e-5, float("inf"), float("nan"), "5", None])
+def test_a_variance_that_is_none(variance):
+    with pytest.raises(ValueError, match="variance must be finite and above"):
+        losses.VID(variance=variance)
+
+
 def test_variance_learns_the_error():
     """The likelihood is stationary where the variance is the mean squared error of the channel."""
     torch.manual_seed(0)
