@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_kd.copying import lend
 from lightning_kd.counts import COUNTS
+from lightning_kd.recomputation import Recomputation
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record, Taps, overwritten, versions_of
 from lightning_kd.teachers import Frozen, Teacher
@@ -137,9 +138,17 @@ class Distiller(nn.Module):
         self._undo: list[Callable[[], None]] = []
         self._depth = 0
         self._asks_teacher = False
+        self._recomputation = Recomputation()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None, "_calls": None, "_labels": dict, "_undo": []}
+        return {
+            **self.__dict__,
+            "_taps": None,
+            "_calls": None,
+            "_labels": dict,
+            "_undo": [],
+            "_recomputation": Recomputation(),
+        }
 
     def set_teacher(self, teacher: Teacher) -> None:
         """Gives it a teacher, before it is attached: past nn.Module's registration, so that it is no submodule."""
@@ -277,6 +286,7 @@ class Distiller(nn.Module):
         if self._taps is not None:
             self._taps.detach()
             self._taps = None
+            self._recomputation = Recomputation()
             self.teacher.unbind()
 
     @contextmanager
@@ -315,12 +325,15 @@ class Distiller(nn.Module):
     # The teacher answers before the student runs, when no activation of the student is in memory yet.
     def _before_call(self, student: nn.Module) -> Callable[..., Any]:
         def answer(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self.student_input and module is student and torch._C._current_graph_task_id() != -1:
-                raise ValueError(
-                    "the student is computed again in backward, by torch.utils.checkpoint around the whole of it, and "
-                    "without what student_input made of its arguments. Checkpoint layers inside of the student, or "
-                    "make its view in training_step."
-                )
+            if module is student and self._recomputation.now():
+                if self.student_input:
+                    raise ValueError(
+                        "the student is computed again in backward, by torch.utils.checkpoint around the whole of it, "
+                        "and without what student_input made of its arguments. Checkpoint layers inside of the "
+                        "student, or make its view in training_step."
+                    )
+                self._recomputation.again((args, kwargs))
+                return None
             # Validation, evaluation under no_grad and a deep copy of the student are not ours.
             if self._calls is None or self._taps is None or module is not student:
                 return None
@@ -333,6 +346,7 @@ class Distiller(nn.Module):
             given = args, kwargs
             leaves = tree_leaves(given)
             versions = versions_of(leaves)
+            begun = self._recomputation.begin(given)
             own = None
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
@@ -357,6 +371,7 @@ class Distiller(nn.Module):
             if self.student_input and self._asks_teacher:
                 own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
                 _refuse_overwriting_input(leaves, versions, given)
+            self._recomputation.end(begun, given)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge, versions=answered))
             return own
 

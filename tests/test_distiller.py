@@ -491,3 +491,29 @@ def test_projectors_that_leave_the_teacher_alone_are_not_refused() -> None:
     distiller(watched(distiller, Net(4), torch.randn(5, 6)))["it"].backward()
     torch.optim.SGD(distiller.parameters(), lr=1.0).step()
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("draws", ["teacher_input", "dropout", "nothing"])
+def test_a_student_that_is_computed_again_draws_what_it_drew(draws: str) -> None:
+    x = torch.randn(5, 6)
+    teacher = Frozen(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)), mode="train" if draws == "dropout" else "eval")
+    noise = (lambda x: x + torch.randn_like(x)) if draws == "teacher_input" else None
+    student = nn.Sequential(Net(16), nn.Dropout(0.5))
+    distiller = Distiller({"kd": Term(losses.KD())}, teacher, teacher_input=noise)
+    distiller.attach(student)
+
+    def more(x: Tensor) -> Tensor:  # what a checkpoint may have around a student
+        return nn.functional.dropout(student(nn.functional.dropout(x, 0.1)), 0.1)
+
+    found = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        student.zero_grad()
+        with distiller.watch() as calls:
+            outputs = [checkpoint(more, x, use_reentrant=False) if again else more(x) for _ in range(2)]
+        loss = distiller.total(distiller(calls)) + torch.stack(outputs).square().mean()
+        drawn = torch.rand(3)
+        loss.backward()
+        found.append([loss, drawn, torch.rand(3), *(p.grad for p in student.parameters())])
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
