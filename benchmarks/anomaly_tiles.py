@@ -3,8 +3,8 @@
     python benchmarks/anomaly_tiles.py --seeds 0 1 2 --output benchmarks/results/anomaly_tiles.csv
 
 Teacher of all are SqueezeNet's features of ImageNet; student is an untrained one, or a decoder. The batches of a seed
-are the same. anomalib's has its loss, its optimizer and its anomaly maps; its model is given these two networks, as it would
-make resnets by timm. It needs LIGHTNING_KD_DATA. Timings are medians of one image on one thread, in turns.
+are the same. anomalib's has its loss, its optimizer and its anomaly maps; its model is given these two networks, as it
+would make resnets by timm. It needs LIGHTNING_KD_DATA. Timings are medians of one image on one thread, in turns.
 """
 
 from __future__ import annotations
