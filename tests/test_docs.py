@@ -127,8 +127,15 @@ def test_commands_parse(
         if subcommand in {"fit", "validate", "test", "predict"}:
             call_cli(subcommand, *args, "--print_config")
             continue
+        settings = [
+            i for i, arg in enumerate(args) if re.match(r"--(trainer|model|data)\.", arg)
+        ]  # the configuration's
+        if settings:
+            config = args[args.index("--config") + 1]
+            call_cli("fit", "--config", config, *(each for i in settings for each in args[i : i + 2]), "--print_config")
+        capsys.readouterr()
         call_cli(subcommand, "--help")
-        options = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        options = {arg.partition("=")[0] for i, arg in enumerate(args) if arg.startswith("--") and i not in settings}
         assert options <= set(re.findall(r"--[\w.-]+", capsys.readouterr().out)), (subcommand, options)
 
 
