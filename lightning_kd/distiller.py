@@ -263,6 +263,11 @@ class Distiller(nn.Module):
             f"it compares {both}, so it is always 0. Name another of its layers as teacher=, or give a projector=."
         )
 
+    def refresh(self) -> None:
+        """Watches what has taken the place of a student's layer since it was attached."""
+        if self._taps is not None:
+            self._taps.refresh()
+
     def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
         """Returns where each term's path starts on one side; the names that the task offers are looked up."""
         offered = dict(self.knowledge(model)) if self.knowledge and model is not None else {}

@@ -55,14 +55,26 @@ class Taps:
         self.root = root
         self.stop_early = stop_early
         self.owner = owner
-        self._modules = {
-            path: root if path == OUTPUT else find_module(root, path, owner) for path in dict.fromkeys(paths)
-        }
+        self._modules = self._found(paths)
         self._record: Record | None = None
         self._captured: list[tuple[str, Any, dict[int, int]]] = []
         self._called_once = False
         self._stop_after: int | None = None
         self._undo: list[Callable[[], None]] = []
+
+    def _found(self, paths: Iterable[str]) -> dict[str, nn.Module]:
+        return {
+            path: self.root if path == OUTPUT else find_module(self.root, path, self.owner)
+            for path in dict.fromkeys(paths)
+        }
+
+    def refresh(self) -> None:
+        """Goes over to what has taken the place of a module since it was attached: synchronised BatchNorm, for one."""
+        found = self._found(self._modules)
+        if any(found[path] is not module for path, module in self._modules.items()):
+            self.detach()
+            self._modules = found
+            self.attach()
 
     def attach(self) -> None:
         """Registers the hooks; what was compiled of the model without them is forgotten."""

@@ -259,6 +259,8 @@ class Attachment(Callback):
         if not self._ready:
             if not self._has_parameters():
                 self._attach(pl_module)
+            for distiller in self._distillers:  # since then the strategy may have replaced layers (sync_batchnorm)
+                distiller.refresh()
             self._move_teacher(pl_module.device)
             self._ready = True
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_kd.callbacks import EMATeacher, MutualDistillation
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -134,6 +135,37 @@ def test_a_module_is_pickled_in_a_fit_with_two_callbacks_and_methods_of_its_own(
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_layers_that_the_strategy_replaces_are_tapped_where_they_are_then() -> None:
+    """As Lightning does it for sync_batchnorm, which torch has on GPUs alone."""
+
+    class Other(nn.BatchNorm1d):
+        pass
+
+    class Replacing(SingleDeviceStrategy):
+        def setup(self, trainer: Trainer) -> None:
+            old = self.lightning_module.model[1]
+            new = Other(8)
+            new.weight, new.bias = old.weight, old.bias
+            self.lightning_module.model[1] = new
+            super().setup(trainer)
+
+    def network(width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 4))
+
+    module = Project()
+    module.model = network(8)
+    term = Term(losses.FitNet(), student="1", teacher="1")
+    trainer = _fit(
+        module,
+        Distillation(network(16), {"hint": term}, student="model"),
+        strategy=Replacing("cpu"),
+        accelerator="auto",
+    )
+    assert isinstance(module.model[1], Other)
+    assert trainer.callback_metrics["train/hint"] > 0
+    assert _is_the_users_own(module)
 
 
 class Fails(Callback):
