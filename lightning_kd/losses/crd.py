@@ -53,10 +53,11 @@ class CRD(nn.Module):
     follow the process whose buffers are broadcast.
 
     Given a target, samples of the anchor's class are no negatives (with memory: as far as their label was
-    seen). A negative label, -100, is no class: nothing is known of such a sample.
+    seen). A negative label, -100, is no class: nothing is known of such a sample. Without memory a batch of a single
+    class has no negatives, and is worth 0: shuffle the data.
 
     Args:
-        dim: Size of the embeddings.
+        dim: Size of the embeddings, at least 2.
         temperature: Positive. May be changed between steps.
         memory: Number of training samples M, or None for the in-batch form.
         negatives: K; only read with memory.
@@ -102,8 +103,11 @@ class CRD(nn.Module):
             raise ValueError(f"memory needs at least 2 samples and 1 negative, got {memory!r} and {negatives!r}.")
         if not (is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}: at 1 the banks never change.")
-        if not (is_whole(dim) and dim >= 1):
-            raise ValueError(f"dim must be a whole number of dimensions, 1 or more; got {dim!r}.")
+        if not (is_whole(dim) and dim >= 2):
+            raise ValueError(
+                f"dim must be a whole number of dimensions, 2 or more (of one, a unit embedding is 1 or -1, with no "
+                f"gradient); got {dim!r}."
+            )
         self.dim = dim
         self.temperature = _check.positive("temperature", temperature)
         self.memory = memory
