@@ -1,6 +1,7 @@
 """The module door: a LightningModule made of a task, a student, a teacher and terms."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class DistillationModule(LightningModule):
         student: nn.Module,
         teacher: nn.Module | None = None,
         terms: Mapping[str, Term] | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | Schedule | None = None,
         lr_interval: str = "epoch",
         task_weight: float | Schedule = 1.0,
@@ -90,9 +91,8 @@ class DistillationModule(LightningModule):
             raise ValueError(f"lr_interval is 'epoch' or 'step', got {lr_interval!r}.")
         self.task = task
         self.student = student
-        # The command line reads the default out of a lambda, which cannot be pickled (ddp_spawn).
-        default = getattr(optimizer, "__qualname__", "") == "DistillationModule.<lambda>"
-        self.optimizer = _adamw if default else optimizer
+        # No default in the signature: the command line would keep its arguments for whatever class is given instead.
+        self.optimizer: OptimizerCallable = optimizer or partial(torch.optim.AdamW, lr=1e-3)
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.attachment: Attachment | None = None
@@ -291,10 +291,6 @@ class DistillationModule(LightningModule):
         metrics.reset()
 
 
-def _adamw(parameters: Any) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
-
-
 def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler: object) -> None:
     """Raises ``TypeError`` where a caller without a type checker passes something else."""
     for name, given, kind in (("task", task, TaskAdapter), ("student", student, nn.Module)):
@@ -306,7 +302,7 @@ def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler:
             f"student is the network that learns, got a teacher ({type(student).__name__}). Give the network itself, "
             "and what it learns from as teacher; were the two swapped?"
         )
-    if not callable(optimizer):
+    if optimizer is not None and not callable(optimizer):
         raise TypeError(
             "optimizer makes one of parameters, a class or functools.partial(torch.optim.SGD, lr=0.1); got "
             f"{describe(optimizer)}, which is made already."

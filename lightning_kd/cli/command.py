@@ -141,6 +141,7 @@ class DistillationCLI(LightningCLI):
             return
         teacher.note_fresh(self.own_config["model"])
         missing = bool(teacher.missing(self.own_config))
+        teacher.refuse_schedule(self.own_config)
         if missing and self.own_config["trainer"].get("fast_dev_run"):
             print("teacher: not trained yet; in this fast_dev_run an untrained one stands in")
             self.config = self._with_stand_in()

@@ -92,6 +92,7 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
         )
     standing = (model.get("teacher") or {}).get("class_path") in STANDING
     teacher.refuse_untrained(cli.own_config)
+    teacher.refuse_schedule(cli.own_config)
     teacher.note_fresh(model)
     if not model.get("terms") or (standing and not teacher.standing(model)):
         raise UsageError(

@@ -100,6 +100,8 @@ def _top_level(told: str) -> str:
     """What was probably meant by what stands too high: a file, a loss, or what belongs into a group."""
     if loss := re.search(r"Import path (?P<name>\S+) does not correspond to a subclass of Term$", told):
         return f". Did you mean loss: {{class_path: {loss['name']}}}, one level deeper?"
+    if "class_path='torch.optim.Optimizer'" in told:
+        return ". Name its class, too: --model.optimizer=torch.optim.AdamW"
     if file := re.match(r"Unrecognized arguments: (?P<name>[^-\s]\S*\.ya?ml)", told):
         return f". Did you mean --config {file['name']}?"
     top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>\w+)", told)

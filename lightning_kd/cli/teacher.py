@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from torch.optim import AdamW, lr_scheduler
 
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import plain
+from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -42,6 +45,12 @@ DISTILLING = ("teacher", "terms", "task_weight", "teacher_input", "student_input
 
 OUR_CALLBACKS = "lightning_kd.callbacks."
 
+OF_ANY_RUN = (Schedule, lr_scheduler.ExponentialLR, lr_scheduler.ReduceLROnPlateau, ReduceLROnPlateau)
+"""Schedulers whose arguments say nothing of how long a run is."""
+
+RATES = ("max_lr", "base_lr", "swa_lr")
+"""What schedulers call a learning rate that they set, whatever the optimizer was given."""
+
 DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 """What of the trainer decides only what is shown."""
 
@@ -50,19 +59,22 @@ DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 class TeacherFit:
     """How a teacher is trained when its checkpoint does not exist: alone, on the same data and task.
 
-    Optimizer and scheduler are the student's, with these values instead.
+    Optimizer and scheduler are the student's, with these values instead. A scheduler that is written for the student's
+    run, for its length or its learning rate, is refused where the teacher's is another.
 
     Args:
         max_epochs: Epochs to train for.
         lr: Learning rate.
         seed: Seed, the same for all students of this teacher; the next teacher of an ensemble has the next seed.
         task: ``class_path`` and ``init_args`` of the teacher's task, where that is another than the student's.
+        lr_scheduler: The teacher's own scheduler, as ``model.lr_scheduler`` is the student's.
     """
 
     max_epochs: PositiveInt
     lr: float
     seed: int = 0
     task: dict[str, Any] | None = None
+    lr_scheduler: LRSchedulerCallable | Schedule | None = None
 
 
 def standing(model: Any) -> list[Any]:
@@ -113,6 +125,41 @@ def missing(config: Any) -> list[Any]:
     return [one for one in each if not Path(one["checkpoint"]).is_file()]
 
 
+def refuse_schedule(config: Any) -> None:
+    """Refuses to train a missing teacher by a scheduler that is written for the student's run.
+
+    Raises:
+        UsageError: If the teacher's run is of another length or learning rate.
+    """
+    how, given = config.get("teacher_fit"), plain(config["model"].get("lr_scheduler"))
+    if not given or not missing(config) or how.get("lr_scheduler"):
+        return
+    kind: Any = pydoc.locate(given["class_path"])
+    arguments = given.get("init_args") or {}
+    written = {k: v for k, v in arguments.items() if v is not None and k != "last_epoch"}
+    adapts = isinstance(kind, type) and issubclass(kind, OF_ANY_RUN)
+    adapts = adapts or ("T_max" in written and config["model"].get("lr_interval") != "step")
+    rates = [name for name in RATES if name in written and written[name] != how["lr"]]
+    if not rates and (adapts or _as_long(config)):
+        return
+    defaults = {name: each.default for name, each in inspect.signature(kind).parameters.items()} if kind else {}
+    said = ", ".join(f"{k}={v}" for k, v in written.items() if k not in defaults or v != defaults[k])
+    raise UsageError(
+        f"model.lr_scheduler is written for the student's run, {given['class_path']} with {said or 'its defaults'}, "
+        f"and the teacher's is another: teacher_fit has max_epochs={how['max_epochs']} and lr={how['lr']}. Give "
+        "teacher_fit.lr_scheduler, the teacher's own, or as model.lr_scheduler one of lightning_kd.schedules, which "
+        "fit any run"
+    )
+
+
+def _as_long(config: Any) -> bool:
+    """Whether the teacher's run takes as many epochs as the student's, and as many steps."""
+    trainer = config["trainer"]
+    stopped = trainer.get("max_steps") not in (None, -1) or trainer.get("max_time") is not None
+    accumulated = config["model"].get("lr_interval") == "step" and (trainer.get("accumulate_grad_batches") or 1) > 1
+    return trainer.get("max_epochs") == config["teacher_fit"]["max_epochs"] and not stopped and not accumulated
+
+
 def ensure(cli: DistillationCLI) -> None:
     """Train the teachers of a configuration and save them where the configuration says, unless they are there.
 
@@ -157,10 +204,19 @@ def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, A
     trainer = {k: v for k, v in config["trainer"].items() if k in DECIDING and v is not None}
     trainer["max_epochs"] = how["max_epochs"]
     model = alone(config)["model"] | {"student": network, "task": own_task(config) or config["model"]["task"]}
-    model["optimizer"] = _replace(model.get("optimizer"), lr=how["lr"])
-    if model.get("lr_scheduler"):
+    model["optimizer"] = _replace(model.get("optimizer") or _adamw(), lr=how["lr"])
+    if how.get("lr_scheduler"):
+        model["lr_scheduler"] = how["lr_scheduler"]
+    elif model.get("lr_scheduler") and model.get("lr_interval") != "step":
         model["lr_scheduler"] = _replace(model["lr_scheduler"], T_max=how["max_epochs"])
     return alone(config) | {"seed_everything": seed, "trainer": trainer, "model": model}
+
+
+def _adamw() -> dict[str, Any]:
+    """The optimizer of a configuration that names none, in full: the record beside the teacher says all."""
+    arguments = {k: each.default for k, each in inspect.signature(AdamW).parameters.items() if k != "params"}
+    spec: dict[str, Any] = json.loads(json.dumps({"class_path": "torch.optim.AdamW", "init_args": arguments}))
+    return spec
 
 
 def own_task(config: Any) -> Any:

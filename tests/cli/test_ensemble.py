@@ -42,12 +42,18 @@ def test_a_number_of_classes_that_the_data_do_not_say_is_kept() -> None:
 
 
 def test_a_teacher_may_learn_a_task_of_its_own() -> None:
-    model = {"task": "a", "student": "small", "teacher": member("1.ckpt"), "terms": {}, "optimizer": {}}
+    model = {
+        "task": "a",
+        "student": "small",
+        "teacher": member("1.ckpt"),
+        "terms": {},
+        "optimizer": {"class_path": "o"},
+    }
     config = {"data": {}, "trainer": {}, "model": model, "teacher_fit": {"max_epochs": 1, "lr": 0.1}}
     assert teacher.own_training(config, "big", 0)["model"] == {
         "task": "a",
         "student": "big",
-        "optimizer": {"init_args": {}},
+        "optimizer": {"class_path": "o", "init_args": {}},
     }
     config["teacher_fit"]["task"] = "b"
     assert teacher.own_training(config, "big", 0)["model"]["task"] == "b"
