@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
@@ -198,7 +199,9 @@ class DistillationCLI(LightningCLI):
             shown = progress()
             config["enable_progress_bar"] = isinstance(shown, ProgressBar)
             callbacks.append(shown)
-        if not config.get("logger", True) or config.get("fast_dev_run"):  # it would land in the folder one stands in
+        keeps = config.get("logger", True)
+        # The configuration would land in the folder one stands in.
+        if not keeps or isinstance(keeps, DummyLogger) or config.get("fast_dev_run"):
             self.save_config_callback = None
         saves = config.get("enable_checkpointing") is not False
         if self.subcommand == "fit" and saves and not any(isinstance(each, Checkpoint) for each in callbacks):
@@ -253,9 +256,17 @@ class DistillationCLI(LightningCLI):
                 "the fit made no step: expected training data of at least one batch, received none. Lower "
                 "--data.init_args.batch_size, or see --trainer.limit_train_batches and max_epochs"
             )
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best and self.trainer.is_global_zero:
-            print(f"student saved: {best}")
+        if self.saved and self.trainer.is_global_zero:
+            self.note_saved()
+
+    @property
+    def saved(self) -> str:
+        """The checkpoint that a fit ends with: the best where something is monitored, else the last; empty if none."""
+        return getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+
+    def note_saved(self) -> None:
+        """Say where the student is."""
+        print(f"student saved: {self.saved}")
 
 
 def _known(said: str) -> Callable[[Any], Any]:

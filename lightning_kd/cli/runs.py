@@ -5,22 +5,39 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pydoc
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.cli.recipe import Inputs, inputs_of, random_inputs
+from lightning_kd.cli.recipe import Inputs, inputs_of, random_inputs, read
 from lightning_kd.cli.teacher import fingerprint
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import load_weights
+from lightning_kd.teachers.weights import peers_in
 
 Settings = dict[str, Any]
-ALL_IN_ONE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+FOR_RESUMING = ("optimizer_states", "lr_schedulers", "loops")
+"""What of a checkpoint a comparison does not keep."""
+
+NOWHERE = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger"}
+"""A logger that writes nothing: LearningRateMonitor and others refuse to do without one."""
+
+ALL_IN_ONE = {"logger": NOWHERE, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+class Run(DistillationCLI):
+    """A fit whose checkpoints are not for the eyes."""
+
+    def note_saved(self) -> None:
+        """Say nothing: what is named is gone soon."""
 
 
 def write(settings: Settings, file: Path) -> str:
@@ -34,24 +51,48 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
     """Train by the same code as ``lightning-kd fit``, unless that was done before.
 
     Returns:
-        The checkpoint, which is only there when the training ended.
+        The checkpoint, which is only there when the training ended. It has the weights that the fit would name: where
+        the configuration has a ModelCheckpoint, the best ones by what that monitors, else the last.
     """
-    key = fingerprint(settings)
+    saving = _saving(settings)
+    key = fingerprint(settings | ({"measured": "best"} if saving else {}))
     checkpoint = folder / f"{key}.ckpt"
     if checkpoint.is_file():
         print(f"{say}: trained before")
         return checkpoint
     print(f"{say}: training, {settings['trainer'].get('max_epochs')} epochs", flush=True)
     trainer = settings["trainer"] | ALL_IN_ONE | {"default_root_dir": str(folder)}
-    cli = DistillationCLI(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
+    own = folder / f".{key}"
+    shutil.rmtree(own, ignore_errors=True)  # of a run that was interrupted
+    if saving:
+        others = [each for each in trainer["callbacks"] if each not in saving]
+        whole = {"dirpath": str(own), "save_weights_only": False}  # with the peers
+        here = [each | {"init_args": each["init_args"] | whole} for each in saving]
+        trainer |= {"callbacks": others + here, "enable_checkpointing": True}
+    cli = Run(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
     part = folder / f".{key}.part"
-    for i, peer in enumerate(getattr(cli.model.attachment, "peers", ()), 1):
-        torch.save(peer.state_dict(), peer_file(checkpoint, i))
+    peers = [peer.state_dict() for peer in getattr(cli.model.attachment, "peers", ())]
     cli.trainer.save_checkpoint(part, weights_only=True)
+    if cli.saved:
+        best = read(cli.saved)
+        peers = [peer["state_dict"] for peer in peers_in(best).values()]
+        torch.save({k: v for k, v in best.items() if k not in FOR_RESUMING}, part)
+    for i, weights in enumerate(peers, 1):
+        torch.save(weights, peer_file(checkpoint, i))
     os.replace(part, checkpoint)
+    shutil.rmtree(own, ignore_errors=True)
     del cli
     gc.collect()  # data and trainer hold each other: of many runs in a row, each would stay for a while
     return checkpoint
+
+
+def _saving(settings: Settings) -> list[Any]:
+    """Of the configuration's callbacks, those that say which weights are kept."""
+    trainer = settings["trainer"]
+    if trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
+        return []
+    kinds = [(each, pydoc.locate(each["class_path"])) for each in trainer.get("callbacks") or []]
+    return [each for each, kind in kinds if isinstance(kind, type) and issubclass(kind, ModelCheckpoint)]
 
 
 def peer_file(checkpoint: Path, number: int) -> Path:

@@ -1,0 +1,84 @@
+"""What a run of a comparison keeps: the weights that a fit would name, and no logs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_kd.cli import main, runs
+from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.cli.compare import read, settings_of
+from lightning_kd.models import CifarResNet
+from lightning_kd.teachers import load_weights
+from lightning_kd.teachers.weights import peers_in
+
+SHORT = [
+    "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+ALONE = ["--config", "digits_kd", "--model.teacher=null", "--model.terms=null", "--teacher_fit=null", *SHORT]
+MONITOR = ["--trainer.callbacks+=LearningRateMonitor"]
+BEST = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
+"""The loss falls, so that by mode=max the first of two epochs is kept."""
+
+
+def settings(*arguments: str) -> Any:
+    return settings_of(DistillationCLI(list(arguments), run=False, make=False))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_callback_that_needs_a_logger_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = runs.fit(settings(*ALONE, *MONITOR), Path("runs"), "one")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+    key = checkpoint.stem
+    assert {path.name for path in tmp_path.rglob("*")} == {"runs", f"{key}.ckpt", f"{key}.fit.json"}
+
+
+def test_it_is_rehearsed_before_the_first_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read("digits_kd", None, [*SHORT, *MONITOR]).rehearse()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "epoch"), [("max", 0), ("min", 1)])
+def test_the_weights_are_those_that_a_fit_names(
+    mode: str, epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*ALONE, *BEST, f"--trainer.callbacks.mode={mode}"]
+    checkpoint = runs.fit(settings(*arguments), Path("runs"), "one")
+    assert "student saved" not in capsys.readouterr().out
+    key = checkpoint.stem
+    assert {path.name for path in Path("runs").iterdir()} == {f"{key}.ckpt", f"{key}.fit.json"}
+    assert main(["fit", *arguments]) == 0
+    named = capsys.readouterr().out.partition("student saved: ")[2].strip()
+    content, fitted = (torch.load(file, weights_only=True) for file in (checkpoint, named))
+    assert content["epoch"] == fitted["epoch"] == epoch
+    assert same(content["state_dict"], fitted["state_dict"])
+    assert "optimizer_states" not in content
+
+
+def test_a_run_of_a_configuration_that_keeps_the_best_is_no_run_of_the_last_epoch() -> None:
+    last, best = settings(*ALONE), settings(*ALONE, *BEST)
+    assert runs._saving(last) == []
+    assert [each["init_args"]["monitor"] for each in runs._saving(best)] == ["val/loss"]
+    assert runs._saving(settings(*ALONE, *BEST, "--trainer.enable_checkpointing=false")) == []
+
+
+def test_peers_have_the_weights_of_the_same_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", "digits_mutual", *SHORT, *BEST, "--trainer.callbacks.mode=max"]
+    checkpoint = runs.fit(settings(*arguments), Path("runs"), "one")
+    assert main(["fit", *arguments]) == 0
+    named = capsys.readouterr().out.partition("student saved: ")[2].strip()
+    (peer,) = peers_in(torch.load(named, weights_only=True)).values()
+    assert same(torch.load(runs.peer_file(checkpoint, 1), weights_only=True), dict(peer["state_dict"]))
+    load_weights(CifarResNet(depth=14, width=16, in_channels=1), runs.peer_file(checkpoint, 1))  # as it is measured
