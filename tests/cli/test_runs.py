@@ -19,8 +19,8 @@ SHORT = [
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
 ALONE = ["--config", "digits_kd", "--model.teacher=null", "--model.terms=null", "--teacher_fit=null", *SHORT]
-MONITOR = ["--trainer.callbacks+=LearningRateMonitor"]
-BEST = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
+MONITOR = ["--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"]
+BEST = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
 """The loss falls, so that by mode=max the first of two epochs is kept."""
 
 
