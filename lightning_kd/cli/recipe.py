@@ -120,6 +120,11 @@ class Saved:
 
     def __init__(self, path: str | Path, peer: int = 0, teacher: str | None = None) -> None:
         content = read(path)
+        if isinstance(content, dict) and KEY not in content and Path(f"{path}.json").is_file():
+            raise UsageError(
+                f"{path} is a teacher's file, with the record of its training beside it, and export takes a student's: "
+                "teachers.load_weights(network, file) loads this one into the plain network"
+            )
         if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
             raise UsageError(f"{path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote")
         try:

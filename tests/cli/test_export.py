@@ -212,3 +212,10 @@ def test_a_run_says_what_is_deployed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     detector = StudentTeacher(module.student, module.teacher.model, module.task.difference).eval()
     with torch.no_grad():
         assert not torch.allclose(detector(images).anomaly_map, found.anomaly_map, rtol=1e-2)  # without teacher_input
+
+
+def test_a_teachers_file_is_no_students(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {"student.weight": torch.zeros(1)}}, tmp_path / "teacher.ckpt")
+    (tmp_path / "teacher.ckpt.json").write_text("{}")
+    assert main(["export", str(tmp_path / "teacher.ckpt"), "--format", "state_dict"]) == 2
+    assert "teacher.ckpt is a teacher's file" in capsys.readouterr().err
