@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,9 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_kd.copying import lend
 from lightning_kd.counts import COUNTS
+from lightning_kd.overwriting import (
+    one_memory,
+    overwritten,
+    refuse_overwriting_input,
+    refuse_overwriting_teacher,
+    versions_of,
+)
 from lightning_kd.recomputation import Recomputation
 from lightning_kd.schedules import Moment
-from lightning_kd.taps import Record, Taps, overwritten, versions_of
+from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked, made_by
 from lightning_kd.teachers.stillness import refuse_taught
@@ -355,7 +361,7 @@ class Distiller(nn.Module):
             own = None
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
-                _refuse_overwriting_input(leaves, versions, given)
+                refuse_overwriting_input(leaves, versions, given)
             made = self.teacher_input is None
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
@@ -371,11 +377,11 @@ class Distiller(nn.Module):
                     "teacher_input= makes the teacher's arguments out of the student's."
                 )
                 raise
-            _refuse_overwriting_teacher(leaves, versions)
+            refuse_overwriting_teacher(leaves, versions)
             answered = versions_of(knowledge)
             if self.student_input and self._asks_teacher:
                 own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
-                _refuse_overwriting_input(leaves, versions, given)
+                refuse_overwriting_input(leaves, versions, given)
             self._recomputation.end(begun, given)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge, versions=answered))
             return own
@@ -471,7 +477,7 @@ class Distiller(nn.Module):
                     )
         if self.teacher.same_call and not term.projects:
             sides = [zip(*term.sides(*self._captured(name, call)), strict=True) for call in calls]
-            if all(_one_memory(s, t) for each in sides for s, t in each):
+            if all(one_memory(s, t) for each in sides for s, t in each):
                 self._refuse_itself(name)
 
     def at(self, moment: Moment) -> None:
@@ -510,33 +516,8 @@ class Distiller(nn.Module):
         )
 
 
-def _refuse_overwriting_teacher(leaves: list[Any], versions: Mapping[int, int]) -> None:
-    for x in leaves:
-        if overwritten(x, versions):
-            raise ValueError(
-                f"the teacher overwrites its input ({describe(x)}), which the student is called with next. Give it its "
-                "own: teacher_input=lambda x: x.clone()."
-            )
-
-
-def _refuse_overwriting_input(leaves: list[Any], versions: Mapping[int, int], given: Any) -> None:
-    for x, now in zip_longest(leaves, tree_leaves(given)):
-        if x is not now or overwritten(x, versions):
-            raise ValueError(
-                f"student_input changes what it is given ({describe(now if x is None else x)}) in place, which is the "
-                "teacher's input and the batch of training_step, too. Let it return something new: x + noise and not "
-                "x.add_(noise)."
-            )
-
-
 def _at(model: nn.Module, path: Path) -> nn.Module:
     return model if path.module == OUTPUT else find_module(model, path.module, "the student")
-
-
-def _one_memory(a: Tensor, b: Tensor) -> bool:
-    """Tells whether two tensors are one, of which one may be detached."""
-    where = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
-    return where[0] == where[1]
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:

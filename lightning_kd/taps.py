@@ -1,41 +1,17 @@
 """Taps: named outputs of named modules, captured by forward hooks and cleared on read."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kd.copying import lend
+from lightning_kd.overwriting import overwritten, tensors_in, versions_of
 from lightning_kd.wiring import OUTPUT, Path, find_module
 
 Record = dict[str, list[Any]]
 """For each tapped path what its module returned, once per call of that module."""
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Finds the tensors whose overwriting can be told, in what a module returned."""
-    if isinstance(value, Tensor):
-        if not value.is_inference():  # these have no version
-            yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value):
-        yield from _tensors([getattr(value, field.name) for field in fields(value)])
-
-
-def versions_of(value: Any) -> dict[int, int]:
-    """Returns how often each of the tensors in there was written, by its id: it must live as long as this is used."""
-    return {id(tensor): tensor._version for tensor in _tensors(value)}
-
-
-def overwritten(value: Any, versions: Mapping[int, int]) -> bool:
-    """Tells whether a tensor in there was written since ``versions_of`` saw it."""
-    return any(versions.get(id(tensor), tensor._version) != tensor._version for tensor in _tensors(value))
 
 
 class Taps:
@@ -182,7 +158,7 @@ def _selected(output: Any, module: str, read: Iterable[Path]) -> Iterator[Tensor
     for path in read:
         if path.module == module:
             try:
-                yield from _tensors(path.select(output))
+                yield from tensors_in(path.select(output))
             except KeyError:  # reported with the name of its term when that is computed
                 continue
 
