@@ -2,7 +2,7 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
@@ -20,13 +20,13 @@ _NOT_COPIED = (Dataset, DataLoader, LightningDataModule, DeviceMesh)
 class _Reduced:
     """Takes the place of a module's ``__reduce_ex__``, by which it is deep-copied and pickled.
 
-    What is on loan there for the length of a fit is left out: hooks of this package, methods that hide the class's own,
-    submodules.
+    What is on loan there for the length of a fit is left out: hooks of this package, methods that hide the class's own.
+    What learns stays: averages of a module are computed parameter by parameter.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.loans: list[tuple[Mapping[str, Any], frozenset[str]]] = []
+        self.loans: list[Mapping[str, Any]] = []
 
     def __call__(self, protocol: Any) -> Any:
         made = type(self.module).__reduce_ex__(self.module, protocol)
@@ -37,13 +37,12 @@ class _Reduced:
             ours = {key for key, hook in state.get(names, {}).items() if is_ours(hook)}
             for kind in [name for name in state if name.startswith(names)]:
                 state[kind] = OrderedDict((key, hook) for key, hook in state[kind].items() if key not in ours)
-        for own, parts in reversed(self.loans):
+        for own in reversed(self.loans):
             for name, value in own.items():
                 if value is None:
                     state.pop(name, None)
                 else:
                     state[name] = value
-            state["_modules"] = {name: part for name, part in state["_modules"].items() if name not in parts}
         return (*made[:2], state, *made[3:])
 
 
@@ -52,13 +51,12 @@ def is_ours(hook: Any) -> bool:
     return getattr(hook, "__module__", "").startswith("lightning_kd.")
 
 
-def lend(module: nn.Module, own: Mapping[str, Any] | None = None, parts: Iterable[str] = ()) -> Callable[[], None]:
+def lend(module: nn.Module, own: Mapping[str, Any] | None = None) -> Callable[[], None]:
     """Lets copies and pickles of a module be without our hooks, and without what else is there for a while.
 
     Args:
         module: The module.
         own: What attributes that are replaced were before, by name; None for those of its class.
-        parts: Names of submodules that are not its own.
 
     Returns:
         What ends that.
@@ -74,7 +72,7 @@ def lend(module: nn.Module, own: Mapping[str, Any] | None = None, parts: Iterabl
     """
     held = vars(module)
     reduced = held.setdefault("__reduce_ex__", _Reduced(module))
-    loan = dict(own or {}), frozenset(parts)
+    loan = dict(own or {})
     if not isinstance(reduced, _Reduced):  # the instance has one of its own
         return lambda: None
     reduced.loans.append(loan)

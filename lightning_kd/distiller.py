@@ -273,6 +273,7 @@ class Distiller(nn.Module):
         """Watches what has taken the place of a student's layer since it was attached."""
         if self._taps is not None:
             self._taps.refresh()
+            self.teacher.refresh()
 
     def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
         """Returns where each term's path starts on one side; the names that the task offers are looked up."""
@@ -361,10 +362,11 @@ class Distiller(nn.Module):
             own = None
             if self.student_input and not self._asks_teacher:
                 own = made_by(self.student_input, args, kwargs, labels)
-                refuse_overwriting_input(leaves, versions, given)
+                refuse_overwriting_input("student_input", leaves, versions, given)
             made = self.teacher_input is None
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
+                refuse_overwriting_input("teacher_input", leaves, versions, given)
                 made = True
                 if self.teacher.labels:
                     self.teacher.look(labels)
@@ -381,7 +383,7 @@ class Distiller(nn.Module):
             answered = versions_of(knowledge)
             if self.student_input and self._asks_teacher:
                 own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
-                refuse_overwriting_input(leaves, versions, given)
+                refuse_overwriting_input("student_input", leaves, versions, given)
             self._recomputation.end(begun, given)
             self._calls.append(Call(student=self._taps.open(), teacher=knowledge, versions=answered))
             return own

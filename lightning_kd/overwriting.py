@@ -22,7 +22,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for item in value:
             yield from tensors_in(item)
     elif is_dataclass(value):
-        yield from tensors_in([getattr(value, field.name) for field in fields(value)])
+        yield from tensors_in([getattr(value, field.name, None) for field in fields(value)])
 
 
 def versions_of(value: Any) -> dict[int, int]:
@@ -51,12 +51,12 @@ def refuse_overwriting_teacher(leaves: list[Any], versions: Mapping[int, int]) -
             )
 
 
-def refuse_overwriting_input(leaves: list[Any], versions: Mapping[int, int], given: Any) -> None:
-    """Raises ``ValueError`` where ``student_input`` has written into what it was given, or exchanged parts of it."""
+def refuse_overwriting_input(name: str, leaves: list[Any], versions: Mapping[int, int], given: Any) -> None:
+    """Raises ``ValueError`` where a function of inputs has written into what it was given, or exchanged parts of it."""
     for x, now in zip_longest(leaves, tree_leaves(given)):
         if x is not now or overwritten(x, versions):
             raise ValueError(
-                f"student_input changes what it is given ({describe(now if x is None else x)}) in place, which is the "
-                "teacher's input and the batch of training_step, too. Let it return something new: x + noise and not "
+                f"{name} changes what it is given ({describe(now if x is None else x)}) in place, which is the other "
+                "side's input and the batch of training_step, too. Let it return something new: x + noise and not "
                 "x.add_(noise)."
             )

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -517,3 +518,43 @@ def test_a_student_that_is_computed_again_draws_what_it_drew(draws: str) -> None
         found.append([loss, drawn, torch.rand(3), *(p.grad for p in student.parameters())])
     assert len(calls) == 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_teacher_input_that_changes_a_batch_is_refused() -> None:
+    class OfDict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(6, 4)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.net(batch["x"])
+
+    def larger(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor]]:
+        batch["x"] = batch["x"] * 100
+        return (batch,)
+
+    student = OfDict()
+    distiller = Distiller({"kd": Term(losses.KD())}, OfDict(), teacher_input=larger)
+    distiller.attach(student)
+    with pytest.raises(ValueError, match=r"teacher_input changes what it is given"), distiller.watch():
+        student({"x": torch.randn(3, 6)})
+    distiller.detach()
+
+
+def test_inputs_with_a_field_that_is_not_set() -> None:
+    @dataclasses.dataclass
+    class Batch:
+        x: Tensor
+        cache: Tensor = dataclasses.field(init=False)
+
+    class OfBatch(nn.Linear):
+        def forward(self, batch: Batch) -> Tensor:
+            return super().forward(batch.x)
+
+    student = OfBatch(6, 4)
+    distiller = Distiller({"kd": Term(losses.KD())}, OfBatch(6, 4))
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        student(Batch(torch.randn(3, 6)))
+    assert distiller(calls)["kd"] > 0
+    distiller.detach()

@@ -32,7 +32,7 @@ from lightning_kd.attachment.refusals import (
 )
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
-from lightning_kd.copying import lend, unshare
+from lightning_kd.copying import unshare
 from lightning_kd.distiller import Call, Distiller, LabelsOf
 from lightning_kd.finite import FiniteCheck
 from lightning_kd.schedules import Schedule
@@ -107,6 +107,9 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
+        if self is attachments_of(trainer)[0]:
+            for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
+                delattr(pl_module, name)  # of the fit in which this copy of a module was taken
         forget_names(trainer.strategy)
         self._refuse(trainer, pl_module)
         self._all = attachments_of(trainer)
@@ -138,8 +141,6 @@ class Attachment(Callback):
         self._measure_run(trainer)
         refuse_forgotten(trainer, self._student_in(pl_module))
         self._steps_done = trainer.global_step
-        # Weight averaging has copied the module by now, with what learns; who copies it from here on wants the user's.
-        self._patches.add(lend(pl_module, parts=[name for name in pl_module._modules if name.startswith(GUEST)]))
         self.distiller.teacher.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -358,10 +359,14 @@ class Attachment(Callback):
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
             self._begin_step()
-            read = self._labels_of(batch_of(args, kwargs))  # now: many a step tidies its labels in place
+            batch = batch_of(args, kwargs)
+            try:
+                read = self._labels_of(batch)  # now: many a step tidies its labels in place
+            except ValueError:  # the step may skip this batch, or put them there
+                read = None
 
             def labels() -> dict[str, Any]:
-                return read
+                return self._labels_of(batch) if read is None else read
 
             with self.distiller.watch(labels) as calls:
                 result = training_step(*args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_kd.cli.command import DistillationCLI
@@ -27,14 +28,31 @@ Settings = dict[str, Any]
 FOR_RESUMING = ("optimizer_states", "lr_schedulers", "loops")
 """What of a checkpoint a comparison does not keep."""
 
-NOWHERE = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger"}
-"""A logger that writes nothing: LearningRateMonitor and others refuse to do without one."""
 
-ALL_IN_ONE = {"logger": NOWHERE, "enable_checkpointing": False, "enable_model_summary": False}
+class Nowhere(DummyLogger):
+    """Writes nothing; LearningRateMonitor and others refuse to do without a logger, and some ask for its folder."""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder that there would be without one."""
+        return os.getcwd()
+
+
+ALL_IN_ONE = {
+    "logger": {"class_path": "lightning_kd.cli.runs.Nowhere"},
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
 
 
 class Run(DistillationCLI):
     """A fit whose checkpoints are not for the eyes."""
+
+    def before_fit(self) -> None:
+        """Let what says which weights are kept put them, and the peers, into a folder of this run's own."""
+        for each in self.trainer.checkpoint_callbacks:
+            if isinstance(each, ModelCheckpoint):
+                each.dirpath, each.save_weights_only = self.trainer.default_root_dir, False
 
     def note_saved(self) -> None:
         """Say nothing: what is named is gone soon."""
@@ -65,10 +83,7 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
     own = folder / f".{key}"
     shutil.rmtree(own, ignore_errors=True)  # of a run that was interrupted
     if saving:
-        others = [each for each in trainer["callbacks"] if each not in saving]
-        whole = {"dirpath": str(own), "save_weights_only": False}  # with the peers
-        here = [each | {"init_args": each["init_args"] | whole} for each in saving]
-        trainer |= {"callbacks": others + here, "enable_checkpointing": True}
+        trainer |= {"enable_checkpointing": True, "default_root_dir": str(own)}
     cli = Run(["fit", "--config", write(settings | {"trainer": trainer}, folder / f"{key}.fit.json")])
     part = folder / f".{key}.part"
     peers = [peer.state_dict() for peer in getattr(cli.model.attachment, "peers", ())]
@@ -86,13 +101,13 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
     return checkpoint
 
 
-def _saving(settings: Settings) -> list[Any]:
-    """Of the configuration's callbacks, those that say which weights are kept."""
+def _saving(settings: Settings) -> bool:
+    """Whether one of the configuration's callbacks says which weights are kept."""
     trainer = settings["trainer"]
     if trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
-        return []
-    kinds = [(each, pydoc.locate(each["class_path"])) for each in trainer.get("callbacks") or []]
-    return [each for each, kind in kinds if isinstance(kind, type) and issubclass(kind, ModelCheckpoint)]
+        return False
+    kinds = [pydoc.locate(each["class_path"]) for each in trainer.get("callbacks") or []]
+    return any(isinstance(kind, type) and issubclass(kind, ModelCheckpoint) for kind in kinds)
 
 
 def peer_file(checkpoint: Path, number: int) -> Path:

@@ -67,6 +67,9 @@ class Teacher(nn.Module, ABC):
     def unbind(self) -> None:
         """Removes everything that ``bind`` left in the teacher's model."""
 
+    def refresh(self) -> None:
+        """Is told that layers of the student may have been replaced since it was bound, for who watches them."""
+
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Returns the captured outputs by path."""
@@ -135,10 +138,15 @@ def in_type_of(
 
 
 @contextmanager
-def own_type(model: nn.Module) -> Iterator[None]:
-    """Lets a float32 model make its constants in float32, whatever default type the Trainer's precision has set."""
+def own_type(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Lets a float32 model make its constants in float32, whatever default type the Trainer's precision has set.
+
+    Args:
+        model: The model.
+        dtype: The type that was asked for, which some of its weights (BatchNorm's) may not have.
+    """
     default = torch.get_default_dtype()
-    if default == torch.float32 or _type_of(model) != torch.float32:
+    if default == torch.float32 or (dtype or _type_of(model)) != torch.float32:
         yield
         return
     torch.set_default_dtype(torch.float32)

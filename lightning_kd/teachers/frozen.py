@@ -180,7 +180,10 @@ class Frozen(Teacher):
     @contextmanager
     def _running(self) -> Iterator[None]:
         tensors = chain(self.model.parameters(), self.model.buffers())
-        with context(self.precision, next((t.device.type for t in tensors), "cpu")), own_type(self.model):
+        with (
+            context(self.precision, next((t.device.type for t in tensors), "cpu")),
+            own_type(self.model, type_of_weights(self.precision)),
+        ):
             yield
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -63,6 +63,11 @@ class Itself(Teacher):
         self._taps = Taps(student, paths, "the student, which is its own teacher,")
         self._taps.attach()
 
+    def refresh(self) -> None:
+        """Watches layers that were replaced where they are now."""
+        if self._taps is not None:
+            self._taps.refresh()
+
     def unbind(self) -> None:
         """Removes the hooks from the student."""
         if self._taps is not None:
