@@ -292,7 +292,6 @@ def test_a_step_may_skip_a_batch_without_labels_or_put_them_there() -> None:
     callback = Distillation(_net(16), {"dkd": Term(losses.DKD())}, student="model", target="y")
     trainer = Trainer(callbacks=[callback], **QUIET)
     trainer.fit(Skips(), DataLoader(batches, batch_size=None))
-    assert trainer.global_step == 2
     assert trainer.callback_metrics["train/dkd"] > 0
 
 

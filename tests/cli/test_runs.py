@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_kd.cli import main, runs
@@ -64,11 +66,28 @@ def test_the_weights_are_those_that_a_fit_names(
     assert "optimizer_states" not in content
 
 
+class First(ModelCheckpoint):
+    """Keeps the first epoch, and writes beside the logs; it has arguments of its own."""
+
+    def __init__(self, monitor: str = "val/loss") -> None:
+        super().__init__(monitor=monitor, mode="max", save_weights_only=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        assert trainer.log_dir is not None
+
+
+def test_a_kind_of_checkpoint_with_arguments_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = runs.fit(settings(*ALONE, f"--trainer.callbacks+={__name__}.First"), Path("runs"), "one")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
+    assert {path.name for path in tmp_path.rglob("*")} == {"runs", checkpoint.name, f"{checkpoint.stem}.fit.json"}
+
+
 def test_a_run_of_a_configuration_that_keeps_the_best_is_no_run_of_the_last_epoch() -> None:
     last, best = settings(*ALONE), settings(*ALONE, *BEST)
-    assert runs._saving(last) == []
-    assert [each["init_args"]["monitor"] for each in runs._saving(best)] == ["val/loss"]
-    assert runs._saving(settings(*ALONE, *BEST, "--trainer.enable_checkpointing=false")) == []
+    assert not runs._saving(last)
+    assert runs._saving(best)
+    assert not runs._saving(settings(*ALONE, *BEST, "--trainer.enable_checkpointing=false"))
 
 
 def test_peers_have_the_weights_of_the_same_epoch(
