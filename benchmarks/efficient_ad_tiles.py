@@ -64,15 +64,6 @@ class AsDescribed(nn.Module):
         return maps[..., BORDER:-BORDER, BORDER:-BORDER]
 
 
-@torch.no_grad()
-def standardized(network: nn.Module, batches: Any) -> Standardized:
-    """Return a teacher whose channels are standardized on images."""
-    teacher = Standardized(network, CHANNELS)
-    for images in batches:
-        teacher.train()(images)
-    return teacher.eval()
-
-
 def adam(rate: float) -> Any:
     """Return what makes the paper's optimizer."""
     return lambda parameters: torch.optim.Adam(parameters, lr=rate, weight_decay=1e-5)
@@ -86,7 +77,7 @@ def described(steps: int) -> PatchDescriber:
     module = DistillationModule(
         AnomalyDetection(difference=["output"]),
         PatchDescriber(CHANNELS, WIDTH),
-        standardized(AsDescribed(), (images for images, _ in first)),
+        Standardized(AsDescribed(), CHANNELS).standardize(images for images, _ in first),
         {"describe": Term(losses.FitNet(), student="output", teacher="output")},
         adam(1e-3),
     )
@@ -115,7 +106,7 @@ def main() -> None:
         module = DistillationModule(
             EfficientAD(unrelated=UnrelatedImages(SCENES)),
             EfficientADStudent(CHANNELS, SIZE, WIDTH),
-            standardized(describer, moved),
+            Standardized(describer, CHANNELS).standardize(moved),
             {
                 "hard": Term(losses.EfficientAD(), student="output.local", teacher="output"),
                 "autoencoder": Term(losses.FitNet(), student="output.autoencoder", teacher="output"),

@@ -366,7 +366,8 @@ class Distiller(nn.Module):
             made = self.teacher_input is None
             try:
                 args, kwargs = self.teacher_arguments(args, kwargs, labels)
-                refuse_overwriting_input("teacher_input", leaves, versions, given)
+                if self.teacher_input:
+                    refuse_overwriting_input("teacher_input", leaves, versions, given)
                 made = True
                 if self.teacher.labels:
                     self.teacher.look(labels)

@@ -293,18 +293,13 @@ class EfficientADModule(AnomalibDistillation):
         late = torch.optim.lr_scheduler.StepLR(optimizer, step_size=max(int(0.95 * total), 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": late, "interval": "step"}}
 
-    @torch.no_grad()
     def on_train_start(self) -> None:
         """Standardizes the teacher's channels."""
         super().on_train_start()
         teacher = self.model.teacher
         if teacher.count:
             return
-        for batch in self._seen("train"):
-            images = batch.image[~self.task.target(batch).label]
-            if len(images):
-                teacher.train()(images)
-        teacher.eval()
+        teacher.standardize(batch.image[~self.task.target(batch).label] for batch in self._seen("train"))
         if not teacher.count:
             raise ValueError("EfficientAD standardizes its teacher by normal training images, and there is none.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -214,8 +214,7 @@ class Standardized(nn.Module):
     Example:
         >>> teacher = Standardized(nn.Conv2d(3, 4, 1), channels=4)
         >>> images = torch.randn(8, 3, 16, 16)
-        >>> _ = teacher.train()(images)
-        >>> round(teacher.eval()(images).std().item(), 2)
+        >>> round(teacher.standardize([images])(images).std().item(), 2)
         1.0
     """
 
@@ -229,6 +228,14 @@ class Standardized(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         for name in ("sums", "squares"):
             self.register_buffer(name, torch.zeros(channels, dtype=torch.float64))
+
+    def standardize(self, batches: Iterable[Tensor]) -> Standardized:
+        """Takes the figures of batches of images ``(B, 3, H, W)``, of which some may be empty; returns itself."""
+        self.train()
+        for images in batches:
+            if len(images):
+                self(images)
+        return self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the network's maps, standardized by all that it saw in training mode."""
