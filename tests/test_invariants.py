@@ -5,7 +5,7 @@ import functools
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -15,7 +15,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning_kd.callbacks import EMATeacher, MutualDistillation, TemperatureScheduler, WeightScheduler
+from lightning_kd.callbacks import (
+    EMATeacher,
+    MutualDistillation,
+    TeacherCache,
+    TemperatureScheduler,
+    WeightScheduler,
+)
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -495,7 +501,7 @@ def test_a_compiled_or_checkpointed_student_learns_the_same(change: str, name: s
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", WAITING_FOR_NOBODY)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_on_a_gpu_no_step_waits_in_mixed_precision(precision: Any, name: str) -> None:
     class NoSync(Callback):
@@ -515,9 +521,11 @@ def test_on_a_gpu_no_step_waits_in_mixed_precision(precision: Any, name: str) ->
 
     seed_everything(0)
     history, callback, updated = History(), of_any_teacher(name), []
+    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "epochs": 1}
+    if name not in WAITING_FOR_NOBODY:  # the cache waits until it is filled
+        trainer(callback, **options).fit(Plain(norm=False), loader())
     teacher = callback.distiller.teacher
     own_update, teacher.update = teacher.update, update
-    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "epochs": 1}
     try:
         trainer(callback, NoSync(), history, **options).fit(Plain(norm=False), loader())
     finally:
@@ -527,17 +535,26 @@ def test_on_a_gpu_no_step_waits_in_mixed_precision(precision: Any, name: str) ->
 
 
 class Waits(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU: reading a number, or shapes that depend on numbers."""
+    """Refuses what makes the host wait for a GPU: reading a number, or shapes that depend on numbers.
 
-    def __init__(self) -> None:
+    Args:
+        device: What would be on the GPU; what is computed of it is, too. Unless given, everything.
+    """
+
+    def __init__(self, device: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         self.operations = 0
+        self.device = None if device is None else {id(tensor): tensor for tensor in device}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten, self.operations = torch.ops.aten, self.operations + 1
         waiting = (aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten._unique2)
-        assert func.overloadpacket not in waiting, func
-        return func(*args, **kwargs or {})
+        there = self.device is None or any(id(leaf) in self.device for leaf in tree_leaves((args, kwargs)))
+        assert not there or func.overloadpacket not in waiting, func
+        result = func(*args, **kwargs or {})
+        if there and self.device is not None:
+            self.device |= {id(leaf): leaf for leaf in tree_leaves(result)}
+        return result
 
 
 @pytest.mark.parametrize("door", ["callback", "module"])
@@ -571,6 +588,48 @@ def test_no_step_reads_a_number(name: str, door: str, monkeypatch: pytest.Monkey
         trainer(callback, NoWaiting(), epochs=1).fit(Plain(norm=False), loader())
     assert len(modes) == 4
     assert all(mode.operations > 20 for mode in modes)
+
+
+@pytest.mark.parametrize("door", ["callback", "module"])
+@pytest.mark.parametrize("storage", ["float16", "top2"])
+def test_no_step_of_a_cached_epoch_reads_a_number(
+    storage: str, door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.ones(2)
+    with Waits([images]):
+        torch.zeros(1).item()  # of the host
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            (images + torch.ones(2)).sum().item()
+    monkeypatch.setattr(FiniteCheck, "__call__", lambda *args: None)  # as in test_no_step_reads_a_number
+    modes: list[Waits] = []
+
+    class NoWaiting(Callback):
+        """Watches each step but the first, which compares the inputs with those that the teacher saw."""
+
+        def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+            modes.append(Waits([*batch, *module.parameters(), *module.buffers()]))
+            if batch_idx:
+                modes[-1].__enter__()
+
+        def on_before_backward(self, *args: Any) -> None:
+            if len(modes) % 4 != 1:
+                modes[-1].__exit__(None, None, None)
+
+    def fit(*callbacks: Callback) -> None:
+        terms = {"it": Term(losses.KD())}
+        if door == "module":
+            student, teacher = Net(4, stride=2, norm=False), Net(6, norm=False)
+            module = DistillationModule(Classification(5), student, teacher, terms)
+            run = trainer(*callbacks, epochs=1)
+            run.fit(module, loader(), loader())
+        else:
+            run = trainer(Distillation(Net(6, norm=False), terms, "model"), *callbacks, epochs=1)
+            run.fit(Plain(norm=False), loader())
+
+    for callbacks in ([], [NoWaiting()]):
+        torch.manual_seed(0)  # the same teacher
+        fit(TeacherCache(tmp_path, storage), *callbacks)
+    assert [mode.operations > 20 for mode in modes] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,26 @@ class Shards:
             )
         return (self._shard >= 0).nonzero().squeeze(1)[:1].expand(count)
 
-    def read(self, keys: Tensor) -> dict[str, Tensor]:
-        """Returns the rows of keys that are there, in their order."""
+    def read(self, keys: Tensor, names: Collection[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
+        """Returns the rows of keys that are there, in their order.
+
+        Args:
+            keys: The keys.
+            names: Of which tensors; of all unless given.
+            pinned: Whether the rows are to be in pinned memory, from which a GPU fetches them while the host goes on.
+        """
         shards, rows = self._shard[keys], self._row[keys].long()
         found = [(number, (shards == number).nonzero().squeeze(1)) for number in set(shards.tolist())]
-        if len(found) == 1:
-            return {name: tensor[rows] for name, tensor in self._open[found[0][0]].items()}
         made = {}
-        for name, first in self._open[found[0][0]].items():
-            made[name] = first.new_empty((len(keys), *first.shape[1:]))
+        for name in self.rows if names is None else names:
+            first = self._open[found[0][0]][name]
+            made[name] = first.new_empty((len(keys), *first.shape[1:]), pin_memory=pinned)
             for number, places in found:
-                made[name][places] = self._open[number][name][rows[places]]
+                tensor = self._open[number][name]
+                if len(found) == 1:  # no second copy; and it takes half the time of tensor[rows]
+                    torch.index_select(tensor, 0, rows, out=made[name])
+                else:
+                    made[name].index_copy_(0, places, tensor.index_select(0, rows[places]))
         return made
 
     def write(self, keys: Tensor, rows: Mapping[str, Tensor]) -> None:

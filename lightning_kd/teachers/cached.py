@@ -299,7 +299,9 @@ class Cached(Teacher):
 
     def _read(self, keys: Tensor, device: torch.device) -> Record:
         assert self._shards is not None
-        return self._made(self._shards.read(keys), device)
+        of_paths = tuple(f"{path}#" for path in self._paths)  # the cache may have more
+        tapped = [name for name in self._shards.rows if name.startswith(of_paths)]
+        return self._made(self._shards.read(keys, tapped, pinned=device.type == "cuda"), device)
 
     def _kinds(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: list(kind_of(tensor)) for name, tensor in sorted(rows.items())}
@@ -308,7 +310,7 @@ class Cached(Teacher):
         assert self._shards is not None
         self._unchecked = False
         now = checksum((args, kwargs), len(keys))
-        differ = differing(now, self._shards.read(keys)[INPUT])
+        differ = differing(now, self._shards.read(keys, [INPUT])[INPUT])
         if bool(differ.any()):
             raise ValueError(
                 f"Sample {int(keys[differ][0])}, and {int(differ.sum()) - 1} more of the {len(keys)} samples in this "

@@ -375,3 +375,30 @@ def test_shards_are_read_by_rows(tmp_path: Path) -> None:
     assert shards.has(torch.tensor([0, 2, 4, 100, 101, 10**6])).tolist() == [False, True, True, True, False, False]
     wanted = torch.tensor([100, 2, 7, 2])
     assert torch.equal(shards.read(wanted)["x"], wanted[:, None].repeat(1, 3).float())
+
+
+@pytest.mark.gpu
+def test_rows_for_a_gpu_are_pinned(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, "a", {"x": ([3], "F32")})
+    for keys in ([0, 1], [2]):
+        shards.write(torch.tensor(keys), {"x": torch.tensor(keys, dtype=torch.float32)[:, None].repeat(1, 3)})
+    for wanted in (torch.tensor([1, 0]), torch.tensor([2, 0])):
+        found = shards.read(wanted, pinned=True)["x"]
+        assert found.is_pinned()
+        assert torch.equal(found, wanted[:, None].repeat(1, 3).float())
+
+
+def test_what_no_term_reads_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = filled(tmp_path, storage="float32")
+    read, own = [], Shards.read
+
+    def reading(self: Shards, *args: Any, **options: Any) -> dict[str, Tensor]:
+        found = own(self, *args, **options)
+        read.append(sorted(found))
+        return found
+
+    monkeypatch.setattr(Shards, "read", reading)
+    cached = bound(tmp_path, paths=["output"])
+    for _ in range(2):
+        torch.testing.assert_close(ask(cached, [3, 1])["output"][0], live["output"][0][[3, 1]])
+    assert read == [["input"], ["output#.0"], ["output#.0"]]  # the inputs are compared once
