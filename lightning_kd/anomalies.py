@@ -195,7 +195,7 @@ class StudentTeacher(nn.Module):
         if not itself:
             with torch.no_grad():
                 given: Any = (images,), {}
-                args, kwargs = made_by(self.teacher_input, *given) if self.teacher_input else given
+                args, kwargs = made_by(self.teacher_input, *given)
                 answer = _record(self._taps[1], args, kwargs)
         return (
             [_maps(record, paths, "the student") for paths in self._levels],

@@ -1,51 +1,25 @@
 """The engine: turns what a student and its teacher computed for the same call into losses."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lightning_kd.copying import lend
 from lightning_kd.counts import COUNTS
-from lightning_kd.overwriting import (
-    one_memory,
-    overwritten,
-    refuse_overwriting_input,
-    refuse_overwriting_teacher,
-    versions_of,
-)
-from lightning_kd.recomputation import Recomputation
+from lightning_kd.overwriting import one_memory, overwritten
 from lightning_kd.schedules import Moment
-from lightning_kd.taps import Record, Taps
+from lightning_kd.taps import Record
 from lightning_kd.teachers import Frozen, Teacher
-from lightning_kd.teachers.base import labels_asked, made_by
+from lightning_kd.teachers.base import labels_asked
 from lightning_kd.teachers.stillness import refuse_taught
 from lightning_kd.term import Term
+from lightning_kd.watching import ANSWER, Call, LabelsOf, Watcher
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
 """Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""
-
-ANSWER = "teacher"
-"""By this name ``student_input`` may ask for what the teacher's forward returned."""
-
-LabelsOf = Callable[[], Mapping[str, Any]]
-"""Gives what there is of a batch, by name."""
-
-
-@dataclass
-class Call:
-    """What was captured of one call of the student, and of the teacher on the same arguments."""
-
-    student: Record
-    teacher: Record
-    versions: dict[int, int] = field(default_factory=dict)
-    """Of what the teacher answered, when it did."""
 
 
 class Distiller(nn.Module):
@@ -138,23 +112,10 @@ class Distiller(nn.Module):
         self.teacher_input = teacher_input
         self.student_input = student_input
         self.knowledge = knowledge
-        self._taps: Taps | None = None
-        self._calls: list[Call] | None = None
-        self._labels: LabelsOf = dict
-        self._undo: list[Callable[[], None]] = []
-        self._depth = 0
-        self._asks_teacher = False
-        self._recomputation = Recomputation()
+        self._watcher: Watcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_taps": None,
-            "_calls": None,
-            "_labels": dict,
-            "_undo": [],
-            "_recomputation": Recomputation(),
-        }
+        return {**self.__dict__, "_watcher": None}
 
     def set_teacher(self, teacher: Teacher) -> None:
         """Gives it a teacher, before it is attached: past nn.Module's registration, so that it is no submodule."""
@@ -197,19 +158,19 @@ class Distiller(nn.Module):
         """What is read of a batch, by name, and whether somebody cannot do without."""
         # What says what counts is read wherever there is one: a term that would overlook it is refused.
         found = {**dict.fromkeys(COUNTS, False), **self.teacher.labels}
-        asking = [self._labels_of_inputs, *(term.labels for _, term in self.named_terms())]
+        asking = [
+            labels_asked(self.student_input),
+            labels_asked(self.teacher_input),
+            *(term.labels for _, term in self.named_terms()),
+        ]
         for name, required in (each for asked in asking for each in asked.items()):
             found[name] = found.get(name, False) or required
         return found
 
     @property
-    def _labels_of_inputs(self) -> dict[str, bool]:
-        return {**labels_asked(self.student_input), **labels_asked(self.teacher_input)}
-
-    @property
     def attached(self) -> bool:
         """Whether a student is watched."""
-        return self._taps is not None
+        return self._watcher is not None
 
     def attach(self, student: nn.Module) -> None:
         """Resolves every path and puts the hooks in place.
@@ -245,8 +206,7 @@ class Distiller(nn.Module):
             with _naming(name):
                 refuse_taught(self.teacher, term)
         paths = {path.module for path in self._teacher_paths.values()}
-        self._asks_teacher = ANSWER in labels_asked(self.student_input)
-        self.teacher.bind(student, paths | {OUTPUT} if self._asks_teacher else paths)
+        self.teacher.bind(student, paths | {OUTPUT} if ANSWER in labels_asked(self.student_input) else paths)
         for name, term in self.named_terms():
             with _naming(name):
                 term.meet(self.teacher.still)
@@ -254,13 +214,9 @@ class Distiller(nn.Module):
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
             for name, term in self.named_terms()
         ]
-        self._taps = Taps(student, (path.module for path in self._student_paths.values()), "the student")
-        self._taps.attach()
-        self._undo = [
-            student.register_forward_pre_hook(self._before_call(student), with_kwargs=True).remove,
-            student.register_forward_hook(self._after_call(student), always_call=True).remove,
-            lend(student),
-        ]
+        modules = (path.module for path in self._student_paths.values())
+        self._watcher = Watcher(student, modules, self.teacher, self.student_input, self.teacher_input)
+        self._watcher.attach()
 
     def _refuse_itself(self, name: str) -> None:
         here, there = self._student_paths[name].text, self._teacher_paths[name].text
@@ -271,8 +227,8 @@ class Distiller(nn.Module):
 
     def refresh(self) -> None:
         """Watches what has taken the place of a student's layer since it was attached."""
-        if self._taps is not None:
-            self._taps.refresh()
+        if self._watcher is not None:
+            self._watcher.refresh()
             self.teacher.refresh()
 
     def _resolve(self, side: str, model: nn.Module | None) -> dict[str, Path]:
@@ -292,17 +248,12 @@ class Distiller(nn.Module):
 
     def detach(self) -> None:
         """Takes every hook out of student and teacher."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
-        if self._taps is not None:
-            self._taps.detach()
-            self._taps = None
-            self._recomputation = Recomputation()
+        if self._watcher is not None:
+            self._watcher.detach()
+            self._watcher = None
             self.teacher.unbind()
 
-    @contextmanager
-    def watch(self, labels: LabelsOf = dict) -> Iterator[list[Call]]:
+    def watch(self, labels: LabelsOf = dict) -> AbstractContextManager[list[Call]]:
         """Watches the student's calls until the context ends.
 
         Calls under ``no_grad`` do not count: nothing could be learned from them.
@@ -310,109 +261,15 @@ class Distiller(nn.Module):
         Args:
             labels: Gives what there is of the batch, by name, for inputs that ask for it.
 
-        Yields:
-            The calls, filled as they happen.
+        Returns:
+            A context of the calls, a list that is filled as they happen.
 
         Raises:
             RuntimeError: If the distiller is not attached, or a tapped output was modified in place.
         """
-        taps = self._taps
-        if taps is None:
+        if self._watcher is None:
             raise RuntimeError("The distiller is not attached: call attach(student) first.")
-        if self._calls is not None:
-            raise RuntimeError("The distiller is watching already: one `with distiller.watch()` at a time.")
-        calls: list[Call] = []
-        self._calls = calls
-        self._labels = labels
-        self._depth = 0
-        try:
-            yield calls
-            taps.check(self._read)
-        finally:
-            self._calls = None
-            self._labels = dict
-            taps.close()
-            taps.forget()
-
-    # The teacher answers before the student runs, when no activation of the student is in memory yet.
-    def _before_call(self, student: nn.Module) -> Callable[..., Any]:
-        def answer(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if module is student and self._recomputation.now():
-                if self.student_input:
-                    raise ValueError(
-                        "the student is computed again in backward, by torch.utils.checkpoint around the whole of it, "
-                        "and without what student_input made of its arguments. Checkpoint layers inside of the "
-                        "student, or make its view in training_step."
-                    )
-                self._recomputation.again((args, kwargs))
-                return None
-            # Validation, evaluation under no_grad and a deep copy of the student are not ours.
-            if self._calls is None or self._taps is None or module is not student:
-                return None
-            if self._taps.recording:  # a recursive call is part of the outer one
-                self._depth += 1
-                return None
-            if not torch.is_grad_enabled():
-                return None
-            labels = self._labels() if self._labels_of_inputs or self.teacher.labels else {}
-            given = args, kwargs
-            leaves = tree_leaves(given)
-            versions = versions_of(leaves)
-            begun = self._recomputation.begin(given)
-            own = None
-            if self.student_input and not self._asks_teacher:
-                own = made_by(self.student_input, args, kwargs, labels)
-                refuse_overwriting_input("student_input", leaves, versions, given)
-            made = self.teacher_input is None
-            try:
-                args, kwargs = self.teacher_arguments(args, kwargs, labels)
-                if self.teacher_input:
-                    refuse_overwriting_input("teacher_input", leaves, versions, given)
-                made = True
-                if self.teacher.labels:
-                    self.teacher.look(labels)
-                knowledge = self.teacher(*args, **kwargs)
-            except Exception as error:
-                what = "what teacher_input returned" if made and self.teacher_input else "the student's arguments"
-                said = ", ".join(map(describe, (*args, *kwargs.values())))
-                error.add_note(
-                    f"This happened when {'the teacher' if made else 'teacher_input'} was called with {what}, {said}. "
-                    "teacher_input= makes the teacher's arguments out of the student's."
-                )
-                raise
-            refuse_overwriting_teacher(leaves, versions)
-            answered = versions_of(knowledge)
-            if self.student_input and self._asks_teacher:
-                own = made_by(self.student_input, *given, {**labels, ANSWER: knowledge[OUTPUT][0]})
-                refuse_overwriting_input("student_input", leaves, versions, given)
-            self._recomputation.end(begun, given)
-            self._calls.append(Call(student=self._taps.open(), teacher=knowledge, versions=answered))
-            return own
-
-        return _eager(answer)
-
-    def teacher_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns what the teacher is called with where the student is called with ``args`` and ``kwargs``."""
-        return made_by(self.teacher_input, args, kwargs, labels) if self.teacher_input else (args, kwargs)
-
-    def _after_call(self, student: nn.Module) -> Callable[..., None]:
-        def finish(module: nn.Module, args: Any, output: Any) -> None:
-            if module is not student or self._taps is None or not self._taps.recording:
-                return
-            if self._depth:
-                self._depth -= 1
-                return
-            failed = output is None and sys.exc_info()[0] is not None
-            self._taps.close(output)
-            self.teacher.after_call(output)
-            if failed and self._calls:  # who catches that may call it again, on other inputs
-                self._calls.pop()
-            elif self.teacher.same_call and self._calls:
-                self._calls[-1].versions = versions_of(self._calls[-1].teacher)
-
-        return _eager(finish)
+        return self._watcher.watch(labels, self._read)
 
     def build(self, call: Call) -> None:
         """Makes the parameters of projectors and losses for the shapes of a sample call.
@@ -521,12 +378,6 @@ class Distiller(nn.Module):
 
 def _at(model: nn.Module, path: Path) -> nn.Module:
     return model if path.module == OUTPUT else find_module(model, path.module, "the student")
-
-
-def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps a hook out of the graph of a compiled student: the teacher is not compiled with it."""
-    disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's own gap
-    return disabled
 
 
 def _least(values: list[Tensor]) -> Tensor:

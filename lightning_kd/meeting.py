@@ -49,5 +49,5 @@ class AsTaught(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | dict[str, Any]:
         """Returns positional arguments, or keyword arguments."""
         (teacher,), (makes,) = self._teacher, self._teacher_input
-        args, kwargs = teacher.arguments(*(made_by(makes, args, kwargs) if makes else (args, kwargs)))
+        args, kwargs = teacher.arguments(*made_by(makes, args, kwargs))
         return kwargs or args

@@ -22,6 +22,7 @@ from lightning_kd.meeting import introduce
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import UNLABELLED, TaskAdapter
 from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
+from lightning_kd.teachers.base import made_by
 from lightning_kd.teachers.stillness import set_training
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, describe
@@ -189,12 +190,12 @@ class DistillationModule(LightningModule):
     def _teacher_output(self, teacher: Ensemble | Frozen, batch: Any) -> Any:
         """Lets the task call the teacher, on what it is given in training: see ``teacher_input``."""
         assert self.attachment is not None
-        distiller = self.attachment.distiller
+        makes = self.attachment.distiller.teacher_input
         if isinstance(teacher, Ensemble):
-            return self.task(_AsModel(teacher, distiller, self._labels(batch)), batch)
+            return self.task(_AsModel(teacher, makes, self._labels(batch)), batch)
 
         def as_in_training(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return teacher.arguments(*distiller.teacher_arguments(args, kwargs, self._labels(batch)))
+            return teacher.arguments(*made_by(makes, args, kwargs, self._labels(batch)))
 
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:
@@ -317,14 +318,14 @@ def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler:
 class _AsModel(nn.Module):
     """An ensemble that is called like the student."""
 
-    def __init__(self, teacher: Ensemble, distiller: Distiller, labels: Mapping[str, Any]) -> None:
+    def __init__(self, teacher: Ensemble, teacher_input: Callable[..., Any] | None, labels: Mapping[str, Any]) -> None:
         super().__init__()
         self.teacher = teacher
-        self.distiller = distiller
+        self.teacher_input = teacher_input
         self.labels = labels
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self.distiller.teacher_arguments(args, kwargs, self.labels)
+        args, kwargs = made_by(self.teacher_input, args, kwargs, self.labels)
         self.teacher.bind(nn.Identity(), [OUTPUT])
         try:
             return self.teacher(*args, **kwargs)[OUTPUT][0]

@@ -384,7 +384,9 @@ def test_a_student_that_is_computed_again_in_backward_lacks_what_student_input_m
         whole = checkpoint(student, torch.randn(5, 6), use_reentrant=False)
     with pytest.raises(ValueError, match="computed again in backward"):
         whole.sum().backward()
-    distiller.student_input = None
+    distiller.detach()
+    distiller = Distiller({"kd": Term(losses.KD())}, Net(8))
+    distiller.attach(student)
     with distiller.watch() as calls:
         whole = checkpoint(student, torch.randn(5, 6), use_reentrant=False)
     (whole.sum() + distiller.total(distiller(calls))).backward()

@@ -63,6 +63,12 @@ def test_the_loss_of_bins_is_a_divergence() -> None:
     torch.testing.assert_close(loss(SimCC(x, y), places, torch.ones(2, 3, dtype=torch.bool), sigma=0.1), expected)
 
 
+def test_a_heatmap_of_any_size_is_to_say_more_than_one_cell_of_a_joint() -> None:
+    places, counted = torch.rand(2, 3, 2), torch.ones(2, 3, dtype=torch.bool)
+    for cells, sigma in ((12, 2 / 12), (24, 2 / 24), (64, 1 / 32), (128, 1 / 32)):
+        assert float(loss(targets(places, cells, sigma)["heatmaps"], places, counted)) < 1e-10
+
+
 @pytest.mark.parametrize("kind", ["heatmaps", "simcc", "coordinates"])
 def test_joints_that_do_not_count_have_no_part(kind: str) -> None:
     places, counted = torch.rand(2, 4, 2), torch.tensor([[True, False, True, True], [False, False, False, True]])

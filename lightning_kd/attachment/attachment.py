@@ -33,12 +33,13 @@ from lightning_kd.attachment.refusals import (
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
 from lightning_kd.copying import unshare
-from lightning_kd.distiller import Call, Distiller, LabelsOf
+from lightning_kd.distiller import Distiller
 from lightning_kd.finite import FiniteCheck
 from lightning_kd.schedules import Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
 from lightning_kd.teachers.copies import CopyTeacher
+from lightning_kd.watching import Call, LabelsOf
 from lightning_kd.wiring import find_module
 
 

@@ -20,12 +20,13 @@ from lightning_kd.attachment.refusals import refuse_uncalled
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
 from lightning_kd.copying import own_copy
-from lightning_kd.distiller import Call, Distiller, LabelsOf
+from lightning_kd.distiller import Distiller
 from lightning_kd.schedules import Schedule
 from lightning_kd.sharded_copies import shard_as
 from lightning_kd.sharding import is_sharded, reshard, sharded_as, whole
 from lightning_kd.teachers import Peers
 from lightning_kd.teachers.weights import peers_in
+from lightning_kd.watching import Call, LabelsOf
 from lightning_kd.wiring import find_module
 
 _LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_end", "on_{}_epoch_end", "on_{}_end")

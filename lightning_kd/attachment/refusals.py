@@ -8,7 +8,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lightning_kd.attachment.guest import GUEST
-from lightning_kd.distiller import Call, Distiller
+from lightning_kd.distiller import Distiller
+from lightning_kd.watching import Call
 
 WRAPPING = ("FSDPStrategy", "DeepSpeedStrategy")
 """Strategies that hold parameters in a wrapper; by name, since pytorch_lightning has classes of its own."""

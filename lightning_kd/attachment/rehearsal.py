@@ -21,7 +21,8 @@ from torch.utils.data import (
 )
 from torchmetrics import Metric
 
-from lightning_kd.distiller import Call, Distiller
+from lightning_kd.distiller import Distiller
+from lightning_kd.watching import Call
 
 
 def rehearse(

@@ -182,7 +182,7 @@ class EfficientADDetector(nn.Module):
     def raw(self, images: Tensor) -> Tensor:
         """Returns both maps, ``(2, B, H, W)``, each in its own scale."""
         found = self.student(images)
-        args, kwargs = made_by(self.teacher_input, (images,), {}) if self.teacher_input else ((images,), {})
+        args, kwargs = made_by(self.teacher_input, (images,), {})
         with torch.no_grad():
             described = self.teacher(*args, **kwargs)
         apart = torch.stack(

@@ -175,12 +175,15 @@ def labels_asked(make: Callable[..., Any] | None) -> dict[str, bool]:
 
 
 def made_by(
-    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], labels: Mapping[str, Any] | None = None
+    make: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labels: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments that a function makes out of others: a tensor, a tuple of positional ones or a dict.
 
     Args:
-        make: The function.
+        make: The function; without one the arguments are those that were given.
         args: The positional arguments that it is given.
         kwargs: The keyword arguments that it is given.
         labels: What there is of the batch, by name, of which it is given what it asks for.
@@ -188,6 +191,8 @@ def made_by(
     Raises:
         ValueError: If it asks for a label that the batch has not.
     """
+    if make is None:
+        return args, kwargs
     asked = {}
     for name, required in labels_asked(make).items():
         if labels and labels.get(name) is not None:
