@@ -16,6 +16,7 @@ from lightning_kd.losses.fgd import fgd
 from lightning_kd.losses.fitnet import fitnet
 from lightning_kd.losses.giou import giou
 from lightning_kd.losses.ifvd import ifvd
+from lightning_kd.losses.info_nce import info_nce
 from lightning_kd.losses.kd import kd
 from lightning_kd.losses.ld import ld
 from lightning_kd.losses.leaf import leaf
@@ -54,6 +55,7 @@ __all__ = [
     "fitnet",
     "giou",
     "ifvd",
+    "info_nce",
     "kd",
     "ld",
     "leaf",

@@ -88,8 +88,8 @@ def loss(output: Said, places: Tensor, counted: Tensor, sigma: float | None = No
         output: What the network said.
         places: ``(B, K, 2)`` in fractions of the input.
         counted: ``(B, K)``, bool.
-        sigma: Of the Gaussian, as a fraction of the side; unless given 1/32 for heatmaps, at least two cells, and 1/80 for
-            bins.
+        sigma: Of the Gaussian, as a fraction of the side; unless given 1/32 for heatmaps, but at least two cells, and
+            1/80 for bins.
 
     Example:
         >>> places, everywhere = torch.rand(2, 5, 2), torch.ones(2, 5, dtype=torch.bool)

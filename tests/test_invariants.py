@@ -56,6 +56,8 @@ WIRING = {
     "FitNet": (losses.FitNet, MAPS),
     "GIoU": (lambda: losses.GIoU(bins=2), DENSE),
     "IFVD": (lambda: losses.IFVD(8), DENSE),
+    "InBatch": (lambda: losses.InBatch(losses.KD()), VECTORS),
+    "InfoNCE": (losses.InfoNCE, VECTORS),
     "Jointwise": (lambda: losses.Jointwise(losses.FitNet()), DENSE),
     "KD": (losses.KD, LOGITS),
     "LD": (lambda: losses.LD(bins=2), DENSE),

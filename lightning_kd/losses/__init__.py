@@ -17,6 +17,8 @@ from lightning_kd.losses.fgd import FGD
 from lightning_kd.losses.fitnet import FitNet
 from lightning_kd.losses.giou import GIoU
 from lightning_kd.losses.ifvd import IFVD
+from lightning_kd.losses.in_batch import InBatch
+from lightning_kd.losses.info_nce import InfoNCE
 from lightning_kd.losses.jointwise import Jointwise
 from lightning_kd.losses.kd import KD
 from lightning_kd.losses.ld import LD
@@ -77,6 +79,8 @@ __all__ = [
     "EfficientAD",
     "FitNet",
     "GIoU",
+    "InBatch",
+    "InfoNCE",
     "Jointwise",
     "MarginMSE",
     "Matryoshka",

@@ -1,12 +1,12 @@
 """CRD: tell the teacher's embedding of the same sample from those of other samples."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
-from lightning_kd.losses._bank import NO_LABELS, Banks
+from lightning_kd.losses._bank import Banks
 from lightning_kd.losses._numerics import full_precision, unit, upcast
+from lightning_kd.losses.info_nce import likeness
 from lightning_kd.numbers import is_number, is_whole
 
 
@@ -15,17 +15,9 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Ten
 
     The gradient reaches both embeddings, since the teacher's comes from a head that is trained.
     """
-    _check.temperature(temperature)
     _check.same_shape(student, teacher, "Embed both sides with as many dimensions.")
-    _check.samples(student, teacher, 2, "the negatives are the batch's other samples.")
-    with full_precision(student):
-        logits = upcast(student) @ upcast(teacher).T / temperature
-    positive = torch.arange(logits.shape[0], device=logits.device)
-    if target is not None:
-        label = _check.class_target(target, student, bounded=False, remedy=NO_LABELS)
-        same_class = (label[:, None] == label) & (label >= 0) & (positive[:, None] != positive)
-        logits = logits.masked_fill(same_class, -torch.inf)
-    return F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)
+    logits, own = likeness(student, teacher, temperature, target)
+    return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
 
 
 class CRD(nn.Module):

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import upcast
+from lightning_kd.losses.standardize import standardize
 from lightning_kd.taps import Record
 from lightning_kd.teachers.averages import log_mean, mean, mean_of_calls, shapes
 from lightning_kd.teachers.base import Teacher
@@ -16,7 +17,7 @@ from lightning_kd.teachers.frozen import Frozen
 from lightning_kd.teachers.router import Router
 from lightning_kd.wiring import OUTPUT, Path, describe
 
-Combine = Literal["probabilities", "logits"]
+Combine = Literal["probabilities", "logits", "z-scores", "min-max"]
 ROUTED = "teacher/router"  # of no term: a term's name is an identifier
 
 
@@ -27,8 +28,12 @@ class Ensemble(Teacher):
 
         "probabilities":  z = T * log sum_k w_k softmax(z_k / T)
         "logits":         z =         sum_k w_k z_k
+        "z-scores":       z =         sum_k w_k (z_k - mean z_k) / std z_k
+        "min-max":        z =         sum_k w_k (z_k - min z_k) / (max z_k - min z_k)
 
-    z is again logits, for any loss. A loss with the same temperature T sees the mean of the teachers' softened
+    The last two are for scores of candidates whose scale differs from teacher to teacher: each is brought to one scale
+    over the candidates of a query first, and by the last to [0, 1]. Otherwise the one with the largest numbers would
+    decide. z is again logits, for any loss. A loss with the same temperature T sees the mean of the teachers' softened
     probabilities exactly, ``softmax(z / T) = sum_k w_k softmax(z_k / T)``. The mean of logits is, up to
     normalisation, the geometric mean of the probabilities. Features, the outputs at all other paths, are averaged
     with the same weights. The weights are one of::
@@ -50,7 +55,8 @@ class Ensemble(Teacher):
     Args:
         teachers: The trained models, plain modules or LightningModules, or ``Frozen`` ones: with a checkpoint, or an
             ``input=Renormalize(...)`` of their own. Terms' paths are those of each.
-        combine: Which mean. Independent labels (sigmoid) and regression take ``"logits"``.
+        combine: Which mean. Independent labels (sigmoid) and regression take ``"logits"``; scores of candidates by
+            different models ``"z-scores"`` or ``"min-max"``, of teachers that all score the same candidates.
         weights: How much each teacher counts.
         classes: For each teacher the classes that it knows, in the order of its logits; all unless given.
         num_classes: C, the number of classes; needed with ``classes``, checked where it is given.
@@ -94,10 +100,15 @@ class Ensemble(Teacher):
         given: object = teachers  # what a caller without a type checker may pass
         if not isinstance(given, (Sequence, nn.ModuleList)) or not len(given):
             raise ValueError(f"An ensemble takes a list of at least one teacher; got {describe(given)}.")
-        if combine not in ("probabilities", "logits"):
-            raise ValueError(f"combine is 'probabilities' or 'logits', got {combine!r}.")
-        if combine == "logits" and temperature != 1.0:
-            raise ValueError(f"temperature={temperature} is of combine='probabilities'; logits have no temperature.")
+        if combine not in get_args(Combine):
+            raise ValueError(f"combine is one of {', '.join(map(repr, get_args(Combine)))}; got {combine!r}.")
+        if combine != "probabilities" and temperature != 1.0:
+            raise ValueError(f"temperature={temperature} is of combine='probabilities'; {combine} have no temperature.")
+        if combine in ("z-scores", "min-max") and classes is not None:
+            raise ValueError(
+                f"combine={combine!r} brings scores of the same candidates to one scale, and classes= says that the "
+                "teachers know different ones. Classes are combined as 'probabilities' or 'logits'."
+            )
         self.members = nn.ModuleList(map(_member, teachers))
         self.combine = combine
         self.temperature = _check.positive("temperature", temperature)
@@ -248,6 +259,10 @@ class Ensemble(Teacher):
         if self.combine == "probabilities":
             log_p = self._over_all([(z / self.temperature).log_softmax(1) for z in logits])
             return self.temperature * log_mean(log_p, log_weights, self.log_known)
+        if self.combine == "z-scores":
+            logits = [standardize(z) for z in logits]
+        elif self.combine == "min-max":
+            logits = [_to_unit_interval(z) for z in logits]
         known = logits if self.classes is None else [z.log_softmax(1) for z in logits]
         return mean(self._over_all(known), log_weights, self.log_known)
 
@@ -262,6 +277,12 @@ class Ensemble(Teacher):
                 "different classes, say which: classes=[[...], ...]."
             )
         return torch.stack(values)
+
+
+def _to_unit_interval(scores: Tensor) -> Tensor:
+    """Returns scores (B, N, ...) with the best of a query's candidates at 1 and the worst at 0; equal ones are at 0."""
+    low, high = scores.aminmax(dim=1, keepdim=True)
+    return (scores - low) / (high - low).where(high > low, 1.0)
 
 
 def _member(teacher: nn.Module) -> Frozen:

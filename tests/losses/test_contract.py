@@ -35,6 +35,7 @@ CROSS_ENTROPY = "a cross entropy: its value at equality is an entropy"
 LABEL = "its target part is smallest where the student is certain of the label"
 RELATIONS = "defined over the pairs of a batch with a factor 1/B"
 HEATED = "the teacher has a temperature of its own"
+COPIES = "a copy of a sample is a negative that cannot be told apart"
 LEARNS = "has parameters of its own"
 
 
@@ -86,6 +87,12 @@ def _jointwise(module: nn.Module, s: Tensor, t: Tensor, joints: Tensor) -> Tenso
     return functional.kd(s[joints], t[joints])
 
 
+def _in_batch(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
+    others = ~torch.eye(len(s), dtype=torch.bool)
+    like = [20.0 * torch.cosine_similarity(x[:, None], x[None], dim=-1)[others].view(len(x), -1) for x in (s, t)]
+    return functional.kd(*like)
+
+
 def _mgd(module: nn.Module, s: Tensor, t: Tensor) -> Tensor:
     return functional.mgd(module.generation(s), t)
 
@@ -112,7 +119,7 @@ CASES = {
         _crd,
         (8, 12),
         (8, 20),
-        {"zero": LEARNS, "duplicates": "a copy of a sample is a negative that cannot be told apart"},
+        {"zero": LEARNS, "duplicates": COPIES},
     ),
     "CTKD": Case(lambda: losses.CTKD(losses.DKD(), reversal=schedules.Constant(1.0)), _ctkd),
     "CWD": Case(losses.CWD, _plain(functional.cwd), MAP, MAP),
@@ -124,6 +131,12 @@ CASES = {
     "FitNet": Case(losses.FitNet, _plain(functional.fitnet), MAP, MAP),
     "GIoU": Case(lambda: losses.GIoU(bins=2), lambda m, s, t, boxes: functional.giou(s, t, boxes, bins=2), BINS, BINS),
     "IFVD": Case(lambda: losses.IFVD(10), _ifvd, (8, 3, 4, 4), MAP, dense=True),
+    "InBatch": Case(lambda: losses.InBatch(losses.KD()), _in_batch, (8, 12), (8, 20), {"duplicates": RELATIONS}),
+    "InfoNCE": Case(
+        losses.InfoNCE,
+        lambda m, s, t, y: functional.info_nce(s, t, target=y),
+        not_true={"zero": CROSS_ENTROPY, "minimum": "the other candidates push", "duplicates": COPIES},
+    ),
     "Jointwise": Case(lambda: losses.Jointwise(losses.KD()), _jointwise, (8, 10, 12), (8, 10, 12)),
     "KD": Case(losses.KD, _plain(functional.kd)),
     # without holes: what it draws is in its own test
@@ -315,7 +328,7 @@ def test_one_sample_is_defined_or_refused(name: str):
     case = CASES[name]
     s, t, y = (x[:1] for x in _inputs(case))
     loss = _built(case, s, t)
-    if name in ("CRD", "DIST", "PKT", "RKD", "SP"):
+    if name in ("CRD", "DIST", "InBatch", "InfoNCE", "PKT", "RKD", "SP"):
         with pytest.raises(ValueError, match=r"at least \d samples are needed, got 1.*drop_last=True"):
             _call(loss, s, t, y)
     else:
@@ -355,7 +368,9 @@ def test_one_position_is_refused(of: str):
         _call(_built(CASES[of], s, t), s, t, y)
 
 
-@pytest.mark.parametrize("of", ["CIRKD", "IFVD", "PKT", "RD4AD", "RegionBSD", "SEED", "SKD", "STFPM"])
+@pytest.mark.parametrize(
+    "of", ["CIRKD", "IFVD", "InBatch", "InfoNCE", "PKT", "RD4AD", "RegionBSD", "SEED", "SKD", "STFPM"]
+)
 def test_the_direction_of_one_channel_is_refused(of: str):
     s, t, y = _inputs(CASES[of])
     s, t = s[:, :1], t[:, :1]
@@ -392,7 +407,7 @@ def test_what_is_not_a_number_stays_so(name: str, side: int):
 @those(lambda case: "target" in inspect.signature(case.make().forward).parameters)
 @pytest.mark.parametrize("value", [-100, 10])
 def test_labels_out_of_range_are_refused(name: str, value: int):
-    if name in ("BPKD", "CRD", "Standardized"):
+    if name in ("BPKD", "CRD", "InfoNCE", "Standardized"):
         return
     case = CASES[name]
     student, teacher, target = _inputs(case)
@@ -516,7 +531,7 @@ def test_weights_of_parts_are_checked(make: Callable[..., nn.Module], names: tup
 def test_labels_must_be_class_indices(name: str):
     s, t, y = _inputs(CASES[name])
     loss = _built(CASES[name], s, t)
-    remedy = r"target=lambda batch: None" if name == "CRD" else r"KD\(activation='sigmoid'\)"
+    remedy = r"target=lambda batch: None" if name in ("CRD", "InfoNCE") else r"KD\(activation='sigmoid'\)"
     several = nn.functional.one_hot(y, s.shape[1]) + nn.functional.one_hot(y.flip(0), s.shape[1])
     with pytest.raises(ValueError, match=f"integer class indices.*{remedy}"):
         loss(s, t, several.float())

@@ -72,6 +72,22 @@ def test_a_loss_of_the_same_temperature_sees_the_mean_of_the_probabilities(weigh
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
+def test_scores_of_any_scale_count_alike(weights: Any) -> None:
+    z = LOGITS.double().numpy()
+    centred = z - z.mean(-1, keepdims=True)
+    low = z.min(-1, keepdims=True)
+    expected = {
+        "z-scores": centred / z.std(-1, keepdims=True, ddof=1),
+        "min-max": (z - low) / (z.max(-1, keepdims=True) - low),
+    }
+    scaled = LOGITS * torch.tensor([0.01, 1.0, 300.0])[:, None, None] + torch.tensor([5.0, 0.0, -40.0])[:, None, None]
+    for combine, brought in expected.items():
+        found = output(scaled, combine=combine, weights=weights)
+        np.testing.assert_allclose(found, np.average(brought, axis=0, weights=weights), rtol=1e-3, atol=1e-4)
+        assert np.isfinite(output(torch.ones(2, 4, 5), combine=combine)).all()  # a model that tells nothing apart
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
 def test_the_mean_of_logits(weights: Any) -> None:
     np.testing.assert_allclose(
         output(LOGITS, combine="logits", weights=weights), np.average(LOGITS, axis=0, weights=weights), rtol=1e-5
@@ -281,7 +297,8 @@ def test_calls_are_paired() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"combine": "votes"}, "combine is 'probabilities' or 'logits', got 'votes'"),
+        ({"combine": "votes"}, "combine is one of 'probabilities', 'logits', 'z-scores', 'min-max'; got 'votes'"),
+        ({"combine": "min-max", "classes": [[0, 1], [1, 2]], "num_classes": 3}, "brings scores of the same candidates"),
         ({"combine": "logits", "temperature": 2.0}, "logits have no temperature"),
         ({"temperature": 0.0}, "temperature must be a positive finite number"),
         ({"weights": [1.0]}, "weights are 2 finite numbers above 0"),
