@@ -9,6 +9,7 @@ from lightning_kd.attachment import Label
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import EMA
 from lightning_kd.teachers.ema import Buffers
+from lightning_kd.teachers.precision import Precision
 from lightning_kd.term import Term
 
 
@@ -33,6 +34,7 @@ class EMATeacher(Distillation):
         student_input: Likewise for the student.
         index: How to get the samples' indices in the data set, for losses with a memory of it.
         labels: How to get what else losses ask for by name, ``{"mask": lambda batch: batch[1] != 255}`` say.
+        precision: What the average runs in, ``"bf16"`` say; see ``teachers.EMA``.
         prog_bar: Whether the progress bar shows the terms.
 
     Raises:
@@ -62,9 +64,19 @@ class EMATeacher(Distillation):
         index: Label | None = None,
         prog_bar: bool = False,
         labels: Mapping[str, Label] | None = None,
+        precision: Precision | None = None,
     ) -> None:
+        average = EMA(
+            decay,
+            warm_up=warm_up,
+            start_step=start_step,
+            buffers=buffers,
+            count=count,
+            evaluate=evaluate,
+            precision=precision,
+        )
         super().__init__(
-            EMA(decay, warm_up=warm_up, start_step=start_step, buffers=buffers, count=count, evaluate=evaluate),
+            average,
             terms,
             student=student,
             target=target,

@@ -11,6 +11,7 @@ from lightning_kd.schedules import Moment
 from lightning_kd.sharding import is_sharded, local, reshard, sharded_as, whole
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of, own_type
+from lightning_kd.teachers.precision import Precision, checked, context, type_of_weights
 
 
 class CopyTeacher(Teacher):
@@ -23,10 +24,21 @@ class CopyTeacher(Teacher):
         count: Number of copies; epoch ``e`` is taught by copy ``e % count``.
         evaluate: Whether validation during the fit and checkpoints use the weights of the copy, and the student
             has them when the fit ends.
+        precision: What the copy runs in, whatever the Trainer's precision: ``"bf16-mixed"`` (or ``"bf16"``) and
+            ``"16-mixed"`` are autocast, ``"32-true"`` is none. Unless given: the Trainer's autocast.
+
+    Raises:
+        ValueError: If there is no such precision, or it would change the copy's weights.
     """
 
-    def __init__(self, count: int = 1, evaluate: bool = False) -> None:
+    def __init__(self, count: int = 1, evaluate: bool = False, precision: Precision | None = None) -> None:
         super().__init__()
+        if type_of_weights(checked(precision)) not in (None, torch.float32):
+            raise ValueError(
+                f"A copy of the student keeps its weights in float32, in which small steps count; got {precision!r}. "
+                f"Let it compute in less: precision='{str(precision).replace('true', 'mixed')}'."
+            )
+        self.precision = precision
         self.copies = nn.ModuleList()
         self.count = count
         self.evaluated = evaluate
@@ -94,7 +106,7 @@ class CopyTeacher(Teacher):
             raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
         self._set_mode()
         args, kwargs = in_type_of(self.model, args, kwargs)
-        with torch.no_grad(), own_type(self.model):
+        with torch.no_grad(), context(self.precision, self.model), own_type(self.model):
             return self._taps[self.active].run(*args, **kwargs)
 
     def _set_mode(self) -> None:

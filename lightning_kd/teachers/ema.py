@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.teachers.copies import CopyTeacher, copy_tensors, parameters_of
+from lightning_kd.teachers.precision import Precision
 
 Buffers = Literal["average", "copy", "own"]
 
@@ -35,6 +36,9 @@ class EMA(CopyTeacher):
             (dual temporary teachers).
         evaluate: Whether validation during the fit and checkpoints use the teacher's weights, and the student has
             them when the fit ends.
+        precision: What the teacher runs in, whatever the Trainer's precision: ``"bf16-mixed"`` (or ``"bf16"``) and
+            ``"16-mixed"`` are autocast, ``"32-true"`` is none; the average is kept in float32. Unless given: the
+            Trainer's autocast.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,8 +67,9 @@ class EMA(CopyTeacher):
         buffers: Buffers = "average",
         count: int = 1,
         evaluate: bool = False,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(count=count, evaluate=evaluate)
+        super().__init__(count=count, evaluate=evaluate, precision=precision)
         for end in (decay(0.0), decay(1.0)) if isinstance(decay, Schedule) else (decay,):
             _checked(end)
         if buffers not in ("average", "copy", "own"):

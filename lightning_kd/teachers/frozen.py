@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Any, Literal, Self
 
 import torch
@@ -179,11 +178,7 @@ class Frozen(Teacher):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        with (
-            context(self.precision, next((t.device.type for t in tensors), "cpu")),
-            own_type(self.model, type_of_weights(self.precision)),
-        ):
+        with context(self.precision, self.model), own_type(self.model, type_of_weights(self.precision)):
             yield
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

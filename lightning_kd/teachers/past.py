@@ -3,6 +3,7 @@
 from lightning_kd.numbers import is_whole
 from lightning_kd.schedules import Moment
 from lightning_kd.teachers.copies import CopyTeacher
+from lightning_kd.teachers.precision import Precision
 
 
 class PastSelf(CopyTeacher):
@@ -18,9 +19,11 @@ class PastSelf(CopyTeacher):
 
     Args:
         every: Epochs after which the teacher becomes the student of that moment.
+        precision: What the teacher runs in, whatever the Trainer's precision: ``"bf16-mixed"`` (or ``"bf16"``) and
+            ``"16-mixed"`` are autocast, ``"32-true"`` is none. Unless given: the Trainer's autocast.
 
     Raises:
-        ValueError: If ``every`` is not a positive number of epochs.
+        ValueError: If ``every`` is not a positive number of epochs, or there is no such precision.
 
     Source:
         Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, arXiv 2006.12000,
@@ -36,8 +39,8 @@ class PastSelf(CopyTeacher):
         True
     """
 
-    def __init__(self, every: int = 1) -> None:
-        super().__init__()
+    def __init__(self, every: int = 1, precision: Precision | None = None) -> None:
+        super().__init__(precision=precision)
         if not (is_whole(every) and every >= 1):
             raise ValueError(f"every is a number of epochs, 1 or more; got {every!r}.")
         self.every = every

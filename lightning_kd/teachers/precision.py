@@ -1,6 +1,7 @@
 """The precision that a trained model runs in, whatever the student's is."""
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
@@ -41,10 +42,11 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(dtype)
 
 
-def context(precision: Precision | None, device_type: str) -> AbstractContextManager[object]:
+def context(precision: Precision | None, model: nn.Module) -> AbstractContextManager[object]:
     """Returns the context in which a model runs; a precision that is given does not care for the Trainer's autocast."""
     if precision is None:
         return nullcontext()
+    device_type = next((tensor.device.type for tensor in chain(model.parameters(), model.buffers())), "cpu")
     if type_of_weights(precision) is not None:
         return torch.autocast(device_type, enabled=False)
     return torch.autocast(device_type, dtype=_TYPES[precision.removesuffix("-mixed")])

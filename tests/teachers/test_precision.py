@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning_kd.callbacks import EMATeacher
 from lightning_kd.tasks import Classification
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import DistillationModule, Distiller, Term, losses
-from lightning_kd.teachers import Ensemble, Frozen
+from lightning_kd.schedules import Moment
+from lightning_kd.teachers import EMA, Ensemble, Frozen, PastSelf
 from lightning_kd.teachers import frozen as frozen_file
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -161,3 +163,58 @@ def test_through_both_doors_and_in_an_ensemble() -> None:
         assert all(0 < trainer.callback_metrics[f"train/{name}"] < float("inf") for name in terms)
         trainer.test(module, data, verbose=False)
     assert model.seen[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [EMA, PastSelf])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [(None, None), ("32-true", torch.float32), ("bf16", torch.bfloat16), ("16-mixed", torch.float16)],
+)
+def test_a_copy_of_the_student_runs_in_its_own_precision(
+    precision: Any, expected: torch.dtype | None, autocast: bool, kind: Any
+) -> None:
+    student, teacher = plain(), kind(precision=precision)
+    teacher.bind(student, ["output"])
+    dtype = expected or (torch.bfloat16 if autocast else torch.float32)
+    for epoch in (1, 2):  # what is cast is the average of now
+        with torch.no_grad():
+            student.head.weight += 1.0
+        teacher.update(Moment(step=epoch, epoch=epoch))
+        teacher.begin_epoch(Moment(step=epoch, epoch=epoch))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            (found,) = teacher(X)["output"]
+            assert torch.is_autocast_enabled("cpu") == autocast
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            oracle = copy.deepcopy(teacher.model).eval()(X)
+        assert found.dtype == dtype
+        assert torch.equal(found, oracle)
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.float32}
+    teacher.unbind()
+
+
+@pytest.mark.parametrize("kind", [EMA, PastSelf])
+def test_the_weights_of_a_copy_stay_in_float32(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"weights in float32, .*got 'bf16-true'.*precision='bf16-mixed'"):
+        kind(precision="bf16-true")
+    with pytest.raises(ValueError, match="got 'fp8'"):
+        kind(precision="fp8")
+    assert EMATeacher({"it": Term(losses.KD())}, precision="bf16").distiller.teacher.precision == "bf16"
+
+
+def test_a_copy_takes_after_the_student_in_memory_and_compilation() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled.append(graph)
+        return graph
+
+    model = plain().to(memory_format=torch.channels_last)
+    model.conv._forward_pre_hooks.clear()
+    teacher = EMA()
+    teacher.bind(torch.compile(model, backend=backend), ["output"])
+    teacher(X)
+    assert compiled
+    (weight,) = (p for name, p in teacher.model.named_parameters() if name.endswith("conv.weight"))
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    teacher.unbind()
