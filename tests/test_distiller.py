@@ -560,3 +560,22 @@ def test_inputs_with_a_field_that_is_not_set() -> None:
         student(Batch(torch.randn(3, 6)))
     assert distiller(calls)["kd"] > 0
     distiller.detach()
+
+
+def test_terms_on_one_layer_share_its_output_and_a_projector_if_it_is_one_object() -> None:
+    student, projector = Net(4), nn.Linear(4, 6)
+    terms = {"hint": hint(projector=projector), "relation": hint(losses.RKD(), projector=projector), "own": hint()}
+    distiller = Distiller(terms, Frozen(Net(6)))
+    calls = watched(distiller, student, torch.randn(8, 6))
+    distiller.build(calls[0])
+    for record in (calls[0].student, calls[0].teacher):
+        assert {path: len(values) for path, values in record.items()} == {"stem": 1}
+    assert len([*distiller.parameters()]) == 4  # of the shared one, and of the other's own
+    found = distiller(calls)
+    gradients = {}
+    for name in ("hint", "relation"):
+        (gradients[name],) = torch.autograd.grad(found[name], projector.weight, retain_graph=True)
+        assert gradients[name].abs().sum() > 0
+    torch.stack([*found.values()]).sum().backward()
+    torch.testing.assert_close(projector.weight.grad, gradients["hint"] + gradients["relation"])
+    distiller.detach()
