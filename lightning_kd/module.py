@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.attachment.labels import labels_of
 from lightning_kd.attachment.mutual import MutualAttachment
+from lightning_kd.attachment.refusals import callbacks_of
 from lightning_kd.attachment.resume import START_ANEW
 from lightning_kd.distiller import Distiller
 from lightning_kd.meeting import introduce
@@ -98,19 +100,21 @@ class DistillationModule(LightningModule):
         self.lr_interval = lr_interval
         self.attachment: Attachment | None = None
         if teacher is not None and terms:
-            attach = MutualAttachment if isinstance(teacher, Peers) else Attachment
+            own = not isinstance(teacher, Peers)  # which see what the student sees
+            attach = Attachment if own else MutualAttachment
             self.attachment = attach(
                 Distiller(
                     terms,
                     teacher,
-                    teacher_input=teacher_input or (None if isinstance(teacher, Peers) else task.teacher_input),
-                    student_input=student_input or (None if isinstance(teacher, Peers) else task.student_input),
+                    teacher_input=task.teacher_input if own and teacher_input is None else teacher_input,
+                    student_input=task.student_input if own and student_input is None else student_input,
                     knowledge=task.knowledge,
                 ),
                 student="student",
                 labels=task.labels(),
                 task_weight=task_weight,
                 prog_bar=True,
+                labels_after_step=True,  # a task may learn in its forward what they depend on
             )
             given = self.attachment.distiller
             introduce(task, student, given.teacher, given.teacher_input)
@@ -124,10 +128,18 @@ class DistillationModule(LightningModule):
         return self.attachment.distiller.teacher if self.attachment else None
 
     def configure_callbacks(self) -> list[Callback]:
-        """Distils through the same attachment that serves unmodified modules."""
-        # After a first fit the trainer has it, and Lightning would say that it overrides itself.
-        there = self._trainer is not None and self.attachment in attachments_of(self._trainer)
-        return [self.attachment] if self.attachment and not there else []
+        """Distils through the same attachment that serves unmodified modules, in front of what averages weights."""
+        if self.attachment is None:
+            return []
+        if self._trainer is not None:
+            if self.attachment in attachments_of(self._trainer):  # of a first fit: it would be said to override itself
+                return []
+            callbacks = callbacks_of(self._trainer)
+            for place, callback in enumerate(callbacks):
+                if isinstance(callback, WeightAveraging):  # it copies the module, which is to have the projectors
+                    callbacks.insert(place, self.attachment)
+                    return []
+        return [self.attachment]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the student."""

@@ -1,11 +1,12 @@
 """What is written in place: tensors that are not what they were, and two that are one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
+from numbers import Number
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_kd.wiring import describe
@@ -41,22 +42,70 @@ def one_memory(a: Tensor, b: Tensor) -> bool:
     return where[0] == where[1]
 
 
-def refuse_overwriting_teacher(leaves: list[Any], versions: Mapping[int, int]) -> None:
+_DEEP = 4
+"""How far into objects tensors are looked for: the batch of a graph library has them in an object in an object."""
+
+
+class Given:
+    """What a student is called with, to be told from what others leave of it.
+
+    Args:
+        arguments: Of the call. Tensors are also found in objects that pytrees do not look into.
+    """
+
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
+        self._leaves = tree_leaves(arguments)
+        self._held = dict(_held_by(self._leaves))
+        self._tensors = [*self._leaves, *self._held.values()]
+        self._versions = versions_of(self._tensors)
+
+    def overwritten(self) -> Any:
+        """Returns something of it that was written in place; None where nothing was."""
+        return next((x for x in self._tensors if overwritten(x, self._versions)), None)
+
+    def exchanged(self) -> Any:
+        """Returns something of it that is no longer where it was; None where everything is."""
+        now = zip_longest(self._leaves, tree_leaves(self.arguments))
+        held = dict(_held_by(self._leaves)) if self._held else {}
+        pairs = [*now, *((tensor, held.get(place)) for place, tensor in self._held.items())]
+        return next((after if before is None else before for before, after in pairs if before is not after), None)
+
+
+def _held_by(values: Iterable[Any], depth: int = _DEEP) -> Iterator[tuple[tuple[int, Any], Tensor]]:
+    """Finds the tensors in objects and unregistered mappings, each with the owner's id and its name there."""
+    for owner in values:
+        if isinstance(owner, (Tensor, nn.Module, type, str, Number)) or not depth:
+            continue
+        # of a mapping that is an object, too, both: its items may be in one of its attributes
+        for part in (owner, getattr(owner, "__dict__", None)):
+            if isinstance(part, Mapping):
+                yield from (((id(owner), name), value) for name, value in part.items() if isinstance(value, Tensor))
+                yield from _held_by(list(part.values()), depth - 1)
+
+
+def refuse_overwriting_teacher(given: Given) -> None:
     """Raises ``ValueError`` where the teacher has written into what the student is called with next."""
-    for x in leaves:
-        if overwritten(x, versions):
-            raise ValueError(
-                f"the teacher overwrites its input ({describe(x)}), which the student is called with next. Give it its "
-                "own: teacher_input=lambda x: x.clone()."
-            )
+    if (x := given.overwritten()) is not None:
+        raise ValueError(
+            f"the teacher overwrites its input ({describe(x)}), which the student is called with next. Give it its "
+            "own: teacher_input=lambda x: x.clone()."
+        )
+    if (x := given.exchanged()) is not None:
+        raise ValueError(
+            f"the teacher exchanges what it is given: {describe(x)} is no longer in the object that the student is "
+            "called with next, which would begin with what the teacher left there. Give the teacher an object of its "
+            "own: teacher_input=lambda batch: (copy.copy(batch),)."
+        )
 
 
-def refuse_overwriting_input(name: str, leaves: list[Any], versions: Mapping[int, int], given: Any) -> None:
+def refuse_overwriting_input(name: str, given: Given) -> None:
     """Raises ``ValueError`` where a function of inputs has written into what it was given, or exchanged parts of it."""
-    for x, now in zip_longest(leaves, tree_leaves(given)):
-        if x is not now or overwritten(x, versions):
-            raise ValueError(
-                f"{name} changes what it is given ({describe(now if x is None else x)}) in place, which is the other "
-                "side's input and the batch of training_step, too. Let it return something new: x + noise and not "
-                "x.add_(noise)."
-            )
+    x = given.exchanged()
+    if x is None:
+        x = given.overwritten()
+    if x is not None:
+        raise ValueError(
+            f"{name} changes what it is given ({describe(x)}) in place, which is the other side's input and the batch "
+            "of training_step, too. Let it return something new: x + noise and not x.add_(noise)."
+        )

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_kd.copying import lend
-from lightning_kd.overwriting import refuse_overwriting_input, refuse_overwriting_teacher, versions_of
+from lightning_kd.overwriting import Given, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
 from lightning_kd.recomputation import Recomputation
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, labels_asked, made_by
@@ -113,7 +112,7 @@ class Watcher:
         if module is not self.student:  # a deep copy of it, which carries the hook along
             return None
         if self._recomputation.now():
-            if self.student_input:
+            if self.student_input is not None:
                 raise ValueError(
                     "the student is computed again in backward, by torch.utils.checkpoint around the whole of it, "
                     "and without what student_input made of its arguments. Checkpoint layers inside of the "
@@ -129,29 +128,27 @@ class Watcher:
         if not torch.is_grad_enabled():  # nothing could be learned from it
             return None
         begun = self._recomputation.begin((args, kwargs))
-        call, own = self._ask((args, kwargs), self._labels() if self._asks_labels else {})
+        call, own = self._ask(Given((args, kwargs)), self._labels() if self._asks_labels else {})
         self._recomputation.end(begun, (args, kwargs))
         call.student = self._taps.open()
         self._calls.append(call)
         return own
 
-    def _ask(self, given: Arguments, labels: Mapping[str, Any]) -> tuple[Call, Arguments | None]:
+    def _ask(self, given: Given, labels: Mapping[str, Any]) -> tuple[Call, Arguments | None]:
         """Returns a call with the teacher's side of it, and the arguments of the student if they are of its own."""
-        leaves = tree_leaves(given)
-        versions = versions_of(leaves)
+        given_args, given_kwargs = args, kwargs = given.arguments
 
         def view(name: str, make: Callable[..., Any], labels: Mapping[str, Any]) -> Arguments:
-            made = made_by(make, *given, labels)
-            refuse_overwriting_input(name, leaves, versions, given)
+            made = made_by(make, given_args, given_kwargs, labels)
+            refuse_overwriting_input(name, given)
             return made
 
         own = None
-        if self.student_input and not self._asks_teacher:
+        if self.student_input is not None and not self._asks_teacher:
             own = view("student_input", self.student_input, labels)
         asked, what = "teacher_input", "the student's arguments"
-        args, kwargs = given
         try:
-            if self.teacher_input:
+            if self.teacher_input is not None:
                 args, kwargs = view("teacher_input", self.teacher_input, labels)
                 what = "what teacher_input returned"
             asked = "the teacher"
@@ -165,9 +162,9 @@ class Watcher:
                 "teacher_input= makes the teacher's arguments out of the student's."
             )
             raise
-        refuse_overwriting_teacher(leaves, versions)
+        refuse_overwriting_teacher(given)
         call = Call(student={}, teacher=answer, versions=versions_of(answer))
-        if self.student_input and self._asks_teacher:
+        if self.student_input is not None and self._asks_teacher:
             own = view("student_input", self.student_input, {**labels, ANSWER: answer[OUTPUT][0]})
         return call, own
 

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections import UserDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -579,3 +581,79 @@ def test_terms_on_one_layer_share_its_output_and_a_projector_if_it_is_one_object
     torch.stack([*found.values()]).sum().backward()
     torch.testing.assert_close(projector.weight.grad, gradients["hint"] + gradients["relation"])
     distiller.detach()
+
+
+class Graph:
+    def __init__(self, x: Tensor) -> None:
+        self.store = UserDict({"x": x})
+
+
+@dataclass
+class Points:
+    x: Tensor
+    counts: Tensor | None = None
+
+
+class Attributes(dict[str, Tensor]):
+    """As of Addict, which is no dict to pytrees."""
+
+
+class OnObjects(nn.Module):
+    """Leaves its features in the object that it is given, as graph networks do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, width), nn.Linear(width, 6)
+
+    def forward(self, batch: Any) -> Tensor:
+        there = getattr(batch, "store", batch if isinstance(batch, Attributes) else vars(batch))
+        there["counts"] = torch.ones(1)  # this is nothing that the student would read
+        there["x"] = self.last(self.first(there["x"]).relu())
+        return there["x"]
+
+
+@pytest.mark.parametrize("of", [Graph, Points, lambda x: Attributes(x=x)])
+def test_what_the_teacher_leaves_in_an_object_is_no_input_of_the_student(of: Callable[[Tensor], Any]) -> None:
+    student, x = OnObjects(4), torch.randn(5, 6)
+    distiller = Distiller({"kd": Term(losses.KD())}, OnObjects(8))
+    distiller.attach(student)
+    with distiller.watch(), pytest.raises(ValueError, match=r"exchanges what it is given: .*copy\.copy"):
+        student(of(x))
+    distiller.detach()
+    expected, seen = student(of(x)), []
+    student.first.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    distiller = Distiller({"kd": Term(losses.KD())}, OnObjects(8), teacher_input=lambda batch: (copy.deepcopy(batch),))
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        assert torch.equal(student(of(x)), expected)
+    assert seen[0] is x
+    assert distiller(calls)["kd"] > 0
+
+
+def test_an_input_that_exchanges_parts_of_an_object_is_refused() -> None:
+    def noisy(batch: Points) -> Points:
+        batch.x = batch.x + 1.0
+        return batch
+
+    for side in ("teacher_input", "student_input"):
+        student = OnObjects(4)
+        distiller = Distiller({"kd": Term(losses.KD())}, OnObjects(8), **{side: noisy})
+        distiller.attach(student)
+        with distiller.watch(), pytest.raises(ValueError, match=f"{side} changes what it is given"):
+            student(Points(torch.randn(5, 6)))
+
+
+class Doubling(nn.ModuleList):
+    """A module whose truth value is False, since it holds none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x
+
+
+def test_an_input_without_a_length_is_an_input() -> None:
+    student, teacher, x = Net(4), Net(8).eval(), torch.randn(5, 6)
+    distiller = Distiller({"kd": Term(losses.KD())}, teacher, teacher_input=Doubling())
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        student(x)
+    torch.testing.assert_close(calls[0].teacher["output"][0], teacher(2.0 * x).detach())

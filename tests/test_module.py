@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import Logger
 from lightning_kd.tasks import Classification
@@ -348,3 +348,18 @@ def test_data_that_normalise_on_the_device_come_in_the_precision_of_the_weights(
     assert run.callback_metrics["train/hint"] > 0
     run.test(lit, datamodule=Bytes(), verbose=False)
     assert len(run.predict(lit, datamodule=Bytes()) or []) == 4
+
+
+# Said of any module that has configure_model.
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback:UserWarning")
+def test_an_average_of_weights_has_the_projectors_wherever_it_stands() -> None:
+    terms = {"hint": Term(losses.FitNet(), student="stem", teacher="stem")}
+    module = DistillationModule(Classification(CLASSES), Net(4), Net(8), terms)
+    average = EMAWeightAveraging(decay=0.5)
+    run = trainer(callbacks=[LambdaCallback(), average])
+    for epochs in (1, 2):
+        run.fit_loop.max_epochs = epochs
+        run.fit(module, loader(), loader())
+        assert run.callbacks.index(module.attachment) == run.callbacks.index(average) - 1
+        assert run.callback_metrics["train/hint"] > 0
+    assert not any("_dist" in key for key in module.state_dict())

@@ -57,6 +57,7 @@ class Attachment(Callback):
         labels: How to get from a batch what losses need, by the name of their argument.
         task_weight: Factor of the module's own loss, or a schedule of it.
         prog_bar: Whether the progress bar shows the terms.
+        labels_after_step: Whether labels are read after ``training_step``, and not before.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Attachment(Callback):
         labels: Mapping[str, Label | None] | None = None,
         task_weight: float | Schedule = 1.0,
         prog_bar: bool = False,
+        labels_after_step: bool = False,
     ) -> None:
         super().__init__()
         path: object = student  # what a caller without a type checker may pass
@@ -77,6 +79,7 @@ class Attachment(Callback):
         self.distiller = distiller
         self.student = student
         self.labels = dict(labels or {})
+        self.labels_after_step = labels_after_step
         self.task_weight = factor("task_weight", task_weight)
         if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
             raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
@@ -340,7 +343,7 @@ class Attachment(Callback):
         trainer.precision_plugin.convert_module(pl_module).to(device)
         self._move_teacher(device)
         assert self._own_step is not None
-        calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller, self._labels_of)
+        calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller, self._read)
         refuse_uncalled(calls, self.student, pl_module)
         reshard(pl_module)  # no backward does it
         with isolate_rng():  # data order and dropout are those of the student trained alone
@@ -360,15 +363,7 @@ class Attachment(Callback):
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
             self._begin_step()
-            batch = batch_of(args, kwargs)
-            try:
-                read = self._labels_of(batch)  # now: many a step tidies its labels in place
-            except ValueError:  # the step may skip this batch, or put them there
-                read = None
-
-            def labels() -> dict[str, Any]:
-                return self._labels_of(batch) if read is None else read
-
+            labels = self._read(batch_of(args, kwargs))
             with self.distiller.watch(labels) as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
@@ -387,6 +382,20 @@ class Attachment(Callback):
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return training_step_and_terms
+
+    def _read(self, batch: Any) -> LabelsOf:
+        """Reads the labels of a batch now, as many a step tidies them in place; or when asked, if the step makes them.
+
+        Once they were not there before a step, what is there before the next one may be of the last batch.
+        """
+        if not self.labels_after_step:
+            try:
+                read = self._labels_of(batch)
+            except ValueError:  # told when somebody asks: the step may skip this batch
+                self.labels_after_step = True
+            else:
+                return lambda: read
+        return lambda: self._labels_of(batch)
 
     def _labels_of(self, batch: Any) -> dict[str, Any]:
         found = labels_of(batch, self.labels, self.distiller.labels)

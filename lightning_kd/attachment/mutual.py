@@ -69,6 +69,7 @@ class MutualAttachment(Attachment):
         labels: How to get from a batch what losses need, by the name of their argument.
         task_weight: Factor of every network's own loss, or a schedule of it.
         prog_bar: Whether the progress bar shows the terms.
+        labels_after_step: Whether labels are read after ``training_step``, and not before.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class MutualAttachment(Attachment):
         labels: Mapping[str, Label | None] | None = None,
         task_weight: float | Schedule = 1.0,
         prog_bar: bool = False,
+        labels_after_step: bool = False,
     ) -> None:
-        super().__init__(distiller, student=student, labels=labels, task_weight=task_weight, prog_bar=prog_bar)
+        super().__init__(distiller, student, labels, task_weight, prog_bar, labels_after_step)
         self._members: list[Peer] = []
         self._mirrors: dict[str, Distiller] = {}
-        if distiller.teacher_input or distiller.student_input:
+        if distiller.teacher_input is not None or distiller.student_input is not None:
             raise ValueError(
                 "teacher_input and student_input are not for peers: every network is called by training_step, and sees "
                 "the batch that it is given."
@@ -210,7 +212,7 @@ class MutualAttachment(Attachment):
         for peer in self._members:
             step = self._own_step if peer.module is pl_module else peer.module.training_step
             trainer.precision_plugin.convert_module(peer.module).to(trainer.strategy.root_device)
-            calls = rehearse(trainer, peer.module, step, peer.network, peer.distiller, self._labels_of)
+            calls = rehearse(trainer, peer.module, step, peer.network, peer.distiller, self._read)
             refuse_uncalled(calls, self.student, peer.module)
             reshard(peer.module)
             found.append(calls)

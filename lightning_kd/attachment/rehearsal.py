@@ -22,7 +22,7 @@ from torch.utils.data import (
 from torchmetrics import Metric
 
 from lightning_kd.distiller import Distiller
-from lightning_kd.watching import Call
+from lightning_kd.watching import Call, LabelsOf
 
 
 def rehearse(
@@ -31,7 +31,7 @@ def rehearse(
     training_step: Callable[..., Any],
     student: nn.Module,
     distiller: Distiller,
-    labels: Callable[[Any], Mapping[str, Any]],
+    labels: Callable[[Any], LabelsOf],
 ) -> list[Call]:
     """Runs ``training_step`` on two samples until the student has returned; nothing is changed by it.
 
@@ -43,7 +43,7 @@ def rehearse(
         training_step: The module's own.
         student: The student inside of it, to which the distiller is attached.
         distiller: The distiller.
-        labels: Gives of a batch what its inputs ask for, by name.
+        labels: Gives what there is of a batch, by name, when asked.
 
     Returns:
         The student's first call, or none if the step made none.
@@ -59,7 +59,7 @@ def rehearse(
         try:
             batch = first_samples(trainer, pl_module)
             stack.enter_context(trainer.precision_plugin.train_step_context())
-            calls = stack.enter_context(distiller.watch(lambda: labels(batch)))
+            calls = stack.enter_context(distiller.watch(labels(batch)))
             with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
             training_step(batch, *([0] if with_index else []))
         except _RehearsalEndedError:

@@ -185,7 +185,7 @@ class Frozen(Teacher):
         """Returns what the model is called with where the teacher is called with ``args`` and ``kwargs``."""
         if not self._prepared:
             self._prepare()
-        args, kwargs = made_by(self.input, args, kwargs) if self.input else (args, kwargs)
+        args, kwargs = made_by(self.input, args, kwargs)
         args, kwargs = in_type_of(self.model, args, kwargs, type_of_weights(self.precision))
         if self.channels_last:
             args, kwargs = tree_map(_channels_last, (args, kwargs))

@@ -295,6 +295,30 @@ def test_a_step_may_skip_a_batch_without_labels_or_put_them_there() -> None:
     assert trainer.callback_metrics["train/dkd"] > 0
 
 
+@pytest.mark.parametrize("learns", [False, True])  # with projectors, the step is rehearsed on another batch
+def test_labels_that_the_step_makes_are_those_of_its_batch(learns: bool) -> None:
+    class Mixing(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.mixed = batch[1].flip(0)
+            return super().training_step((batch[0], self.mixed), batch_idx)
+
+    class Labelled(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+            seen.append(target)
+            return super().forward(student, teacher)
+
+    seen: list[Tensor] = []
+    module, terms = Mixing(), {**_terms(learns), "kd": Term(Labelled())}
+    distillation = Distillation(_net(16), terms, student="model", target=lambda _: module.mixed)
+    _fit(module, distillation, max_epochs=2)
+    expected = [batch[1].flip(0) for _ in range(2) for batch in _data()]
+    assert len(seen) == 4
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    seen.clear()
+    _fit(module, distillation)  # whose first step finds what the last fit has left
+    assert torch.equal(seen[0], expected[0])
+
+
 class Maps(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         return logits[:, :, None, None] * torch.arange(1.0, 5.0).view(2, 2)

@@ -13,6 +13,7 @@ import torch
 from lightning_kd.tasks import MMDetection
 from lightning_kd.tasks.mmdetection import ToTeacher
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_kd import Distillation, DistillationModule, Term, losses
 from lightning_kd.data.box_images import collate
@@ -372,6 +373,19 @@ def test_the_students_features_go_through_the_teachers_head(kind: str, scenes: B
     saved = torch.load(tmp_path / "it.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {f"student.{key}" for key in student.state_dict()}
     assert not any(callback.get("learned") for callback in saved["callbacks"].values())
+
+
+def test_regions_of_the_first_step_are_those_of_the_padded_batch() -> None:
+    images = [torch.rand(3, 100, 120) for _ in range(2)]  # padded to 128 x 128
+    target = {"boxes": torch.tensor([[10.0, 10.0, 60.0, 70.0]]), "labels": torch.tensor([1])}
+    student, teacher = (detector("GFL") for _ in range(2))
+    know_something_else(teacher)
+    terms = {"ld": Term(losses.LD(), student="reg", teacher="reg")}
+    module = DistillationModule(MMDetection(CLASSES), student, teacher, terms, optimizer=sgd)
+    run = trainer(limit_val_batches=0)
+    data = DataLoader([(images, [target, target])], batch_size=None)
+    run.fit(module, data, data)
+    assert float(run.callback_metrics["train/ld"]) > 0
 
 
 def test_the_whole_head_of_a_teacher_ends_in_the_scale_of_each_level(scenes: BoxScenes) -> None:
