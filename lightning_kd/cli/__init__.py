@@ -76,8 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"lightning-kd {__version__}")
         return 0
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as for `python -m`: a configuration may name classes of the folder one stands in
+    # A configuration may name classes of the folder one stands in, wherever its own file lies: while that is read, its
+    # folder is the current one, and "" would mean that.
+    here = os.getcwd()
+    sys.path[:] = [here, *(each for each in sys.path if each != here)]
     try:
         with warnings.catch_warnings():
             # Lightning 2.6 calls torch's pytree (torch >= 2.9) and jsonargparse (>= 4.49) by their older names.

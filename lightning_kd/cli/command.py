@@ -6,11 +6,11 @@ import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
@@ -21,32 +21,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
 from lightning_kd.cli.recipe import Recipe, accepts, plain, read
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.module import DistillationModule
-
-CLASSES = ("num_classes", "classes", "num_labels")
-"""What networks call the number of classes: torchvision and timm, segmentation_models_pytorch, Hugging Face."""
-
-LINKED = {
-    "num_classes": (
-        "task.init_args.num_classes",
-        "teacher.init_args.num_classes",
-        *(f"{network}.init_args.{name}" for network in ("student", "teacher.init_args.model") for name in CLASSES),
-    ),
-    "num_keypoints": tuple(
-        f"{owner}.init_args.num_keypoints" for owner in ("task", "student", "teacher.init_args.model")
-    ),
-    "image_size": tuple(f"{owner}.init_args.image_size" for owner in ("student", "teacher.init_args.model")),
-    "ignore_index": ("task.init_args.ignore_index",),
-    "class_names": ("task.init_args.class_names",),
-}
-"""What the data say, once: it is filled in wherever the model has an argument of that name, and the data have it."""
-
-ASKED_BEFORE = ("num_classes", "num_keypoints", "image_size")
-"""Of these, what nothing can be made without: data that have the attribute have to know it."""
 
 SWITCHES = {
     "enable_checkpointing": Checkpoint,
@@ -85,6 +65,7 @@ class DistillationCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=LinkedParser,
             args=expand_arguments(arguments),
             run=run,
             # A typo is an error to be told, neither an abbreviation nor an exit.
@@ -94,6 +75,9 @@ class DistillationCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` is not empty, and unpickle any checkpoint."""
         self.config = parser.parse_args(args)
+        trainer = self.config.get(str(self.config.get("subcommand")), self.config)["trainer"]
+        if isinstance(trainer.get("callbacks"), Namespace):  # one alone, which the Trainer takes, too
+            trainer["callbacks"] = [trainer["callbacks"]]
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path in (None, *BY_NAME) or re.match("registry|[a-z0-9]+://", path):
             return
@@ -121,10 +105,8 @@ class DistillationCLI(LightningCLI):
         parser.add_argument(
             "--teacher_fit", type=teacher.TeacherFit | None, default=None, help=teacher.TeacherFit.__doc__
         )
-        for said, targets in LINKED.items():
-            for target in targets:
-                known = _known(said) if said in ASKED_BEFORE else None
-                parser.link_arguments(f"data.{said}", f"model.{target}", known, apply_on="instantiate")
+        assert isinstance(parser, LinkedParser)
+        parser.add_links()
 
     @property
     def own_config(self) -> Any:
@@ -267,20 +249,6 @@ class DistillationCLI(LightningCLI):
     def note_saved(self) -> None:
         """Say where the student is."""
         print(f"student saved: {self.saved}")
-
-
-def _known(said: str) -> Callable[[Any], Any]:
-    """Return what takes a value that the data say, and refuses one that they are to find out later."""
-
-    def known(value: Any) -> Any:
-        if value is None:
-            raise UsageError(
-                f"data.{said} is None: the networks are made with it, before setup() of the data runs. Set it in "
-                "__init__, or on the class"
-            )
-        return value
-
-    return known
 
 
 @rank_zero_only

@@ -1,0 +1,97 @@
+"""What the data say once, the number of classes for one, and where in the model it is filled in."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_kd.cli.errors import UsageError
+
+CLASSES = ("num_classes", "classes", "num_labels")
+"""What networks call the number of classes: torchvision and timm, segmentation_models_pytorch, Hugging Face."""
+
+TEACHERS_NETWORK = "teacher.init_args.model.init_args."
+
+LINKED = {
+    "num_classes": (
+        "task.init_args.num_classes",
+        "teacher.init_args.num_classes",
+        *(f"{network}{name}" for network in ("student.init_args.", TEACHERS_NETWORK) for name in CLASSES),
+    ),
+    "num_keypoints": (
+        "task.init_args.num_keypoints",
+        "student.init_args.num_keypoints",
+        f"{TEACHERS_NETWORK}num_keypoints",
+    ),
+    "image_size": ("student.init_args.image_size", f"{TEACHERS_NETWORK}image_size"),
+    "ignore_index": ("task.init_args.ignore_index",),
+    "class_names": ("task.init_args.class_names",),
+}
+"""What the data say, once: it is filled in wherever the model has an argument of that name, and the data have it."""
+
+ASKED_BEFORE = ("num_classes", "num_keypoints", "image_size")
+"""Of these, what nothing can be made without: data that have the attribute have to know it."""
+
+
+class LinkedParser(LightningArgumentParser):
+    """Lightning's parser, which writes down also what is linked: data without the attribute leave what was given."""
+
+    def add_links(self) -> None:
+        """Fill in what the data say."""
+        for said, targets in LINKED.items():
+            for target in targets:
+                known = _known(said) if said in ASKED_BEFORE else None
+                self.link_arguments(f"data.{said}", f"model.{target}", known, apply_on="instantiate")
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Serialize a configuration.
+
+        With ``skip_link_targets``, the default, what is linked is left out where nobody gave it; jsonargparse would
+        leave out what was given, too, and of a class inside of a class always. What nobody gave to the teacher's
+        network is never there: the records of its training stay as they are.
+
+        Args:
+            cfg: The configuration.
+            args: As jsonargparse's.
+            kwargs: As jsonargparse's.
+        """
+        every = kwargs.pop("skip_link_targets", True)
+        cfg = cfg.clone()
+        for target in (each for targets in LINKED.values() for each in targets):
+            if every or target.startswith(TEACHERS_NETWORK):
+                _drop_default(cfg, f"model.{target}")
+        text: str = super().dump(cfg, *args, **kwargs | {"skip_link_targets": False})
+        return text
+
+
+def _drop_default(cfg: Namespace, key: str) -> None:
+    """Take an argument of a class out that is as the class has it, or None, if it has to be given."""
+    owner, _, name = key.rpartition(".init_args.")
+    if key not in cfg:
+        return
+    try:
+        signature = inspect.signature(pydoc.locate(cfg[owner]["class_path"]))  # type: ignore[arg-type]
+        default = signature.parameters[name].default
+    except (TypeError, ValueError, KeyError):  # what cannot be looked into, or takes any keyword
+        return
+    if cfg[key] == (None if default is inspect.Parameter.empty else default):
+        cfg.pop(key)
+
+
+def _known(said: str) -> Callable[[Any], Any]:
+    """Return what takes a value that the data say, and refuses one that they are to find out later."""
+
+    def known(value: Any) -> Any:
+        if value is None:
+            raise UsageError(
+                f"data.{said} is None: the networks are made with it, before setup() of the data runs. Set it in "
+                "__init__, or on the class"
+            )
+        return value
+
+    return known
