@@ -26,6 +26,10 @@ class Guest(nn.Module):
                 memo[id(part.teacher)] = part.teacher
         return Guest(copy.deepcopy(self.learner, memo))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled with the module that is trained: likewise.
+        return {**self.__dict__, "_modules": {"learner": nn.ParameterList(self.learner.parameters())}}
+
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Returns nothing of its own."""
         return {} if destination is None else destination

@@ -170,6 +170,16 @@ def test_a_student_is_copied_and_pickled_at_any_moment(hook: str) -> None:
         torch.testing.assert_close(copies[0].state_dict(), copies[1].state_dict(), rtol=0, atol=0)
 
 
+def test_a_module_that_is_pickled_in_a_fit_has_no_teacher() -> None:
+    pickled = Do("on_train_epoch_end", pickle.dumps)
+    _fit(Project(), Distillation(_net(20_000), {"hint": Term(losses.RKD())}, student="model"), pickled)
+    without = len(pickled.results[0])
+    _fit(Project(), Distillation(_net(20_000), _terms(), student="model"), pickled)  # with a projector, 16 x 20,000
+    projector = 4 * 9 * 20_000
+    assert without < 10_000
+    assert projector < len(pickled.results[1]) < projector + 20_000
+
+
 def test_a_module_is_pickled_in_a_fit_with_two_callbacks_and_methods_of_its_own() -> None:
     module = Project()
     module.configure_optimizers = own = functools.partial(_sgd, module.model)  # type: ignore[method-assign]
