@@ -226,10 +226,12 @@ def own_task(config: Any) -> Any:
 
 def alone(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without distillation: the same data, student, optimizer and trainer."""
-    trainer = config.get("trainer") or {}
-    if trainer.get("callbacks"):  # schedules of terms that are not there; with none left, as if none was ever given
-        others = [c for c in trainer["callbacks"] if not c["class_path"].startswith(OUR_CALLBACKS)]
-        trainer = {k: v for k, v in trainer.items() if k != "callbacks"} | ({"callbacks": others} if others else {})
+    if "trainer" in config:
+        trainer = dict(config["trainer"])
+        # Without schedules of terms that are not there; with none left, as if none was ever given.
+        given = trainer.pop("callbacks", None) or []
+        if others := [each for each in given if not each["class_path"].startswith(OUR_CALLBACKS)]:
+            trainer["callbacks"] = others
         config = config | {"trainer": trainer}
     model = {k: v for k, v in config["model"].items() if k not in DISTILLING}
     return {k: config[k] for k in ("seed_everything", "data", "trainer") if k in config} | {"model": model}

@@ -10,5 +10,7 @@ def test_the_student_alone_has_no_schedules_of_terms_and_is_otherwise_the_same()
     scheduled = {"model": model, "trainer": {"max_epochs": 2, "callbacks": [SCHEDULER]}}
     both = {"model": model, "trainer": {"max_epochs": 2, "callbacks": [MONITOR, SCHEDULER]}}
     assert fingerprint(alone(scheduled)) == fingerprint(alone(bare))
+    unsaid = bare | {"trainer": bare["trainer"] | {"callbacks": None}}  # as a configuration with its defaults has it
+    assert fingerprint(alone(unsaid)) == fingerprint(alone(bare))
     assert alone(both)["trainer"]["callbacks"] == [MONITOR]
     assert scheduled["trainer"]["callbacks"] == [SCHEDULER]
