@@ -49,6 +49,9 @@ FUNCTION = (
     "class_path names a function, expected a class: lightning_kd.models.Timm or Torchvision, or one of your own "
     "that calls the function"
 )
+ONE_VALUE = (
+    "an argument, and no class for it. Give both in one value: '{class_path: StepLR, init_args: {step_size: 2}}'"
+)
 NO_LAST = r".*there is no last checkpoint available"
 OWN_OPTIONS = {
     "fit": CKPT.format("go on with this run"),
@@ -143,6 +146,13 @@ def _told(error: BaseException) -> str:
     if "'linked_targets'" in str(error):  # jsonargparse's own mistake
         key = re.match(r'Parser key "([^"]+)"', str(error))
         return f"{key[1] if key else 'model'}: {FUNCTION}"
+    if isinstance(error, FileNotFoundError) and error.filename and not os.path.isabs(error.filename):
+        return f"{error} (looked from {os.getcwd()!r})"
+    if "its parent's `batch_size=...`" in str(error):  # Lightning's, of its own remake of a DataLoader
+        return (
+            "Lightning makes the DataLoader of a prediction anew, which fails if its batch size is given by position: "
+            "in your predict_dataloader give batch_size= by name"
+        )
     if str(error).startswith("Call to compute_fn of link") and isinstance(error.__cause__, UsageError):
         error = error.__cause__
     # The cause is what the first type complained of: null or a number says nothing of a class. All are in the text.
@@ -157,5 +167,7 @@ def _told(error: BaseException) -> str:
             where += "" if f"{key}: " in where else f"{key}: "
         deeper = [each for each in tried if not re.match("Expected (a )?(<|typing|dot import)", each)]
         told = deeper[0] if deeper else expected(told)
+    if "class_path='typing.Union'" in told:  # jsonargparse has lost the class, which is not whole without arguments
+        return f"{where}{ONE_VALUE}"
     shown = f"{where}{told}".partition("\nSubclass types expect one of")[0].strip()
     return re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
@@ -19,11 +19,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_kd.cli import teacher
-from lightning_kd.cli.configs import expand_arguments
+from lightning_kd.cli.configs import expand_arguments, refuse_terms_without_loss
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
-from lightning_kd.cli.recipe import Recipe, accepts, plain, read
+from lightning_kd.cli.recipe import KEY, Recipe, accepts, plain, read
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.module import DistillationModule
@@ -74,7 +74,11 @@ class DistillationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` is not empty, and unpickle any checkpoint."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError:
+            refuse_terms_without_loss(args)
+            raise
         trainer = self.config.get(str(self.config.get("subcommand")), self.config)["trainer"]
         if isinstance(trainer.get("callbacks"), Namespace):  # one alone, which the Trainer takes, too
             trainer["callbacks"] = [trainer["callbacks"]]
@@ -84,6 +88,10 @@ class DistillationCLI(LightningCLI):
         content = read(path)
         if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
             raise UsageError(f"--ckpt_path: {path} is no checkpoint of a run; give one that `lightning-kd fit` wrote")
+        if content.get("hyper_parameters") and KEY not in content:  # which would be merged into the configuration
+            raise UsageError(
+                f"--ckpt_path: {path} does not say which network it holds: give a .ckpt that `lightning-kd fit` wrote"
+            )
         if self.config.get("subcommand") == "fit" and "optimizer_states" not in content:
             raise UsageError(
                 f"--ckpt_path: {path} holds weights alone, and going on with a run takes the optimizer's state, too; "

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_kd.cli.errors import UsageError, unknown
+from lightning_kd.cli.errors import UsageError, guess, unknown
 
 _LINES = re.compile(r"\s*\n\s*")
 
@@ -105,3 +105,32 @@ def expand_arguments(arguments: list[str]) -> list[str]:
         else:
             expanded.append(argument)
     return expanded
+
+
+def refuse_terms_without_loss(arguments: list[str]) -> None:
+    """Refuses a term that is named, and given no loss by any of the files and options: the name is mistyped.
+
+    Args:
+        arguments: What stands on the command line, with the paths of the files.
+
+    Raises:
+        UsageError: If there is such a term.
+    """
+    named: dict[str, bool] = {}
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            file = value if equals else "".join(arguments[position + 1 : position + 2])
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            model = content.get("model")
+            terms = model.get("terms") if isinstance(model, dict) else None
+            for name, term in terms.items() if isinstance(terms, dict) else ():
+                whole = not isinstance(term, dict) or "loss" in term or "class_path" in term
+                named[name] = named.get(name, False) or whole
+        elif own := re.match(r"--model\.terms\.([^.]+)\.(?:init_args\.)?(\w+)", option):
+            named[own[1]] = named.get(own[1], False) or own[2] == "loss"
+    there = sorted(name for name, has in named.items() if has)
+    for name in (each for each, has in named.items() if not has):
+        raise UsageError(
+            f"term {name!r} has no loss; the terms with one are: {', '.join(there) or 'none'}.{guess(name, there, 0.5)}"
+        )

@@ -31,7 +31,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
         "no colour 'rde'. Did you mean red? There are: blue, red"
     """
     names = sorted(known)
-    return UsageError(f"no {what} {name!r}.{_guess(name, names)} There are: {', '.join(names) or 'none'}")
+    return UsageError(f"no {what} {name!r}.{guess(name, names)} There are: {', '.join(names) or 'none'}")
 
 
 def alternatives(told: str) -> list[str]:
@@ -79,10 +79,10 @@ def closest_argument(told: str) -> str:
     """
     if missing := re.search(r"module '(?P<of>[\w.]+)' has no attribute '(?P<name>\w+)'", told):
         known = [name for name in dir(pydoc.locate(missing["of"])) if name[0].isupper()]
-        return f".{guess}" if (guess := _guess(missing["name"], known)) else ""
+        return f".{close}" if (close := guess(missing["name"], known)) else ""
     if own := re.search(r"(?:dot import path string: |the name of a class; got )(?P<name>[A-Za-z]\w+)$", told):
         known = [name for kind in NAMED for name in getattr(pydoc.locate(f"lightning_kd.{kind}"), "__all__", ())]
-        return f".{guess}" if (guess := _guess(own["name"], known)) else ""
+        return f".{close}" if (close := guess(own["name"], known)) else ""
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
     if not found:
@@ -91,8 +91,8 @@ def closest_argument(told: str) -> str:
     if not callable(member):
         return ""
     known = list(inspect.signature(member).parameters)
-    if guess := _guess(found["name"], known):
-        return f".{guess}"
+    if close := guess(found["name"], known):
+        return f".{close}"
     return f". What else the model takes: options: {{{found['name']}: ...}}" if "options" in known else ""
 
 
@@ -111,9 +111,20 @@ def _top_level(told: str) -> str:
         called = pydoc.locate(name)
         if callable(called) and top["name"] in inspect.signature(called).parameters:
             return f". Did you mean {group}.{top['name']}?"
-    return f".{guess}" if (guess := _guess(top["name"], GROUPS)) else ""
+    return f".{close}" if (close := guess(top["name"], GROUPS)) else ""
 
 
-def _guess(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+def guess(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """The question whether the closest of the known names were meant; empty if none is close.
+
+    Args:
+        name: What was written.
+        known: What there is.
+        cutoff: How alike they have to be, from 0 to 1; half, and of two letters they may have changed places.
+
+    Example:
+        >>> guess("dk", ["hint", "kd"], cutoff=0.5)
+        ' Did you mean kd?'
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     return f" Did you mean {' or '.join(close)}?" if close else ""

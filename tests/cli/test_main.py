@@ -1,4 +1,5 @@
 import logging
+import os
 import pickle
 import re
 import runpy
@@ -6,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from torch.utils.data import DataLoader
 
 from lightning_kd import __version__
 from lightning_kd.cli import export, main, teacher
@@ -25,6 +28,7 @@ SMALL = [
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
 ALONE = ["--model.teacher", "null", "--model.terms", "null", "--teacher_fit", "null"]
+OWN_SCHEDULER = "--teacher_fit.lr_scheduler"
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +215,41 @@ def test_a_ckpt_path_that_is_no_checkpoint_is_told(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "a.ckpt" in error
+
+
+def test_a_checkpoint_of_a_module_of_ones_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.ckpt"
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": {"backbone": "a"}}, file)
+    assert main(["test", "--config", "digits_kd", *ALONE, "--ckpt_path", str(file)]) == 2
+    assert "own.ckpt does not say which network it holds: give a .ckpt that" in capsys.readouterr().err
+
+
+class ByPosition(Digits):
+    """Gives its batch size by position, with which Lightning cannot make the DataLoader anew."""
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(self.test_dataloader().dataset, 100)
+
+
+def test_a_batch_size_by_position_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", f"{__name__}.ByPosition", "--output", "null"]
+    assert main(["predict", "--config", "digits_kd", *ALONE, *given]) == 2
+    assert "in your predict_dataloader give batch_size= by name" in capsys.readouterr().err
+
+
+class Nowhere(Digits):
+    """Looks for its data in a folder that is not there."""
+
+    def setup(self, stage: str) -> None:
+        os.listdir("nowhere/train")
+
+
+def test_a_folder_that_is_not_there_is_told_with_where_it_was_looked_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["test", "--config", "digits_kd", *ALONE, "--data", f"{__name__}.Nowhere"]) == 2
+    assert f"No such file or directory: 'nowhere/train' (looked from {str(tmp_path)!r})" in capsys.readouterr().err
 
 
 def test_a_last_checkpoint_that_is_not_there_is_no_fresh_student(
@@ -457,6 +496,19 @@ def test_a_peer_is_exported_tested_and_compared(
             ["fit", "--config", "cifar10_kd", "--trainer.max_epochs=1"],
             "set LIGHTNING_KD_DATA to the folder with weights/",
         ),
+        (
+            ["fit", "--config", "digits_kd", "--model.terms.dk.weight=0.5"],
+            "error: term 'dk' has no loss; the terms with one are: kd. Did you mean kd?\n",
+        ),
+        (
+            [
+                "fit",
+                "--config",
+                "digits_kd",
+                *(f"--teacher_fit.lr_scheduler{each}" for each in ("=StepLR", ".step_size=1")),
+            ],
+            "teacher_fit: lr_scheduler: an argument, and no class for it. Give both in one value: '{class_path",
+        ),
         (["fit", "--config", "digits_kd", "--max_epochs", "3"], "Did you mean trainer.max_epochs?"),
         (["fit", "mine.yaml"], "Did you mean --config mine.yaml?"),
         (["fit", "--config", "digits_kd", "--model.terms.kd.loss", "DDK"], "Did you mean DKD?"),
@@ -508,6 +560,9 @@ def test_bad_input_is_told_with_exit_code_2(
         ("model: {task_weight: none}", "model.task_weight: Expected float, the name of a class; got none"),
         ("model: {task_weight: {class_path: Linear, init_args: {end: 0.0}}}", "Option 'start' is required"),
         ("model: {terms: {kd: {weight: 1.0}, kd: {weight: 2.0}}}", "mine.yaml, line 1: kd stands there twice"),
+        ("model: {terms: {dk: {weight: 1.0}}}", "term 'dk' has no loss; the terms with one are: kd. Did you mean kd?"),
+        ("model: {terms: {kd: 3}}", "error: model.terms: "),
+        ("model: 3", "error: "),
         ("trainer: {max_epochs: 2}\ntrainer: {devices: 1}", "mine.yaml, line 2: trainer stands there twice"),
         ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
         (
