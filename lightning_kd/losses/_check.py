@@ -93,6 +93,17 @@ def direction(student: Tensor) -> None:
         )
 
 
+def embeddings(student: Tensor, teacher: Tensor) -> None:
+    """Raise ``ValueError`` unless both are embeddings (B, D) of one length, whose direction can be learned."""
+    same_shape(student, teacher, "Let the term's projector map the student's embedding to the teacher's length.")
+    if student.ndim != 2:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be embeddings (B, D). Pool maps "
+            "and tokens first, or tap the layer behind the pooling."
+        )
+    direction(student)
+
+
 def logits(student: Tensor, teacher: Tensor, dim: int = 1, classes: int = 2, why: str = "") -> None:
     """Check a pair of logits: same shape, a class dimension ``dim``, and at least so many ``classes``."""
     same_shape(

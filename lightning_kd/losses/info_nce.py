@@ -32,13 +32,7 @@ def likeness(
 
 def info_nce(student: Tensor, teacher: Tensor, temperature: float = 0.07, target: Tensor | None = None) -> Tensor:
     """Return the contrastive loss of embeddings (B, D) against the teacher's of the batch; see :class:`InfoNCE`."""
-    _check.same_shape(student, teacher, "Let the term's projector map the student's embedding to the teacher's length.")
-    if student.ndim != 2:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be embeddings (B, D). Pool maps "
-            "and tokens first, or tap the layer behind the pooling."
-        )
-    _check.direction(student)
+    _check.embeddings(student, teacher)
     s, t = unit(upcast(student)), unit(upcast(teacher.detach()))
     return F.cross_entropy(*likeness(s, t.to(s.dtype), temperature, target))
 

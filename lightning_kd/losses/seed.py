@@ -16,13 +16,7 @@ def seed(
     """Return ``KL(p_t || p_s)`` of the similarities to teacher embeddings (K, D); see :class:`SEED`."""
     _check.temperature(temperature)
     _check.temperature(teacher_temperature)
-    _check.same_shape(student, teacher, "Let the term's projector map the student's embedding to the teacher's length.")
-    if student.ndim != 2:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be embeddings (B, D). Pool maps "
-            "and tokens first, or tap the layer behind the pooling."
-        )
-    _check.direction(student)
+    _check.embeddings(student, teacher)
     s, t = unit(upcast(student)), unit(upcast(teacher.detach()))
     t, bank = t.to(s.dtype), others.to(s.dtype)
     with full_precision(student):
