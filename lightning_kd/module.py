@@ -135,6 +135,8 @@ class DistillationModule(LightningModule):
             if self.attachment in attachments_of(self._trainer):  # of a first fit: it would be said to override itself
                 return []
             callbacks = callbacks_of(self._trainer)
+            # as Lightning does with what it appends: another module's is not of this fit
+            callbacks[:] = [each for each in callbacks if type(each) is not type(self.attachment)]
             for place, callback in enumerate(callbacks):
                 if isinstance(callback, WeightAveraging):  # it copies the module, which is to have the projectors
                     callbacks.insert(place, self.attachment)

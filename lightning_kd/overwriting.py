@@ -1,11 +1,13 @@
 """What is written in place: tensors that are not what they were, and two that are one."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from numbers import Number
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +44,9 @@ def one_memory(a: Tensor, b: Tensor) -> bool:
     return where[0] == where[1]
 
 
+Place = tuple[Any, ...]
+"""The way to something: which argument, then names."""
+
 _DEEP = 4
 """How far into objects tensors are looked for: the batch of a graph library has them in an object in an object."""
 
@@ -51,37 +56,60 @@ class Given:
 
     Args:
         arguments: Of the call. Tensors are also found in objects that pytrees do not look into.
+        left: Places in such objects that do not count, since others made them in an earlier call.
     """
 
-    def __init__(self, arguments: Any) -> None:
+    def __init__(self, arguments: Any, left: Collection[Place] = ()) -> None:
         self.arguments = arguments
         self._leaves = tree_leaves(arguments)
-        self._held = dict(_held_by(self._leaves))
-        self._tensors = [*self._leaves, *self._held.values()]
-        self._versions = versions_of(self._tensors)
+        self._held = {place: x for place, x in _held_in(enumerate(self._leaves)) if place not in left}
+        self.tensors = [*(x for x in self._leaves if isinstance(x, Tensor)), *self._held.values()]
+        self._versions = versions_of(self.tensors)
 
     def overwritten(self) -> Any:
         """Returns something of it that was written in place; None where nothing was."""
-        return next((x for x in self._tensors if overwritten(x, self._versions)), None)
+        return next((x for x in self.tensors if overwritten(x, self._versions)), None)
 
     def exchanged(self) -> Any:
         """Returns something of it that is no longer where it was; None where everything is."""
         now = zip_longest(self._leaves, tree_leaves(self.arguments))
-        held = dict(_held_by(self._leaves)) if self._held else {}
-        pairs = [*now, *((tensor, held.get(place)) for place, tensor in self._held.items())]
-        return next((after if before is None else before for before, after in pairs if before is not after), None)
+        held = dict(_held_in(enumerate(self._leaves))) if self._held else {}
+        lost = (x for place, x in self._held.items() if not _is_there(x, held.get(place)))
+        exchanged = (after if before is None else before for before, after in now if before is not after)
+        return next(chain(exchanged, lost), None)
+
+    def added(self) -> set[Place]:
+        """Returns the places where something is that was not there."""
+        return {place for place, _ in _held_in(enumerate(self._leaves))} - self._held.keys()
 
 
-def _held_by(values: Iterable[Any], depth: int = _DEEP) -> Iterator[tuple[tuple[int, Any], Tensor]]:
-    """Finds the tensors in objects and unregistered mappings, each with the owner's id and its name there."""
-    for owner in values:
+def _is_there(before: Tensor, after: Tensor | None) -> bool:
+    if before is after or after is None:
+        return before is after
+    plain = all(x.layout == torch.strided and not x.is_nested for x in (before, after))
+    return plain and one_memory(before, after)  # x = x.detach() is no other
+
+
+def _held_in(named: Iterable[tuple[Any, Any]], depth: int = _DEEP) -> Iterator[tuple[Place, Tensor]]:
+    """Finds the tensors in objects and unregistered mappings, each with the way to it."""
+    for name, owner in named:
         if isinstance(owner, (Tensor, nn.Module, type, str, Number)) or not depth:
             continue
-        # of a mapping that is an object, too, both: its items may be in one of its attributes
-        for part in (owner, getattr(owner, "__dict__", None)):
-            if isinstance(part, Mapping):
-                yield from (((id(owner), name), value) for name, value in part.items() if isinstance(value, Tensor))
-                yield from _held_by(list(part.values()), depth - 1)
+        for kind, part in enumerate(_parts(owner)):
+            yield from (((name, kind, key), value) for key, value in part.items() if isinstance(value, Tensor))
+            yield from (((name, kind, *way), value) for way, value in _held_in(part.items(), depth - 1))
+
+
+def _parts(owner: Any) -> list[dict[Any, Any]]:
+    """Returns what a mapping and an object hold by name; of a mapping that is an object, too, both."""
+    parts = [dict(vars(owner))] if hasattr(owner, "__dict__") else []
+    if is_dataclass(owner) and not parts:  # with slots
+        parts = [{field.name: getattr(owner, field.name, None) for field in fields(owner)}]
+    if isinstance(owner, Mapping):
+        with contextlib.suppress(Exception):  # of one that computes its items, and cannot
+            first, again = dict(owner.items()), dict(owner.items())
+            parts.append({name: x for name, x in first.items() if again.get(name) is x})
+    return parts
 
 
 def refuse_overwriting_teacher(given: Given) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_kd.copying import lend
-from lightning_kd.overwriting import Given, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
+from lightning_kd.overwriting import Given, Place, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
 from lightning_kd.recomputation import Recomputation
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, labels_asked, made_by
@@ -67,6 +67,7 @@ class Watcher:
         self._calls: list[Call] | None = None
         self._labels: LabelsOf = dict
         self._depth = 0
+        self._left: set[Place] = set()
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -128,7 +129,7 @@ class Watcher:
         if not torch.is_grad_enabled():  # nothing could be learned from it
             return None
         begun = self._recomputation.begin((args, kwargs))
-        call, own = self._ask(Given((args, kwargs)), self._labels() if self._asks_labels else {})
+        call, own = self._ask(Given((args, kwargs), self._left), self._labels() if self._asks_labels else {})
         self._recomputation.end(begun, (args, kwargs))
         call.student = self._taps.open()
         self._calls.append(call)
@@ -163,6 +164,7 @@ class Watcher:
             )
             raise
         refuse_overwriting_teacher(given)
+        self._left |= given.added()
         call = Call(student={}, teacher=answer, versions=versions_of(answer))
         if self.student_input is not None and self._asks_teacher:
             own = view("student_input", self.student_input, {**labels, ANSWER: answer[OUTPUT][0]})

@@ -1,7 +1,7 @@
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -627,6 +627,55 @@ def test_what_the_teacher_leaves_in_an_object_is_no_input_of_the_student(of: Cal
     with distiller.watch() as calls:
         assert torch.equal(student(of(x)), expected)
     assert seen[0] is x
+    assert distiller(calls)["kd"] > 0
+
+
+def test_an_object_whose_contents_stay_may_be_filled_and_moved() -> None:
+    class Model(OnObjects):
+        def forward(self, batch: Any) -> Tensor:
+            batch.store = UserDict(batch.store)  # as BatchEncoding.to
+            batch.store["x"] = batch.store["x"].detach()
+            batch.store["hidden"] = self.first(batch.store["x"])  # new, and in the next step there
+            return self.last(batch.store["hidden"])
+
+    student, graph = Model(4), Graph(torch.randn(5, 6))
+    distiller = Distiller({"kd": Term(losses.KD())}, Model(8))
+    distiller.attach(student)
+    for _ in range(3):
+        with distiller.watch() as calls:
+            student(graph)
+        assert distiller(calls)["kd"] > 0
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Makes its items when asked, and one of them cannot be made."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "missing":
+            raise RuntimeError(name)
+        return torch.ones(5, 6)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@pytest.mark.parametrize("names", [("x",), ("x", "missing")])
+def test_a_mapping_that_makes_its_items_is_no_exchange(names: tuple[str, ...]) -> None:
+    class Model(OnObjects):
+        def forward(self, batch: Any) -> Tensor:
+            return self.last(self.first(batch["x"]))
+
+    student = Model(4)
+    distiller = Distiller({"kd": Term(losses.KD())}, Model(8))
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        student(Lazy(*names))
     assert distiller(calls)["kd"] > 0
 
 

@@ -35,6 +35,7 @@ from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run,
 from lightning_kd.copying import unshare
 from lightning_kd.distiller import Distiller
 from lightning_kd.finite import FiniteCheck
+from lightning_kd.overwriting import Given
 from lightning_kd.schedules import Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
@@ -80,6 +81,7 @@ class Attachment(Callback):
         self.student = student
         self.labels = dict(labels or {})
         self.labels_after_step = labels_after_step
+        self._labels_checked = False
         self.task_weight = factor("task_weight", task_weight)
         if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
             raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
@@ -111,6 +113,7 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
+        self._labels_checked = False
         if self is attachments_of(trainer)[0]:
             for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
                 delattr(pl_module, name)  # of the fit in which this copy of a module was taken
@@ -384,18 +387,40 @@ class Attachment(Callback):
         return training_step_and_terms
 
     def _read(self, batch: Any) -> LabelsOf:
-        """Reads the labels of a batch now, as many a step tidies them in place; or when asked, if the step makes them.
+        """Reads the labels of a batch, once: now, as many a step tidies them in place, or when asked, if it makes them.
 
-        Once they were not there before a step, what is there before the next one may be of the last batch.
+        Once the step was seen to make them, what is there before the next step is of the last batch.
         """
+        before: dict[str, Any] = {}
         if not self.labels_after_step:
             try:
-                read = self._labels_of(batch)
+                before = self._labels_of(batch)
             except ValueError:  # told when somebody asks: the step may skip this batch
-                self.labels_after_step = True
+                pass
             else:
-                return lambda: read
-        return lambda: self._labels_of(batch)
+                if not self._labels_checked:
+                    self.labels_after_step = self._are_of_another_batch(before, batch)
+                    self._labels_checked = True
+                if not self.labels_after_step and all(label is not None for label in before.values()):
+                    return lambda: before
+        there = {} if self.labels_after_step else {name: x for name, x in before.items() if x is not None}
+        found: dict[str, Any] = {}
+
+        def labels() -> dict[str, Any]:
+            if not found:
+                found.update(self._labels_of(batch) | there)
+                self.labels_after_step |= any(x is not None for name, x in found.items() if name not in there)
+            return found
+
+        return labels
+
+    def _are_of_another_batch(self, labels: Mapping[str, Any], batch: Any) -> bool:
+        """Tells whether a function only fetches a label, and not out of the batch: an earlier step has left it."""
+        fetched = [name for name, how in self.labels.items() if callable(how) and isinstance(labels.get(name), Tensor)]
+        if not fetched:
+            return False
+        again, parts = self._labels_of(batch), Given(batch).tensors
+        return any(labels[name] is again[name] and all(labels[name] is not x for x in parts) for name in fetched)
 
     def _labels_of(self, batch: Any) -> dict[str, Any]:
         found = labels_of(batch, self.labels, self.distiller.labels)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_kd.losses import _check
 from lightning_kd.losses._numerics import unit
 
-NO_LABELS = "CRD goes without labels where the batch has no class indices: say so with target=lambda batch: None."
+NO_LABELS = "Without class indices in the batch, contrast goes without labels: say so with target=lambda batch: None."
 
 
 def crd_nce(

@@ -324,9 +324,55 @@ def test_labels_that_the_step_makes_are_those_of_its_batch(learns: bool) -> None
     expected = [batch[1].flip(0) for _ in range(2) for batch in _data()]
     assert len(seen) == 4
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
-    seen.clear()
-    _fit(module, distillation)  # whose first step finds what the last fit has left
-    assert torch.equal(seen[0], expected[0])
+    again = Distillation(_net(16), {"kd": Term(Labelled())}, student="model", target=lambda _: module.mixed)
+    for callback in (distillation, again):  # whose first step finds what the last fit has left
+        seen.clear()
+        _fit(module, callback)
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected[:2], strict=True))
+
+
+def test_a_label_that_a_step_makes_of_none_is_that_of_its_batch() -> None:
+    class Masking(Project):
+        kept: Tensor | None = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.kept = batch[1] > 1
+            return super().training_step(batch, batch_idx)
+
+    class Masked(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
+            seen.append(kept)
+            return super().forward(student, teacher)
+
+    seen: list[Tensor | None] = []
+    module, terms = Masking(), {"kd": Term(Masked())}
+    _fit(module, Distillation(_net(16), terms, student="model", labels={"kept": lambda _: module.kept}))
+    assert all(torch.equal(a, b[1] > 1) for a, b in zip(seen, _data(), strict=True))
+
+
+def test_labels_in_an_object_are_read_before_the_step_takes_them_out() -> None:
+    class Batch:
+        def __init__(self, rows: Any) -> None:
+            self.x, self.y = torch.utils.data.default_collate(rows)
+
+    class Popping(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            y = vars(batch).pop("y", None)
+            return None if y is None else super().training_step((batch.x, y), batch_idx)
+
+    def unlabelled_first(rows: Any) -> Batch:
+        batch = Batch(rows)
+        if not torch.equal(batch.x, data.dataset[:8][0]):
+            return batch
+        del batch.y
+        return batch
+
+    data = _data()
+    loader = DataLoader(data.dataset, batch_size=8, collate_fn=unlabelled_first)
+    distillation = Distillation(_net(16), {"dkd": Term(losses.DKD())}, student="model", target=lambda batch: batch.y)
+    trainer = Trainer(callbacks=[distillation], **QUIET | {"max_epochs": 2})
+    trainer.fit(Popping(), loader)
+    assert trainer.callback_metrics["train/dkd"] > 0
 
 
 class Maps(nn.Module):
