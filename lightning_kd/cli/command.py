@@ -46,6 +46,10 @@ FRESH = (
 _STRICT: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
 
 
+OF_A_COMMAND = ("ckpt_path", "weights_only", "verbose", "return_predictions", "output")
+"""What else stands in the configuration that a command prints or a run writes."""
+
+
 class DistillationCLI(LightningCLI):
     """Everything in YAML, nothing in code.
 
@@ -57,6 +61,7 @@ class DistillationCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], run: bool = True, make: bool = True) -> None:
         self._make = make
+        self._run = run
         super().__init__(
             DistillationModule,
             LightningDataModule,
@@ -113,6 +118,8 @@ class DistillationCLI(LightningCLI):
         parser.add_argument(
             "--teacher_fit", type=teacher.TeacherFit | None, default=None, help=teacher.TeacherFit.__doc__
         )
+        for name in () if self._run else OF_A_COMMAND:  # which a run has written down, too
+            parser.add_argument(f"--{name}", default=None)
         assert isinstance(parser, LinkedParser)
         parser.add_links()
 

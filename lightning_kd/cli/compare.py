@@ -90,6 +90,11 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
             "compare trains whole runs, and a fast_dev_run would be measured in their place. Each configuration is "
             "tried on one batch first anyway; or take `lightning-kd fit` for it"
         )
+    if cli.own_config.get("ckpt_path"):
+        raise UsageError(
+            f"{file}: ckpt_path is of one run that is gone on with or measured, and compare trains its own; leave it "
+            "out, or measure a student's weights beside them: --student-ckpt FILE"
+        )
     standing = (model.get("teacher") or {}).get("class_path") in STANDING
     teacher.refuse_untrained(cli.own_config)
     teacher.refuse_schedule(cli.own_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 
 from lightning_kd.cli.errors import UsageError, guess, unknown
 
+_CONFIG = ("--config", "-c")
+_OF_A_TERM = re.compile(r"--model\.terms\.([^.=]+)(?:\.(?:init_args\.)?(\w+))?")
 _LINES = re.compile(r"\s*\n\s*")
 
 
@@ -94,17 +97,45 @@ def find(name_or_file: str) -> str:
 
 
 def expand_arguments(arguments: list[str]) -> list[str]:
-    """The arguments, with the value of every ``--config`` replaced by the path of its file."""
+    """The arguments, with the value of every ``--config`` replaced by the path of its file.
+
+    A file that changes some terms, or adds one, leaves those of the files before it: they are given again behind it.
+    """
     expanded: list[str] = []
+    terms: dict[str, Any] = {}
+    options: list[list[str]] = []
     for position, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if equals and option in ("--config", "-c"):
-            expanded.append(f"{option}={find(value)}")
-        elif position and arguments[position - 1] in ("--config", "-c"):
-            expanded.append(find(argument))
-        else:
+        before = arguments[position - 1] if position else ""
+        own = _OF_A_TERM.match(option)
+        if own:
+            options.append([own[1], argument, *([] if equals else arguments[position + 1 : position + 2])])
+        if not ((equals and option in _CONFIG) or before in _CONFIG):
             expanded.append(argument)
+            continue
+        file = find(value if equals else argument)
+        expanded.append(f"{option}={file}" if equals else file)
+        named = _terms_of(file)
+        for name in terms.keys() - named.keys() if named else ():
+            expanded.append(f"--model.terms.{name}={json.dumps(terms[name])}")
+            expanded += [each for owner, *given in options if owner == name for each in given]
+        terms |= {name: _changed(terms.get(name), term) for name, term in named.items()}
     return expanded
+
+
+def _terms_of(file: str) -> dict[str, Any]:
+    model = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model")
+    terms = model.get("terms") if isinstance(model, dict) else None
+    return terms if isinstance(terms, dict) else {}
+
+
+def _changed(before: Any, after: Any) -> Any:
+    """What a class is given by, with what a later file says of it; of another class nothing stays."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    if after.get("class_path", before.get("class_path")) != before.get("class_path"):
+        return after
+    return before | {key: _changed(before.get(key), value) for key, value in after.items()}
 
 
 def refuse_terms_without_loss(arguments: list[str]) -> None:
@@ -119,16 +150,13 @@ def refuse_terms_without_loss(arguments: list[str]) -> None:
     named: dict[str, bool] = {}
     for position, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if option in ("--config", "-c"):
+        if option in _CONFIG:
             file = value if equals else "".join(arguments[position + 1 : position + 2])
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-            model = content.get("model")
-            terms = model.get("terms") if isinstance(model, dict) else None
-            for name, term in terms.items() if isinstance(terms, dict) else ():
+            for name, term in _terms_of(file).items():
                 whole = not isinstance(term, dict) or "loss" in term or "class_path" in term
                 named[name] = named.get(name, False) or whole
-        elif own := re.match(r"--model\.terms\.([^.]+)\.(?:init_args\.)?(\w+)", option):
-            named[own[1]] = named.get(own[1], False) or own[2] == "loss"
+        elif own := _OF_A_TERM.match(option):
+            named[own[1]] = named.get(own[1], False) or own[2] in (None, "loss")
     there = sorted(name for name, has in named.items() if has)
     for name in (each for each, has in named.items() if not has):
         raise UsageError(
