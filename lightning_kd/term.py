@@ -319,9 +319,10 @@ class Term(nn.Module):
             return selected
         if selected is None:
             raise ValueError(f"the {side}'s {path.text!r} is None, of which nothing can be selected; tap a module.")
+        there = ", ".join(repr(path.text + selector) for selector in _tensors_of(selected))
         raise ValueError(
             f"the {side}'s {path.text!r} is {describe(selected)}, and a loss compares tensors. Select one: "
-            f"'{path.text}[0]' or '{path.text}[\"key\"]', or all of them as levels: '{path.text}[:]'."
+            f"{there or repr(path.text + '[0]')}, or all of them as levels: '{path.text}[:]'."
         )
 
     def sides(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -337,6 +338,15 @@ class Term(nn.Module):
     def extra_repr(self) -> str:
         """Says the wiring."""
         return f"student={self.student.text!r}, teacher={self.teacher.text!r}, weight={self.weight}"
+
+
+def _tensors_of(value: Any) -> list[str]:
+    """Returns how the first tensors in there are selected."""
+    if isinstance(value, Mapping):
+        return [f"[{key!r}]" for key, item in value.items() if isinstance(item, Tensor)][:5]
+    if isinstance(value, (tuple, list)):
+        return [f"[{i}]" for i, item in enumerate(value) if isinstance(item, Tensor)][:5]
+    return [f".{name}" for name, item in getattr(value, "__dict__", {}).items() if isinstance(item, Tensor)][:5]
 
 
 def _each(selected: Selected) -> Iterator[Tensor]:

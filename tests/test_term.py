@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -438,3 +439,15 @@ def test_a_label_that_is_levels_is_given_level_by_level_or_call_by_call() -> Non
         assert term.loss.given == ["a", "b", "c", *["the same"] * 3]
     with pytest.raises(ValueError, match="'worth' is there for 2 levels, and the term compares 3"):
         Term(Weighed(), student="neck[:]", teacher="neck[:]")([levels], [levels], {"worth": Levels("ab")})
+
+
+def test_what_an_output_has_to_select_from_is_named() -> None:
+    term = Term(losses.KD())
+    logits = torch.zeros(2, 3)
+    both = {"loss": torch.zeros(()), "logits": logits, "past": None}
+    with pytest.raises(ValueError, match=r"""Select one: "output\['loss'\]", "output\['logits'\]", or all"""):
+        term([both], [both], {})
+    with pytest.raises(ValueError, match=r"Select one: 'output\[1\]', or all"):
+        term([(None, logits)], [logits], {})
+    with pytest.raises(ValueError, match=r"Select one: 'output\.logits', or all"):
+        term([SimpleNamespace(logits=logits)], [logits], {})

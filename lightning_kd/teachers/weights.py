@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,20 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
                 f"{os.fspath(checkpoint)!r} holds no peer {peer}: it is not of mutual distillation with so many."
             )
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict, but {describe(content)}.")
+    if not _is_state(state):
+        inside = (
+            [k for k, v in content.items() if isinstance(v, Mapping) and v and _is_state(v)]
+            if isinstance(content, Mapping)
+            else []
+        )
+        raise ValueError(
+            f"{os.fspath(checkpoint)!r} holds no state dict, but {describe(content)}. "
+            + (
+                f"Save the one in it: torch.save(torch.load(path)[{inside[0]!r}], path)."
+                if inside
+                else "Give a file of torch.save(model.state_dict(), path), or a Lightning checkpoint."
+            )
+        )
     if not state:
         raise ValueError(f"{os.fspath(checkpoint)!r} holds no weights: its state dict is empty.")
     wanted = model.state_dict()
@@ -106,6 +116,13 @@ def peers_in(checkpoint: Any) -> Mapping[str, Mapping[str, Any]]:
     """Returns what a checkpoint holds of a student's peers, by their names: ``{"peer1": {"state_dict": ...}}``."""
     callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
     return next((state["peers"] for state in callbacks.values() if isinstance(state, Mapping) and "peers" in state), {})
+
+
+def _is_state(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    """Whether that is what ``state_dict()`` returns."""
+    return isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
 
 
 def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:

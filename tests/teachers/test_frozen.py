@@ -451,6 +451,12 @@ def test_a_file_without_a_state_dict_is_refused(content: Any, tmp_path: Path) ->
         load_weights(Net(), save(tmp_path, content))
 
 
+def test_a_state_dict_inside_of_a_file_is_named(tmp_path: Path) -> None:
+    content = {"epoch": 3, "options": {}, "model": Net().state_dict()}
+    with pytest.raises(ValueError, match=r"Save the one in it: torch\.save\(torch\.load\(path\)\['model'\], path\)"):
+        load_weights(Net(), save(tmp_path, content))
+
+
 def test_buffers_are_loaded_and_weights_keep_their_type_and_place(tmp_path: Path) -> None:
     saved = Net()
     saved(torch.randn(8, 3))
