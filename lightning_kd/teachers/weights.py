@@ -33,11 +33,8 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
             )
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not _is_state(state):
-        inside = (
-            [k for k, v in content.items() if isinstance(v, Mapping) and v and _is_state(v)]
-            if isinstance(content, Mapping)
-            else []
-        )
+        parts = content.items() if isinstance(content, Mapping) else ()
+        inside = [key for key, part in parts if isinstance(part, Mapping) and part and _is_state(part)]
         raise ValueError(
             f"{os.fspath(checkpoint)!r} holds no state dict, but {describe(content)}. "
             + (
