@@ -35,14 +35,10 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
     if not _is_state(state):
         parts = content.items() if isinstance(content, Mapping) else ()
         inside = [key for key, part in parts if isinstance(part, Mapping) and part and _is_state(part)]
-        raise ValueError(
-            f"{os.fspath(checkpoint)!r} holds no state dict, but {describe(content)}. "
-            + (
-                f"Save the one in it: torch.save(torch.load(path)[{inside[0]!r}], path)."
-                if inside
-                else "Give a file of torch.save(model.state_dict(), path), or a Lightning checkpoint."
-            )
-        )
+        remedy = "Give a file of torch.save(model.state_dict(), path), or a Lightning checkpoint."
+        if inside:
+            remedy = f"Save the one in it: torch.save(torch.load(path)[{inside[0]!r}], path)."
+        raise ValueError(f"{os.fspath(checkpoint)!r} holds no state dict, but {describe(content)}. {remedy}")
     if not state:
         raise ValueError(f"{os.fspath(checkpoint)!r} holds no weights: its state dict is empty.")
     wanted = model.state_dict()
