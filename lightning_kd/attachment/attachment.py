@@ -419,7 +419,9 @@ class Attachment(Callback):
         fetched = [name for name, how in self.labels.items() if callable(how) and isinstance(labels.get(name), Tensor)]
         if not fetched:
             return False
-        again, parts = self._labels_of(batch), Given(batch).tensors
+        with isolate_rng():  # of functions that draw
+            again = self._labels_of(batch)
+        parts = Given(batch).tensors
         return any(labels[name] is again[name] and all(labels[name] is not x for x in parts) for name in fetched)
 
     def _labels_of(self, batch: Any) -> dict[str, Any]:
