@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from lightning_kd.attachment import Attachment, attachments_of
+from lightning_kd.attachment import Attachment
 from lightning_kd.attachment.labels import labels_of
 from lightning_kd.attachment.mutual import MutualAttachment
 from lightning_kd.attachment.refusals import callbacks_of
@@ -129,19 +129,19 @@ class DistillationModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Distils through the same attachment that serves unmodified modules, in front of what averages weights."""
-        if self.attachment is None:
-            return []
+        mine = self.attachment
         if self._trainer is not None:
-            if self.attachment in attachments_of(self._trainer):  # of a first fit: it would be said to override itself
-                return []
             callbacks = callbacks_of(self._trainer)
-            # as Lightning does with what it appends: another module's is not of this fit
-            callbacks[:] = [each for each in callbacks if type(each) is not type(self.attachment)]
+            # Of an earlier fit another module's may be there, which Lightning leaves.
+            own = (Attachment, MutualAttachment)
+            callbacks[:] = [each for each in callbacks if type(each) not in own or each is mine]
+            if mine in callbacks:  # it would be said to override itself
+                return []
             for place, callback in enumerate(callbacks):
-                if isinstance(callback, WeightAveraging):  # it copies the module, which is to have the projectors
-                    callbacks.insert(place, self.attachment)
+                if mine and isinstance(callback, WeightAveraging):  # it copies the module, projectors included
+                    callbacks.insert(place, mine)
                     return []
-        return [self.attachment]
+        return [mine] if mine else []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the student."""

@@ -102,9 +102,9 @@ def _held_in(named: Iterable[tuple[Any, Any]], depth: int = _DEEP) -> Iterator[t
 
 def _parts(owner: Any) -> list[dict[Any, Any]]:
     """Returns what a mapping and an object hold by name; of a mapping that is an object, too, both."""
-    parts = [dict(vars(owner))] if hasattr(owner, "__dict__") else []
-    if is_dataclass(owner) and not parts:  # with slots
-        parts = [{field.name: getattr(owner, field.name, None) for field in fields(owner)}]
+    slots = [vars(kind).get("__slots__", ()) for kind in type(owner).__mro__]
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    parts = [dict(getattr(owner, "__dict__", {})) | {name: getattr(owner, name, None) for name in names}]
     if isinstance(owner, Mapping):
         with contextlib.suppress(Exception):  # of one that computes its items, and cannot
             first, again = dict(owner.items()), dict(owner.items())

@@ -1,7 +1,7 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_kd.attachment.guest import GUEST, Guest
 from lightning_kd.attachment.labels import Label, batch_of, labels_of
@@ -81,7 +82,7 @@ class Attachment(Callback):
         self.student = student
         self.labels = dict(labels or {})
         self.labels_after_step = labels_after_step
-        self._labels_checked = False
+        self._labels_checked: set[str] = set()
         self.task_weight = factor("task_weight", task_weight)
         if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
             raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
@@ -113,7 +114,7 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
-        self._labels_checked = False
+        self._labels_checked = set()
         if self is attachments_of(trainer)[0]:
             for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
                 delattr(pl_module, name)  # of the fit in which this copy of a module was taken
@@ -398,9 +399,7 @@ class Attachment(Callback):
             except ValueError:  # told when somebody asks: the step may skip this batch
                 pass
             else:
-                if not self._labels_checked:
-                    self.labels_after_step = self._are_of_another_batch(before, batch)
-                    self._labels_checked = True
+                self._look_for_earlier(before, batch)
                 if not self.labels_after_step and all(label is not None for label in before.values()):
                     return lambda: before
         there = {} if self.labels_after_step else {name: x for name, x in before.items() if x is not None}
@@ -408,26 +407,35 @@ class Attachment(Callback):
 
         def labels() -> dict[str, Any]:
             if not found:
-                found.update(self._labels_of(batch) | there)
-                self.labels_after_step |= any(x is not None for name, x in found.items() if name not in there)
+                made = self._labels_of(batch, there)
+                found.update(there | made)
+                if any(label is not None for label in made.values()):
+                    self.labels_after_step = True
             return found
 
         return labels
 
-    def _are_of_another_batch(self, labels: Mapping[str, Any], batch: Any) -> bool:
-        """Tells whether a function only fetches a label, and not out of the batch: an earlier step has left it."""
-        fetched = [name for name, how in self.labels.items() if callable(how) and isinstance(labels.get(name), Tensor)]
-        if not fetched:
-            return False
+    def _look_for_earlier(self, labels: Mapping[str, Any], batch: Any) -> None:
+        """Looks for labels that a function only fetches, and not out of the batch: an earlier step has left them."""
+        new = {name for name, how in self.labels.items() if callable(how) and labels.get(name) is not None}
+        if new <= self._labels_checked:
+            return
         with isolate_rng():  # of functions that draw
             again = self._labels_of(batch)
-        parts = Given(batch).tensors
-        return any(labels[name] is again[name] and all(labels[name] is not x for x in parts) for name in fetched)
+        here = {id(x) for x in Given(batch).tensors}
+        for name in new - self._labels_checked:
+            tensors = [x for x in tree_leaves(labels[name]) if isinstance(x, Tensor)]
+            same = [x for x in tree_leaves(again[name]) if isinstance(x, Tensor)]
+            fetched = bool(tensors) and all(x is y for x, y in zip(tensors, same, strict=True))
+            if fetched and not here & {id(x) for x in tensors}:
+                self.labels_after_step = True
+        self._labels_checked |= new
 
-    def _labels_of(self, batch: Any) -> dict[str, Any]:
-        found = labels_of(batch, self.labels, self.distiller.labels)
+    def _labels_of(self, batch: Any, but: Collection[str] = ()) -> dict[str, Any]:
+        sources = {name: how for name, how in self.labels.items() if name not in but}
+        found = labels_of(batch, sources, self.distiller.labels)
         here = self._positions.current
-        return found if here is None or "position" in found else {**found, "position": here}
+        return found if here is None or "position" in (*found, *but) else {**found, "position": here}
 
     def _total(
         self,

@@ -107,6 +107,8 @@ def expand_arguments(arguments: list[str]) -> list[str]:
     for position, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         before = arguments[position - 1] if position else ""
+        if argument == "--model.terms=null":
+            terms, options = {}, []
         own = _OF_A_TERM.match(option)
         if own:
             options.append([own[1], argument, *([] if equals else arguments[position + 1 : position + 2])])
@@ -116,6 +118,8 @@ def expand_arguments(arguments: list[str]) -> list[str]:
         file = find(value if equals else argument)
         expanded.append(f"{option}={file}" if equals else file)
         named = _terms_of(file)
+        if named is None:
+            terms, options, named = {}, [], {}
         for name in terms.keys() - named.keys() if named else ():
             expanded.append(f"--model.terms.{name}={json.dumps(terms[name])}")
             expanded += [each for owner, *given in options if owner == name for each in given]
@@ -123,10 +127,11 @@ def expand_arguments(arguments: list[str]) -> list[str]:
     return expanded
 
 
-def _terms_of(file: str) -> dict[str, Any]:
+def _terms_of(file: str) -> dict[str, Any] | None:
+    """The terms that a file names; None if it says that there are none."""
     model = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model")
-    terms = model.get("terms") if isinstance(model, dict) else None
-    return terms if isinstance(terms, dict) else {}
+    terms = model.get("terms", {}) if isinstance(model, dict) else {}
+    return terms if isinstance(terms, dict) or terms is None else {}
 
 
 def _changed(before: Any, after: Any) -> Any:
@@ -152,7 +157,7 @@ def refuse_terms_without_loss(arguments: list[str]) -> None:
         option, equals, value = argument.partition("=")
         if option in _CONFIG:
             file = value if equals else "".join(arguments[position + 1 : position + 2])
-            for name, term in _terms_of(file).items():
+            for name, term in (_terms_of(file) or {}).items():
                 whole = not isinstance(term, dict) or "loss" in term or "class_path" in term
                 named[name] = named.get(name, False) or whole
         elif own := _OF_A_TERM.match(option):

@@ -305,25 +305,35 @@ def test_a_step_may_skip_a_batch_without_labels_or_put_them_there() -> None:
     assert trainer.callback_metrics["train/dkd"] > 0
 
 
-@pytest.mark.parametrize("learns", [False, True])  # with projectors, the step is rehearsed on another batch
-def test_labels_that_the_step_makes_are_those_of_its_batch(learns: bool) -> None:
+@pytest.mark.parametrize(
+    ("learns", "before"),  # with projectors, the step is rehearsed on another batch
+    [(False, "nothing"), (True, "nothing"), (False, "None"), (True, "None"), (False, "a skipped step")],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_labels_that_the_step_makes_are_those_of_its_batch(learns: bool, before: str, several: bool) -> None:
     class Mixing(Project):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.mixed = batch[1].flip(0)
-            return super().training_step((batch[0], self.mixed), batch_idx)
+        skips = before == "a skipped step"
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            mixed = batch[1].flip(0)
+            self.mixed = (mixed, 0.5) if several else mixed
+            self.skips, skip = False, self.skips
+            return None if skip else super().training_step((batch[0], mixed), batch_idx)
 
     class Labelled(losses.KD):
-        def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-            seen.append(target)
+        def forward(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
+            seen.append(target[0] if several else target)
             return super().forward(student, teacher)
 
     seen: list[Tensor] = []
     module, terms = Mixing(), {**_terms(learns), "kd": Term(Labelled())}
+    if before != "nothing":
+        module.mixed = None
     distillation = Distillation(_net(16), terms, student="model", target=lambda _: module.mixed)
     _fit(module, distillation, max_epochs=2)
     expected = [batch[1].flip(0) for _ in range(2) for batch in _data()]
-    assert len(seen) == 4
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    skipped = int(before == "a skipped step")
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected[skipped:], strict=True))
     again = Distillation(_net(16), {"kd": Term(Labelled())}, student="model", target=lambda _: module.mixed)
     for callback in (distillation, again):  # whose first step finds what the last fit has left
         seen.clear()

@@ -47,6 +47,13 @@ def test_a_file_that_names_some_terms_leaves_the_others() -> None:
 
 
 @pytest.mark.usefixtures("files")
+def test_terms_that_a_file_takes_away_do_not_come_back() -> None:
+    Path("none.yaml").write_text("model: {terms: null}")
+    assert [*terms("--config", "none.yaml", "--config", "hint.yaml")] == ["hint"]
+    assert [*terms("--model.terms=null", "--config", "hint.yaml")] == ["hint"]
+
+
+@pytest.mark.usefixtures("files")
 def test_a_printed_configuration_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("fit", "validate", "predict"):
         with pytest.raises(SystemExit):
