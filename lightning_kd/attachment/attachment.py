@@ -424,10 +424,10 @@ class Attachment(Callback):
             again = self._labels_of(batch)
         here = {id(x) for x in Given(batch).tensors}
         for name in new - self._labels_checked:
-            tensors = [x for x in tree_leaves(labels[name]) if isinstance(x, Tensor)]
-            same = [x for x in tree_leaves(again[name]) if isinstance(x, Tensor)]
-            fetched = bool(tensors) and all(x is y for x, y in zip(tensors, same, strict=True))
-            if fetched and not here & {id(x) for x in tensors}:
+            first, second = (
+                [id(x) for x in tree_leaves(each[name]) if isinstance(x, Tensor)] for each in (labels, again)
+            )
+            if first and first == second and here.isdisjoint(first):
                 self.labels_after_step = True
         self._labels_checked |= new
 

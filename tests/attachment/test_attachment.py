@@ -360,6 +360,21 @@ def test_a_label_that_a_step_makes_of_none_is_that_of_its_batch() -> None:
     assert all(torch.equal(a, b[1] > 1) for a, b in zip(seen, _data(), strict=True))
 
 
+def test_a_label_function_may_return_another_number_of_tensors_each_time() -> None:
+    class Several(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, parts: list[Tensor]) -> Tensor:
+            return super().forward(student, teacher) * len(parts)
+
+    asked: list[int] = []
+
+    def parts(batch: Any) -> list[Tensor]:
+        asked.append(0)
+        return [batch[1]] * len(asked)
+
+    distillation = Distillation(_net(16), {"kd": Term(Several())}, student="model", labels={"parts": parts})
+    assert _fit(Project(), distillation).callback_metrics["train/kd"] > 0
+
+
 def test_labels_in_an_object_are_read_before_the_step_takes_them_out() -> None:
     class Batch:
         def __init__(self, rows: Any) -> None:
