@@ -221,7 +221,7 @@ class DistillationModule(LightningModule):
 
     def _labels(self, batch: Any) -> dict[str, Any]:
         assert self.attachment is not None
-        return labels_of(batch, self.attachment.labels, self.attachment.distiller.labels)
+        return labels_of(batch, self.attachment.labels.sources, self.attachment.distiller.labels)
 
     def on_test_start(self) -> None:
         """Brings the teacher to the student's device."""

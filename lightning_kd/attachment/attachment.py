@@ -1,7 +1,7 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,10 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_kd.attachment.guest import GUEST, Guest
-from lightning_kd.attachment.labels import Label, batch_of, labels_of
+from lightning_kd.attachment.labels import Label, Labels, batch_of
 from lightning_kd.attachment.log import Log
 from lightning_kd.attachment.moments import Moments
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
@@ -36,7 +35,6 @@ from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run,
 from lightning_kd.copying import unshare
 from lightning_kd.distiller import Distiller
 from lightning_kd.finite import FiniteCheck
-from lightning_kd.overwriting import Given
 from lightning_kd.schedules import Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
@@ -80,9 +78,7 @@ class Attachment(Callback):
             )
         self.distiller = distiller
         self.student = student
-        self.labels = dict(labels or {})
-        self.labels_after_step = labels_after_step
-        self._labels_checked: set[str] = set()
+        self.labels = Labels(labels or {}, labels_after_step)
         self.task_weight = factor("task_weight", task_weight)
         if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
             raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
@@ -114,7 +110,7 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
-        self._labels_checked = set()
+        self.labels.begin()
         if self is attachments_of(trainer)[0]:
             for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
                 delattr(pl_module, name)  # of the fit in which this copy of a module was taken
@@ -388,54 +384,7 @@ class Attachment(Callback):
         return training_step_and_terms
 
     def _read(self, batch: Any) -> LabelsOf:
-        """Reads the labels of a batch, once: now, as many a step tidies them in place, or when asked, if it makes them.
-
-        Once the step was seen to make them, what is there before the next step is of the last batch.
-        """
-        before: dict[str, Any] = {}
-        if not self.labels_after_step:
-            try:
-                before = self._labels_of(batch)
-            except ValueError:  # told when somebody asks: the step may skip this batch
-                pass
-            else:
-                self._look_for_earlier(before, batch)
-                if not self.labels_after_step and all(label is not None for label in before.values()):
-                    return lambda: before
-        there = {} if self.labels_after_step else {name: x for name, x in before.items() if x is not None}
-        found: dict[str, Any] = {}
-
-        def labels() -> dict[str, Any]:
-            if not found:
-                made = self._labels_of(batch, there)
-                found.update(there | made)
-                if any(label is not None for label in made.values()):
-                    self.labels_after_step = True
-            return found
-
-        return labels
-
-    def _look_for_earlier(self, labels: Mapping[str, Any], batch: Any) -> None:
-        """Looks for labels that a function only fetches, and not out of the batch: an earlier step has left them."""
-        new = {name for name, how in self.labels.items() if callable(how) and labels.get(name) is not None}
-        if new <= self._labels_checked:
-            return
-        with isolate_rng():  # of functions that draw
-            again = self._labels_of(batch)
-        here = {id(x) for x in Given(batch).tensors}
-        for name in new - self._labels_checked:
-            first, second = (
-                [id(x) for x in tree_leaves(each[name]) if isinstance(x, Tensor)] for each in (labels, again)
-            )
-            if first and first == second and here.isdisjoint(first):
-                self.labels_after_step = True
-        self._labels_checked |= new
-
-    def _labels_of(self, batch: Any, but: Collection[str] = ()) -> dict[str, Any]:
-        sources = {name: how for name, how in self.labels.items() if name not in but}
-        found = labels_of(batch, sources, self.distiller.labels)
-        here = self._positions.current
-        return found if here is None or "position" in (*found, *but) else {**found, "position": here}
+        return self.labels.of(batch, self.distiller.labels, self._positions.current)
 
     def _total(
         self,

@@ -1,13 +1,92 @@
 """Labels: what losses need of a batch, whatever its format."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_kd.overwriting import Given
 from lightning_kd.term import how_to_give
+from lightning_kd.watching import LabelsOf
 from lightning_kd.wiring import describe
 
 Label = Callable[[Any], Any] | str | int
 """How to get labels out of a batch: a function of it, a key, or an index."""
+
+
+class Labels:
+    """Reads the labels of a batch once: before its step, as many a step tidies them, or when asked, if it makes them.
+
+    A step is seen to make labels when they are there after it and were not before. What is there before the next step
+    is of the last batch then, so from there on all are read when somebody asks.
+
+    Args:
+        sources: How to get what out of a batch, by name; None is ``batch[1]``.
+        after_step: Whether they are known to be made by the step.
+    """
+
+    def __init__(self, sources: Mapping[str, Label | None], after_step: bool = False) -> None:
+        self.sources = dict(sources)
+        self.after_step = after_step
+        self._checked: set[str] = set()
+
+    def begin(self) -> None:
+        """Is told that a fit begins, in which functions may come to what an earlier one has left."""
+        self._checked = set()
+
+    def of(self, batch: Any, needed: Mapping[str, bool], position: list[int] | None = None) -> LabelsOf:
+        """Returns what gives the labels of a batch, when asked.
+
+        Args:
+            batch: The batch, before its step.
+            needed: What is used, by name, and whether somebody cannot do without.
+            position: Which samples of the data set these are, if that is known.
+        """
+
+        def read(but: Collection[str] = ()) -> dict[str, Any]:
+            found = labels_of(batch, {name: how for name, how in self.sources.items() if name not in but}, needed)
+            return found if position is None or "position" in (*found, *but) else {**found, "position": position}
+
+        before: dict[str, Any] = {}
+        if not self.after_step:
+            try:
+                before = read()
+            except ValueError:  # told when somebody asks: the step may skip this batch
+                pass
+            else:
+                self._look_for_earlier(before, batch, read)
+                if not self.after_step and all(label is not None for label in before.values()):
+                    return lambda: before
+        there = {} if self.after_step else {name: x for name, x in before.items() if x is not None}
+        found: dict[str, Any] = {}
+
+        def labels() -> dict[str, Any]:
+            if not found:
+                made = read(but=there)
+                found.update(there | made)
+                if any(label is not None for label in made.values()):
+                    self.after_step = True
+            return found
+
+        return labels
+
+    def _look_for_earlier(self, labels: Mapping[str, Any], batch: Any, read: Callable[[], Mapping[str, Any]]) -> None:
+        """Looks for labels that a function only fetches, and not out of the batch: an earlier step has left them."""
+        new = {name for name, how in self.sources.items() if callable(how) and labels.get(name) is not None}
+        if new <= self._checked:
+            return
+        with isolate_rng():  # of functions that draw
+            again = read()
+        here = {id(x) for x in Given(batch).tensors}
+        for name in new - self._checked:
+            first, second = (
+                [id(x) for x in tree_leaves(each[name]) if isinstance(x, Tensor)] for each in (labels, again)
+            )
+            if first and first == second and here.isdisjoint(first):
+                self.after_step = True
+        self._checked |= new
 
 
 def label_sources(
