@@ -1,10 +1,7 @@
 """The invariants of the design, for every loss, through the callback on a module that knows nothing of it."""
 
 import copy
-import functools
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,6 +20,7 @@ from lightning_kd.callbacks import (
     WeightScheduler,
 )
 from lightning_kd.tasks import Classification
+from processes import run_script
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
@@ -713,7 +711,6 @@ def test_the_module_door_is_the_callback_door() -> None:
 
 SCRIPT = """
 import sys, torch
-sys.path.insert(0, {folder!r})
 from test_invariants import Net, Plain, loader, trainer
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from torch.utils._pytree import tree_leaves
@@ -738,8 +735,7 @@ class SameOnAllRanks(Callback):
                 ranks = trainer.strategy.all_gather(own)
                 assert torch.equal(ranks[0], ranks[1]), type(callback)
 
-if __name__ == "__main__":
-    kind, strategy, devices, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+def train(kind, strategy, devices):
     norm = kind == "norm"  # statistics of half a batch are others, but equal on all ranks
     seed_everything(0)
     module, kd = Plain(norm=norm), Term(losses.KD(), weight=schedules.Linear(1.0, 0.5))
@@ -747,34 +743,39 @@ if __name__ == "__main__":
     hint = Term(losses.FitNet(), student="stem", teacher="stem", weight=10.0)
     own = Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.ConvTranspose2d(4, 6, 2, 2))
     if kind == "mutual":
-        callbacks = [MutualDistillation([Net(6, norm=False)], {{"kd": kd, "hint": hint}}, student="model")]
+        callbacks = [MutualDistillation([Net(6, norm=False)], {"kd": kd, "hint": hint}, student="model")]
     elif kind == "past and ensembles":
         both = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights="entropy")
         routed = teachers.Ensemble([Net(6, norm=False), Net(5, norm=False)], weights=teachers.Router(2, 5))
         callbacks = [
-            Distillation(teachers.PastSelf(), {{"kd": kd, "hint": hint}}, student="model"),
-            Distillation(both, {{"both": Term(losses.KD(), weight=schedules.Linear(0.1, 0.5))}}, student="model"),
-            Distillation(routed, {{"routed": Term(losses.KD(), weight=0.5)}}, student="model"),
+            Distillation(teachers.PastSelf(), {"kd": kd, "hint": hint}, student="model"),
+            Distillation(both, {"both": Term(losses.KD(), weight=schedules.Linear(0.1, 0.5))}, student="model"),
+            Distillation(routed, {"routed": Term(losses.KD(), weight=0.5)}, student="model"),
             Distillation(
                 teachers.Itself(),
-                {{"itself": Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.Conv2d(4, 4, 1))}},
+                {"itself": Term(losses.FitNet(), student="stem", teacher="stem", projector=torch.nn.Conv2d(4, 4, 1))},
                 student="model",
             ),
         ]
     else:
         ctkd = Term(losses.CTKD(losses.KD()), weight=0.1)
-        terms = {{"kd": kd, "dkd": Term(losses.DKD(), weight=0.1), "ctkd": ctkd, "hint": hint, "own": own}}
-        past = {{"past": Term(losses.KD(), weight=2.0)}}
+        terms = {"kd": kd, "dkd": Term(losses.DKD(), weight=0.1), "ctkd": ctkd, "hint": hint, "own": own}
+        past = {"past": Term(losses.KD(), weight=2.0)}
         average = EMATeacher(past, 0.9, student="model", buffers="own" if norm else "average", evaluate=norm)
         callbacks = [Distillation(Net(6, norm=norm), terms, student="model"), average]
     run = trainer(*callbacks, SameOnAllRanks(), strategy=strategy, devices=devices, use_distributed_sampler=False)
     seed_everything(0)  # as DDP does by itself before the projectors are made
     run.fit(module, Halves())
     if run.is_global_zero:
-        logged = {{k: float(v) for k, v in run.callback_metrics.items()}}
+        logged = {k: float(v) for k, v in run.callback_metrics.items()}
         memory = [x for callback in callbacks for x in tree_leaves(callback.state_dict()) if torch.is_tensor(x)]
-        torch.save({{"state": module.state_dict(), "logged": logged, "memory": memory}}, out)
+        torch.save({"state": module.state_dict(), "logged": logged, "memory": memory}, f"{kind}.pt")
+
+if __name__ == "__main__":
+    for kind in sys.argv[3:]:
+        train(kind, sys.argv[1], int(sys.argv[2]))
 """
+KINDS = ("frozen and EMA", "mutual", "past and ensembles")
 CTKD = ("ctkd", "ctkd/temperature", "ctkd/reversal")
 FROZEN_AND_EMA = {
     "my_loss",
@@ -795,41 +796,34 @@ LOGGED = {
 }
 
 
-def train_in_processes(kind: str, strategy: str, devices: int, folder: Path) -> dict[str, Any]:
-    script, out = folder / "train.py", folder / "out.pt"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
-    command = [sys.executable, str(script), kind, strategy, str(devices), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "unused" not in done.stderr
-    result: dict[str, Any] = torch.load(out, weights_only=True)
-    assert set(result["logged"]) == LOGGED[kind]
-    return result
+def train_in_processes(strategy: str, devices: int, folder: Path, *kinds: str) -> dict[str, dict[str, Any]]:
+    ranks = None if strategy in ("auto", "ddp_spawn") else devices
+    said = run_script(SCRIPT, strategy, str(devices), *kinds, folder=folder, ranks=ranks)
+    assert "unused" not in said
+    results: dict[str, dict[str, Any]] = {kind: torch.load(folder / f"{kind}.pt", weights_only=True) for kind in kinds}
+    assert {kind: set(result["logged"]) for kind, result in results.items()} == {kind: LOGGED[kind] for kind in kinds}
+    return results
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    @functools.cache
-    def train(kind: str) -> dict[str, Any]:
-        return train_in_processes(kind, "auto", 1, tmp_path_factory.mktemp("one"))
-
-    return train
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return train_in_processes("auto", 1, tmp_path_factory.mktemp("one"), *KINDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_false"])
-@pytest.mark.parametrize("kind", ["frozen and EMA", "mutual", "past and ensembles"])
 def test_two_processes_are_the_same_training(
-    kind: str, strategy: str, one_process: Callable[[str], dict[str, Any]], tmp_path: Path
+    strategy: str, one_process: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    one, two = one_process(kind), train_in_processes(kind, strategy, 2, tmp_path)
-    assert all(value > 0 for value in two["logged"].values())
-    torch.testing.assert_close(two["state"], one["state"])
-    if strategy != "ddp_spawn":  # Lightning brings back from spawned processes the module, but not the callbacks
-        assert one["memory"]
-        torch.testing.assert_close(two["memory"], one["memory"])
+    two = train_in_processes(strategy, 2, tmp_path, *KINDS)
+    for kind, one in one_process.items():
+        assert all(value > 0 for value in two[kind]["logged"].values()), kind
+        torch.testing.assert_close(two[kind]["state"], one["state"], msg=lambda text, kind=kind: f"{kind}: {text}")
+        if strategy != "ddp_spawn":  # Lightning brings back from spawned processes the module, but not the callbacks
+            assert one["memory"], kind
+            torch.testing.assert_close(two[kind]["memory"], one["memory"])
 
 
 @pytest.mark.slow
 def test_the_average_is_the_same_on_all_ranks_with_statistics_of_their_own(tmp_path: Path) -> None:
-    train_in_processes("norm", "ddp", 2, tmp_path)
+    train_in_processes("ddp", 2, tmp_path, "norm")

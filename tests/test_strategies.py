@@ -1,7 +1,5 @@
 """Sharded training (FSDP2, ``ModelParallelStrategy``) is the same training; what cannot work there is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_kd.callbacks import EMATeacher
+from processes import run_script
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -19,7 +18,6 @@ from lightning_kd.teachers import frozen as frozen_file
 # Run as a script, once per process; the user shards in configure_model, as Lightning's documentation shows it.
 SCRIPT = """
 import sys, torch
-sys.path.insert(0, {folder!r})
 from test_invariants import Net, Validated, loader, trainer
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -59,7 +57,7 @@ class Sharded(Validated):
 class AllSharded(Callback):
     def on_train_start(self, trainer, pl_module):
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-        assert {{id(p) for p in params}} == {{id(p) for p in pl_module.parameters()}}
+        assert {id(p) for p in params} == {id(p) for p in pl_module.parameters()}
         learners = [p for each in attachments_of(trainer) for p in each.distiller.parameters()]
         assert len(params) >= len(list(pl_module.model.parameters())) + len(learners)
         assert all(isinstance(p, DTensor) for p in params) == sharded
@@ -78,33 +76,33 @@ def without_messages(update):
 
 def callbacks_of(kind, teacher):
     hints = dict(student="stem", teacher="stem", weight=10.0)
-    kd = {{"kd": Term(losses.KD(), weight=0.5), "dkd": Term(losses.DKD(), weight=0.1)}}
+    kd = {"kd": Term(losses.KD(), weight=0.5), "dkd": Term(losses.DKD(), weight=0.1)}
     if kind == "averages":
         own = torch.nn.ConvTranspose2d(4, 4, 1)
-        terms = {{"hint": Term(losses.FitNet(), projector=own, **hints), **kd}}
+        terms = {"hint": Term(losses.FitNet(), projector=own, **hints), **kd}
         average = EMATeacher(terms, decay=0.9, student="model", count=2, evaluate=True)
-        past = {{"past": Term(losses.KD(), weight=schedules.Linear(0.1, 0.8))}}
+        past = {"past": Term(losses.KD(), weight=schedules.Linear(0.1, 0.8))}
         return [average, Distillation(teachers.PastSelf(), past, student="model")]
     if kind == "mutual":
-        hint = {{"hint": Term(losses.FitNet(), **hints)}}
-        return [MutualDistillation([Net(6, norm=False)], {{**hint, **kd}}, student="model")]
+        hint = {"hint": Term(losses.FitNet(), **hints)}
+        return [MutualDistillation([Net(6, norm=False)], {**hint, **kd}, student="model")]
     if kind == "ensemble":
         both = teachers.Ensemble([teacher, Net(6, norm=False)], weights="confidence")
         return [Distillation(both, kd, student="model"), TemperatureScheduler("kd", schedules.Linear(8.0, 1.0))]
     if kind == "ctkd":
-        terms = {{"ctkd": Term(losses.CTKD(losses.KD()))}}
+        terms = {"ctkd": Term(losses.CTKD(losses.KD()))}
     elif kind == "vid":
-        terms = {{"vid": Term(losses.VID(), student="stem", teacher="stem")}}
+        terms = {"vid": Term(losses.VID(), student="stem", teacher="stem")}
     else:
         own = torch.nn.ConvTranspose2d(4, 6, 2, 2)
-        terms = {{"hint": Term(losses.FitNet(), **hints), "own": Term(losses.FitNet(), projector=own, **hints)}}
+        terms = {"hint": Term(losses.FitNet(), **hints), "own": Term(losses.FitNet(), projector=own, **hints)}
         if kind != "features":
             terms |= kd
     routed = teachers.Ensemble([teacher, Net(6, norm=False)], weights=teachers.Router(2, 5))
     return [Distillation(routed if kind == "routed" else teacher, terms, student="model")]
 
 def tensors(state):
-    return {{key: tensors(v) if isinstance(v, dict) else v for key, v in state.items() if key != "wiring"}}
+    return {key: tensors(v) if isinstance(v, dict) else v for key, v in state.items() if key != "wiring"}
 
 def run(kind, name, epochs, resume=None):
     seed_everything(0)
@@ -112,7 +110,7 @@ def run(kind, name, epochs, resume=None):
     callbacks = callbacks_of(kind, teacher)
     module = Sharded(teacher if kind in ("logits and features", "features") else None)
     strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=name != "resumed") if sharded else "auto"
-    keep = ModelCheckpoint(f"{{folder}}/{{kind}}/{{name}}", filename="{{epoch}}", save_top_k=-1)
+    keep = ModelCheckpoint(f"{folder}/{kind}/{name}", filename="{epoch}", save_top_k=-1)
     run = trainer(
         *callbacks, AllSharded(), keep, epochs=epochs, strategy=strategy, devices=devices,
         use_distributed_sampler=False, accelerator=accelerator, gradient_clip_val=5.0, enable_checkpointing=True,
@@ -120,21 +118,21 @@ def run(kind, name, epochs, resume=None):
     seed_everything(0)  # a strategy resets the seed of its processes before projectors are made
     run.fit(module, Halves(), ckpt_path=resume, weights_only=True)
     assert all(float(value) > 0 for value in run.callback_metrics.values()), run.callback_metrics
-    run.save_checkpoint(f"{{folder}}/{{kind}}/{{name}}/after.ckpt")
+    run.save_checkpoint(f"{folder}/{kind}/{name}/after.ckpt")
     assert not any("_distillation" in key for key, _ in module.named_parameters())
-    result = {{"student": whole(module.state_dict())}}
-    result["val"] = {{key: v for key, v in run.callback_metrics.items() if "val" in key}}  # others are of a half
+    result = {"student": whole(module.state_dict())}
+    result["val"] = {key: v for key, v in run.callback_metrics.items() if "val" in key}  # others are of a half
     for i, callback in enumerate(callbacks):
         result[str(i)] = tensors(callback.state_dict())  # every process gathers
     if run.is_global_zero:
-        torch.save(result, f"{{folder}}/{{kind}}/{{name}}.pt")
+        torch.save(result, f"{folder}/{kind}/{name}.pt")
 
 def export(saved):
-    dcp_to_torch_save(saved, f"{{folder}}/file.ckpt")
-    student, peer = (Net(4, stride=2, norm=False), f"{{folder}}/file.ckpt"), (Net(6, norm=False), f"{{saved}}/meta.pt")
+    dcp_to_torch_save(saved, f"{folder}/file.ckpt")
+    student, peer = (Net(4, stride=2, norm=False), f"{folder}/file.ckpt"), (Net(6, norm=False), f"{saved}/meta.pt")
     for peer, (net, file) in enumerate((student, peer)):
         teachers.load_weights(net, file, peer=peer)
-        torch.save(net.state_dict(), f"{{folder}}/exported{{peer}}.pt")
+        torch.save(net.state_dict(), f"{folder}/exported{peer}.pt")
 
 if __name__ == "__main__":
     for kind in kinds:
@@ -143,14 +141,14 @@ if __name__ == "__main__":
         if kind == "mutual":  # without schedules, which know how long a run is
             run(kind, "one", 1)
             before = "one/after"
-        run(kind, "resumed", 2, f"{{folder}}/{{kind}}/{{before}}.ckpt")
+        run(kind, "resumed", 2, f"{folder}/{kind}/{before}.ckpt")
     if sharded:
         if torch.distributed.get_rank() == 0:
-            export(f"{{folder}}/mutual/whole/epoch=1.ckpt")
+            export(f"{folder}/mutual/whole/epoch=1.ckpt")
         try:
             run("ctkd", "one", 1)
         except ValueError as error:
-            open(f"{{folder}}/refused.txt", "w").write(str(error))
+            open(f"{folder}/refused.txt", "w").write(str(error))
 """
 KINDS = ["logits and features", "features", "ensemble", "routed", "vid", "averages", "mutual"]
 Results = dict[str, dict[str, Any]]
@@ -159,11 +157,7 @@ Results = dict[str, dict[str, Any]]
 def trained(accelerator: str, devices: int, folder: Path) -> dict[str, Results]:
     """Returns of every kind what was learned: in one epoch and one more that was resumed, and in two at once."""
     folder.mkdir()
-    script = folder / "train.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
-    command = [sys.executable, str(script), accelerator, str(devices), str(folder), *KINDS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, accelerator, str(devices), str(folder), *KINDS, folder=folder, ranks=devices, timeout=600)
     return {
         kind: {
             name: torch.load(folder / kind / f"{name}.pt", weights_only=True, map_location="cpu")

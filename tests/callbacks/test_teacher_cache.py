@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning_kd.callbacks import Distillation, TeacherCache
 from lightning_kd.tasks import Classification
+from processes import run_script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -313,10 +314,7 @@ assert len(calls) <= 1 + 2 * 5, len(calls)
 
 @pytest.mark.slow
 def test_two_processes_fill_and_read_one_cache(tmp_path: Path) -> None:
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-W", "ignore", "two.py", str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(TWO, str(Path(__file__).parent), folder=tmp_path, ranks=2)
     assert len(list((tmp_path / "it").glob("*.safetensors"))) >= 2
     cached = teachers.Cached(tmp_path / "it")
     cached.bind(nn.Identity(), ["output", "1"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 from lightning_kd.cli import main
 
@@ -63,9 +64,13 @@ def test_in_two_processes_and_resumed(name: str, tmp_path: Path, monkeypatch: py
     torch.testing.assert_close(*learned, rtol=0, atol=0)
 
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.default_root_dir", "two"]
-    command = [sys.executable, "-m", "lightning_kd", *fit, *two]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if name == "scenes_pose_simcc":  # as users start it; the others save the time of importing
+        command = [sys.executable, "-m", "lightning_kd", *fit, *two]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        script = "import sys\nfrom lightning_kd.cli import main\nsys.exit(main())"
+        run_script(script, *fit, *two, folder=tmp_path, ranks=2)
     together = steps(Path("two"))
     assert len(together) == (8 if limited else 4)  # of 16 images, twice, 4 in each process
     assert all(float(value) > 0 for step in together for key, value in step.items() if key != "step"), together

@@ -1,7 +1,6 @@
 import copy
 import math
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from lightning_kd.tasks import Detection
+from processes import run_script
 from torch import Tensor, nn
 from torchvision.models import detection as torchvision_detection
 from torchvision.models.detection import (
@@ -434,10 +434,7 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "train.py", "ddp", str(tmp_path / "ddp.pt"), "-"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, "ddp", str(tmp_path / "ddp.pt"), "-", folder=tmp_path, ranks=2)
     logged = torch.load(tmp_path / "ddp.pt", weights_only=True)["logged"]
     assert all(logged[f"train/{name}"] > 0 for name in ("loss", "task", "cwd", "fgd"))
     assert 0 <= logged["val/mAP"] <= 1

@@ -1,8 +1,6 @@
 """Boxes that a teacher finds are the targets of mmdet's detectors: their own losses on them are the oracle."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import MMDetection, MMPseudoBoxes
+from processes import run_script
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -200,31 +199,27 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import importlib.util, os
+import os, sys
 import torch
 
 if __name__ == "__main__":
-    spec = importlib.util.spec_from_file_location("cases", {cases!r})
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
+    sys.path.insert(0, sys.argv[1])
+    import test_mm_pseudo_boxes as cases
     module = cases.self_training(cases.MMPseudoBoxes(10, score=0.001), cases.detector())
-    samples = cases.scenes()[int(os.environ.get("LOCAL_RANK", 0)) :: 2]  # all labelled here, none there
+    samples = cases.scenes()[int(os.environ["LOCAL_RANK"]) :: 2]  # all labelled here, none there
     loader = torch.utils.data.DataLoader(samples, 1, collate_fn=cases.collate)
     run = cases.trainer(strategy="ddp", devices=2, max_epochs=2, use_distributed_sampler=False)
     run.fit(module, loader, loader)
-    values = {{name: float(value) for name, value in module.task.values().items()}}
+    values = {name: float(value) for name, value in module.task.values().items()}
     learned = dict(module.named_parameters())
-    torch.save({{"learned": learned, "values": values}}, f"{{run.global_rank}}.pt")
+    torch.save({"learned": learned, "values": values}, f"{run.global_rank}.pt")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_of_which_one_has_all_labels(tmp_path: Path) -> None:
     """mmdet averages over all processes, so each has to call its detector as often as the others."""
-    (tmp_path / "train.py").write_text(SCRIPT.format(cases=str(Path(__file__))))
-    command = [sys.executable, "train.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, str(Path(__file__).parent), folder=tmp_path, ranks=2)
     labelled, unlabelled = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(labelled["learned"], unlabelled["learned"], rtol=0, atol=0)
     assert labelled["values"] == {"pseudo": 0.0, "pseudo_boxes": 0.0}

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from lightning_kd.tasks import MMDetection
 from lightning_kd.tasks.mmdetection import ToTeacher
+from processes import run_script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -482,45 +481,40 @@ def test_resume_is_exact(tmp_path: Path, scenes: BoxScenes) -> None:
 
 
 SCRIPT = """
-import importlib.util, sys
-import lightning as L
+import sys
 import torch
 
 if __name__ == "__main__":
-    spec = importlib.util.spec_from_file_location("cases", {cases!r})
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
-    strategy, devices, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    folder, strategy, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    sys.path.insert(0, folder)
+    import test_mmdetection as cases
     data = cases.BoxScenes(train_size=4, val_size=2, test_size=2, batch_size=4 // devices)
     data.setup("fit")
     student, teacher = cases.detector("GFL"), cases.detector("RetinaNet")
     student.backbone.norm_eval = True  # statistics of half a batch would be others
     student.train()
-    terms = {{"hint": cases.Term(cases.losses.FitNet(), student="features", teacher="features")}}
+    terms = {"hint": cases.Term(cases.losses.FitNet(), student="features", teacher="features")}
     module = cases.DistillationModule(cases.MMDetection(10), student, teacher, terms, torch.optim.SGD, task_weight=0.0)
     loader = torch.utils.data.DataLoader(data.splits["train"], 4 // devices, collate_fn=cases.collate)
     run = cases.trainer(strategy=strategy, devices=devices, limit_val_batches=0, max_epochs=2)
     run.fit(module, loader, loader)
     if run.is_global_zero:
-        logged = {{key: float(value) for key, value in run.callback_metrics.items()}}
-        torch.save({{"state": module.state_dict(), "logged": logged}}, out)
+        logged = {key: float(value) for key, value in run.callback_metrics.items()}
+        torch.save({"state": module.state_dict(), "logged": logged}, f"{strategy}.pt")
 """
 
 
 def train_in_processes(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
-    script, out = folder / "train.py", folder / f"{strategy}.pt"
-    script.write_text(SCRIPT.format(cases=str(Path(__file__))))
-    command = [sys.executable, str(script), strategy, str(devices), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "unused" not in done.stderr
-    result: dict[str, Any] = torch.load(out, weights_only=True)
+    arguments = str(Path(__file__).parent), strategy, str(devices)
+    said = run_script(SCRIPT, *arguments, folder=folder, ranks=None if devices == 1 else devices)
+    assert "unused" not in said
+    result: dict[str, Any] = torch.load(folder / f"{strategy}.pt", weights_only=True)
     return result
 
 
 @pytest.mark.slow
 def test_the_terms_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     """Without mmdet's own losses: their averages, over the positives of a process, are mmdet's matter."""
-    one, two = train_in_processes(tmp_path, "auto", 1), train_in_processes(tmp_path, "ddp_spawn", 2)
+    one, two = train_in_processes(tmp_path, "auto", 1), train_in_processes(tmp_path, "ddp", 2)
     assert all(two["logged"][f"train/{name}"] > 0 for name in ("task", "hint"))
     torch.testing.assert_close(two["state"], one["state"])

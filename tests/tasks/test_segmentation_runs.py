@@ -1,8 +1,6 @@
 """Segmentation from the command line to what is delivered; exact resume; few labels with teachers that take turns."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import Segmentation
+from processes import run_script
 
 from lightning_kd import DistillationModule, Term, losses, teachers
 from lightning_kd.cli import main
@@ -132,6 +131,7 @@ from lightning import Trainer, seed_everything
 from lightning_kd import DistillationModule, Term, losses
 from lightning_kd.data import MaskScenes
 from lightning_kd.tasks import Segmentation
+from processes import run_script
 
 if __name__ == "__main__":
     seed_everything(0)
@@ -157,7 +157,4 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same_student(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "train.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, folder=tmp_path, ranks=2)

@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import Classification
+from processes import run_script
 from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
@@ -676,7 +675,7 @@ def test_the_yaml_door(weights: str | None, tmp_path: Path, monkeypatch: pytest.
 
 SCRIPT = """
 import sys, torch
-sys.path.insert(0, {folder!r})
+sys.path.insert(0, sys.argv[1])
 from test_ensemble import Plain, distillation, ensemble, loader, trainer
 from lightning.pytorch import LightningDataModule, seed_everything
 from torch.utils.data import DataLoader, DistributedSampler
@@ -689,7 +688,7 @@ class Halves(LightningDataModule):
         return DataLoader(data, batch_size=16 // run.world_size, sampler=sampler)
 
 if __name__ == "__main__":
-    strategy, devices, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    strategy, devices = sys.argv[2], int(sys.argv[3])
     seed_everything(0)
     module = Plain(norm=False)
     teacher = ensemble(Router(2, 3), norm=False)
@@ -697,20 +696,16 @@ if __name__ == "__main__":
                   use_distributed_sampler=False)
     run.fit(module, Halves())
     if run.is_global_zero:
-        torch.save({{**module.state_dict(), **teacher.learner.state_dict()}}, out)
+        torch.save({**module.state_dict(), **teacher.learner.state_dict()}, f"{strategy}.pt")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_are_the_same_training(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
     found = []
-    for strategy, devices in (("auto", 1), ("ddp", 2)):
-        out = tmp_path / f"{strategy}.pt"
-        command = [sys.executable, "train.py", strategy, str(devices), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "unused" not in done.stderr
-        found.append(torch.load(out, weights_only=True))
+    for strategy, ranks in (("auto", 1), ("ddp", 2)):
+        said = run_script(SCRIPT, str(Path(__file__).parent), strategy, str(ranks), folder=tmp_path, ranks=ranks)
+        assert "unused" not in said
+        found.append(torch.load(tmp_path / f"{strategy}.pt", weights_only=True))
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key], msg=key)
