@@ -13,7 +13,7 @@ from lightning_kd.anomalies import AnomalyMaps
 from lightning_kd.teachers.base import made_by
 
 BORDER = 4
-"""Positions that the describer loses at each side, as its convolutions have no padding."""
+"""Positions that the describer loses at each side where its convolutions have no padding."""
 
 RISE = 0.1
 """What the larger quantile of a map becomes; the smaller becomes 0."""
@@ -42,6 +42,8 @@ class PatchDescriber(nn.Module):
     Args:
         channels: Of the description.
         width: Channels of the first layer; 128 in the paper.
+        padding: Whether patches at the border are described, too, by the zeros of the paper's table. Without, 16 pixels
+            at each side are the centre of no patch.
 
     Example:
         >>> PatchDescriber(channels=8, width=4)(torch.zeros(1, 3, 64, 64)).shape
@@ -50,17 +52,18 @@ class PatchDescriber(nn.Module):
     Source: Batzner et al., EfficientAD, arXiv 2303.14535.
     """
 
-    def __init__(self, channels: int = 384, width: int = 128) -> None:
+    def __init__(self, channels: int = 384, width: int = 128, padding: bool = False) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 4)
-        self.conv2 = nn.Conv2d(width, 2 * width, 4)
-        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3)
+        self.padding = padding
+        self.conv1 = nn.Conv2d(3, width, 4, padding=3 * padding)
+        self.conv2 = nn.Conv2d(width, 2 * width, 4, padding=3 * padding)
+        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1 * padding)
         self.conv4 = nn.Conv2d(2 * width, channels, 4)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W) -> (B, C, H / 4 - 8, W / 4 - 8)``."""
-        x = F.avg_pool2d(self.conv1(images).relu(), 2)
-        x = F.avg_pool2d(self.conv2(x).relu(), 2)
+        """``(B, 3, H, W) -> (B, C, H / 4 - 8, W / 4 - 8)``; with padding ``(B, C, H / 4, W / 4)``."""
+        x = F.avg_pool2d(self.conv1(images).relu(), 2, padding=1 * self.padding)
+        x = F.avg_pool2d(self.conv2(x).relu(), 2, padding=1 * self.padding)
         described: Tensor = self.conv4(self.conv3(x).relu())
         return described
 
@@ -71,6 +74,7 @@ class Autoencoder(nn.Module):
     Args:
         channels: Of the description.
         image_size: Height and width of the images, at least 64 pixels: what the bottleneck sees. 256 in the paper.
+        padding: Whether the description has the border, as a :class:`PatchDescriber` with padding has.
 
     Raises:
         ValueError: If the images are smaller.
@@ -80,8 +84,9 @@ class Autoencoder(nn.Module):
         torch.Size([1, 8, 8, 8])
     """
 
-    def __init__(self, channels: int = 384, image_size: tuple[int, int] = (256, 256)) -> None:
+    def __init__(self, channels: int = 384, image_size: tuple[int, int] = (256, 256), padding: bool = False) -> None:
         super().__init__()
+        self.border = 0 if padding else BORDER
         if min(image_size) < 64:
             raise ValueError(f"EfficientAD takes images of at least 64 x 64 pixels, got {tuple(image_size)}.")
         bottleneck = image_size[0] // 32, image_size[1] // 32
@@ -93,7 +98,7 @@ class Autoencoder(nn.Module):
         self.dropout = nn.Dropout(0.2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W) -> (B, C, H / 4 - 8, W / 4 - 8)``."""
+        """``(B, 3, H, W) -> (B, C, H / 4 - 8, W / 4 - 8)``; with padding ``(B, C, H / 4, W / 4)``."""
         height, width = images.shape[-2:]
         x = images
         for layer in self.encoder:
@@ -101,7 +106,7 @@ class Autoencoder(nn.Module):
         x = self.bottleneck(x)
         for layer, (part, less) in zip(self.decoder, ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1)), strict=True):
             x = self.dropout(layer(_brought(x, (max(height // part - less, 1), max(width // part - less, 1)))).relu())
-        described: Tensor = self.last(_brought(x, (height // 4 - 2 * BORDER, width // 4 - 2 * BORDER)))
+        described: Tensor = self.last(_brought(x, (height // 4 - 2 * self.border, width // 4 - 2 * self.border)))
         return described
 
 
@@ -120,6 +125,9 @@ class EfficientADStudent(nn.Module):
         channels: Of the teacher's description.
         image_size: Height and width of the images.
         width: Channels of the describer's first layer.
+        padding: Whether patches at the border are described, too; then the teacher's description has them, as a
+            :class:`PatchDescriber` with padding makes it. Without, nothing is found in 16 pixels at each side, which of
+            small images is much: 44 % of 128 x 128 pixels.
 
     Returns:
         ``forward(images)`` returns :class:`Imitations`.
@@ -133,11 +141,18 @@ class EfficientADStudent(nn.Module):
 
     quantiles: Tensor
 
-    def __init__(self, channels: int = 384, image_size: tuple[int, int] = (256, 256), width: int = 128) -> None:
+    def __init__(
+        self,
+        channels: int = 384,
+        image_size: tuple[int, int] = (256, 256),
+        width: int = 128,
+        padding: bool = False,
+    ) -> None:
         super().__init__()
         self.channels = channels
-        self.describer = PatchDescriber(2 * channels, width)
-        self.autoencoder = Autoencoder(channels, image_size)
+        self.border = 0 if padding else BORDER
+        self.describer = PatchDescriber(2 * channels, width, padding)
+        self.autoencoder = Autoencoder(channels, image_size, padding)
         self.register_buffer("quantiles", torch.zeros(2, 2))  # of either map the smaller and the larger
 
     def forward(self, images: Tensor) -> Imitations:
@@ -157,6 +172,9 @@ class EfficientADDetector(nn.Module):
         student: The student.
         teacher: Its teacher, which returns the description.
         teacher_input: Makes what the teacher is called with out of the images.
+
+    Raises:
+        ValueError: If student and teacher describe other channels or positions.
 
     Source: Batzner et al., EfficientAD, arXiv 2303.14535, section 3.4.
     """
@@ -185,11 +203,17 @@ class EfficientADDetector(nn.Module):
         args, kwargs = made_by(self.teacher_input, (images,), {})
         with torch.no_grad():
             described = self.teacher(*args, **kwargs)
+        if described.shape != found.local.shape:
+            raise ValueError(
+                f"EfficientAD's student describes {tuple(found.local.shape[1:])} of an image, and its teacher "
+                f"{tuple(described.shape[1:])}: expected the same channels and positions. With padding=True a student "
+                "describes a quarter of the height and width, without 8 less; a PatchDescriber likewise."
+            )
         apart = torch.stack(
             [(found.local - described).square().mean(1), (found.autoencoder - found.second).square().mean(1)]
         )
         size = images.shape[-2], images.shape[-1]
-        return _brought(F.pad(apart, (BORDER,) * 4), size)
+        return _brought(F.pad(apart, (self.student.border,) * 4), size)
 
     def combined(self, raw: Tensor) -> AnomalyMaps:
         """Returns one map of both."""

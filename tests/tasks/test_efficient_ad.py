@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_kd import DistillationModule, Distiller, Term, losses
 from lightning_kd.data import Textures, UnrelatedImages
-from lightning_kd.models import AnomalyNet, EfficientADStudent, PatchDescriber, Standardized
+from lightning_kd.models import AnomalyNet, EfficientADDetector, EfficientADStudent, PatchDescriber, Standardized
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
@@ -154,6 +154,37 @@ def test_unrelated_images_come_from_a_folder_or_are_photographs(tmp_path: Path) 
     torch.manual_seed(0)
     assert torch.equal(UnrelatedImages()(torch.zeros(2, 3, 64, 64)), one)
     assert one.std() > 0.1
+
+
+def test_a_defect_in_a_corner_is_seen_with_padding_alone() -> None:
+    """Without, as in anomalib, 16 pixels at each side are the centre of no patch."""
+    images = torch.zeros(1, 3, 64, 64)
+    spoiled = images.clone()
+    spoiled[..., :4, :4] = 9.0
+    for padding in (False, True):
+        student = EfficientADStudent(channels=4, image_size=(64, 64), width=4, padding=padding)
+        detector = EfficientADDetector(student, PatchDescriber(channels=4, width=4, padding=padding)).eval()
+        with torch.no_grad():
+            found, flawless = (detector(x).anomaly_map[0, :8, :8] for x in (spoiled, images))
+        assert (not torch.equal(found, flawless)) == padding
+        assert bool(found.any()) == padding
+    detector.teacher = PatchDescriber(channels=4, width=4)
+    with pytest.raises(ValueError, match=r"describes \(4, 16, 16\) of an image, and its teacher \(4, 8, 8\)"):
+        detector(images)
+
+
+@pytest.mark.slow
+def test_with_padding_the_maps_are_those_of_anomalib() -> None:
+    where = pytest.importorskip("anomalib.models.image.efficient_ad.torch_model")
+    own = where.EfficientAdModel(teacher_out_channels=4, padding=True, pad_maps=False).eval()
+    teacher, student = PatchDescriber(4, padding=True), EfficientADStudent(4, padding=True)
+    for mine, other in ((teacher, own.teacher), (student.describer, own.student), (student.autoencoder, own.ae)):
+        mine.load_state_dict(dict(zip(mine.state_dict(), other.state_dict().values(), strict=True)))
+    images = torch.rand(1, 3, 256, 256)
+    with torch.no_grad():
+        expected = own(images).anomaly_map.squeeze(1)
+        mine = EfficientADDetector(student, teacher).eval()(where.imagenet_norm_batch(images)).anomaly_map
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
