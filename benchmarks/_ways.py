@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -95,9 +96,10 @@ class Ticking(Callback):
 
 def _fit(module: LightningModule, work: Work, steps: int, bf16: bool, tick: Tick, *callbacks: Callback) -> None:
     trainer = Trainer(
-        max_epochs=1, callbacks=[*callbacks, Ticking(tick)], accelerator=work.device, devices=1,
+        max_epochs=1, callbacks=[*callbacks, Ticking(tick)], accelerator=work.device,
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
         precision="bf16-mixed" if bf16 else "32-true", logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
+        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader([work.batch] * steps, batch_size=None))
 

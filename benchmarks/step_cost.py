@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import platform
 import statistics
 import time
@@ -35,16 +36,17 @@ Row = dict[str, float]
 
 
 class Clock:
-    """Notes when steps end."""
+    """Notes when steps end; by the clock where a process waits for others, or for a GPU."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
+        self.now = time.perf_counter if self.cuda or "WORLD_SIZE" in os.environ else time.process_time
         self.times: list[float] = []
 
     def tick(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter() if self.cuda else time.process_time())
+        self.times.append(self.now())
 
     def step(self) -> float:
         """The median of the steps' times."""

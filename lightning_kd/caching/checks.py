@@ -38,7 +38,7 @@ def checksum(arguments: Any, count: int) -> Tensor:
     """Returns two numbers of each sample of a call's arguments, (B, 2): of what is in it, and how large that is.
 
     The first is a sum with signs that look random, so that a flip or a shift of an image changes it by about the
-    second, its root mean square.
+    second, its norm. Zeros at the end change neither: a text is padded to the longest of its batch.
 
     Args:
         arguments: Tensors ``(B, ...)``, or lists of B tensors, anywhere in containers; all else is left out.
@@ -67,9 +67,7 @@ def _sums(samples: list[Tensor] | Tensor) -> Tensor:
         return torch.cat([_sums(sample.unsqueeze(0)) for sample in samples])
     values = samples.detach().flatten(1) if samples.ndim > 1 else samples.detach().unsqueeze(1)
     values = values.float()
-    n = values.shape[1]
-    signed = values @ _signs(n, values.device)
-    return torch.stack([signed / n**0.5, values.square().mean(1).sqrt()], dim=1)
+    return torch.stack([values @ _signs(values.shape[1], values.device), values.norm(dim=1)], dim=1)
 
 
 def _signs(count: int, device: torch.device) -> Tensor:

@@ -163,6 +163,42 @@ def test_the_index_of_the_batch_where_the_sampler_says_nothing(tmp_path: Path) -
     assert torch.equal(read(IMAGES[[2, 0]])["output"][0], expected)
 
 
+class Words(nn.Module):
+    """The mean of the words of a text that are not padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words = nn.Embedding(1000, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return (self.words(ids) * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("others", ["longer", "shorter"])
+def test_a_text_is_the_same_beside_others_that_are_longer(others: str, tmp_path: Path) -> None:
+    texts = [torch.randint(1, 1000, (length,)) for length in (9, 9, 60 if others == "longer" else 2)]
+
+    def padded(chosen: list[int]) -> tuple[Tensor, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([texts[i] for i in chosen], batch_first=True)
+        return ids, (ids > 0).long()
+
+    cached = bound(tmp_path, Words(), ["output"], storage="float32")
+    for keys in ([0], [1, 2]):
+        cached.look({"position": keys})
+        cached(*padded(keys))
+    cached.unbind()
+    read = bound(tmp_path, paths=["output"])
+    read.look({"position": [2, 0, 1]})
+    found = read(*padded([2, 0, 1]))["output"][0]
+    torch.testing.assert_close(found, Words()(*padded([2, 0, 1])).detach())
+    texts[1] = texts[1].flip(0)
+    read.begin_epoch(Moment(epoch=1))
+    read.look({"position": [0, 1]})
+    with pytest.raises(ValueError, match="Sample 1, and 0 more of the 2 samples in this batch, are not what"):
+        read(*padded([0, 1]))
+
+
 def test_bf16_inputs_are_taken_for_the_same(tmp_path: Path) -> None:
     filled(tmp_path)
     ask(bound(tmp_path), list(range(10)), IMAGES.bfloat16())
