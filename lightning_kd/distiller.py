@@ -97,7 +97,8 @@ class Distiller(nn.Module):
                 "both. Make each of its own: Term(losses.KD()), Term(losses.KD())."
             )
         if not isinstance(teacher, nn.Module):
-            hint = f" Did you mean {teacher.__name__}(...)?" if isinstance(teacher, type) else ""
+            hint = " Weights in a file: teachers.Frozen(network, checkpoint=...)."
+            hint = f" Did you mean {teacher.__name__}(...)?" if isinstance(teacher, type) else hint
             raise TypeError(f"teacher is a module or a teachers.Teacher, got {describe(teacher)}.{hint}")
         for side, makes in (("teacher_input", teacher_input), ("student_input", student_input)):
             if not (makes is None or callable(makes)):

@@ -118,8 +118,7 @@ class DistillationModule(LightningModule):
             )
             given = self.attachment.distiller
             introduce(task, student, given.teacher, given.teacher_input)
-        self.val_metrics = task.metrics()
-        self.test_metrics = task.metrics()
+        self.val_metrics, self.test_metrics = (_metrics_of(task) for _ in ("val", "test"))
         self.agreement = task.agreement() if self.teacher is not None else None
 
     @property
@@ -265,7 +264,14 @@ class DistillationModule(LightningModule):
         loss = self.task.loss(output, batch)
         if loss is not None:
             self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.task.update(metrics, output, batch)
+        try:
+            self.task.update(metrics, output, batch)
+        except Exception as error:
+            error.add_note(
+                f"This happened when {type(self.task).__name__}.update gave its metrics an output and the labels. "
+                "Where they need something else, update(self, metrics, output, batch) of the task makes it."
+            )
+            raise
         return output
 
     def on_validation_epoch_start(self) -> None:
@@ -304,6 +310,16 @@ class DistillationModule(LightningModule):
         self.log_dict({n: values[n] for n in values if n in whole}, prog_bar=stage == "val", sync_dist=True)
         self.log_dict({n: values[n] for n in values if n not in whole}, sync_dist=True)
         metrics.reset()
+
+
+def _metrics_of(task: TaskAdapter) -> MetricCollection:
+    metrics: object = task.metrics()
+    if not isinstance(metrics, MetricCollection):
+        raise TypeError(
+            f"metrics() of {type(task).__name__} returns a MetricCollection, by the names that are logged: "
+            f"MetricCollection({{'auroc': ...}}); got a {type(metrics).__name__}."
+        )
+    return metrics
 
 
 def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler: object) -> None:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class Term(nn.Module):
             first batch; ``nn.Identity()`` forbids that.
 
     Raises:
-        ValueError: If the weight is negative or not finite, or a path is malformed.
+        ValueError: If the weight is negative or not finite, a path is malformed, or the loss asks for an unknown
+            alignment.
         TypeError: If the loss is not a module, or a path is no text.
 
     Example:
@@ -64,6 +65,12 @@ class Term(nn.Module):
         bridge_given: object = projector
         if bridge_given is not None and not isinstance(bridge_given, nn.Module):
             raise TypeError(f"projector is a module that maps the student's tensor, or None; got {bridge_given!r}.")
+        align: object = getattr(loss, "align", "none")
+        if align not in get_args(Align):
+            raise ValueError(
+                f"align of {type(loss).__name__} says what the loss needs of its two tensors: "
+                f"{', '.join(map(repr, get_args(Align)))}; got {align!r}."
+            )
         self.loss = loss
         self.deeper = nn.ModuleList()
         """The loss once more for each level but the first, where it has parameters for the shapes of a level."""

@@ -12,6 +12,7 @@ from lightning_kd.tasks import Classification
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_kd import DistillationModule, Term, losses, schedules
 from lightning_kd.teachers import Frozen
@@ -77,6 +78,16 @@ def test_arguments_out_of_range_are_refused() -> None:
         module(lr_interval="batch")
     with pytest.raises(ValueError, match="task_weight"):
         module(Net(8), task_weight=-1.0)
+
+
+@pytest.mark.parametrize("given", [MeanMetric(), {"mean": MeanMetric()}], ids=["one", "a dict"])
+def test_metrics_have_names(given: Any) -> None:
+    class Task(Classification):
+        def metrics(self) -> Any:
+            return given
+
+    with pytest.raises(TypeError, match=r"metrics\(\) of Task returns a MetricCollection.*got a (MeanMetric|dict)"):
+        DistillationModule(Task(CLASSES), Net(4))
 
 
 def test_classes_and_what_is_made_already_are_refused() -> None:

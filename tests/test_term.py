@@ -84,6 +84,18 @@ def test_a_loss_is_a_module(loss: Any) -> None:
         Term(loss)
 
 
+@pytest.mark.parametrize("align", [None, "Size", "shapes"])
+def test_an_unknown_alignment_is_refused(align: Any) -> None:
+    class Own(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return (student - teacher).square().mean()
+
+    loss = Own()
+    loss.align = align
+    with pytest.raises(ValueError, match=f"align of Own says .*'none', 'map', 'size', 'shape'; got {align!r}"):
+        Term(loss)
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_paths_are_read_at_once(side: str) -> None:
     with pytest.raises(ValueError, match=r"'layer\[' is not a path"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -93,6 +94,11 @@ def find(name_or_file: str) -> str:
     named = name_or_file.removesuffix(".yaml")
     if named in (known := shipped()):
         return str(known[named])
+    if named != name_or_file:
+        raise UsageError(
+            f"no file {name_or_file!r} (looked from {os.getcwd()!r}), and no shipped configuration {named!r}."
+            f"{guess(named, known)} `lightning-kd list configs` names them"
+        )
     raise unknown("configuration", name_or_file, known)
 
 

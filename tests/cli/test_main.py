@@ -625,6 +625,13 @@ def test_an_output_that_cannot_be_written_is_told(trained: Path, tmp_path: Path)
             TorchFile().open(Path(output))
 
 
+def test_a_configuration_that_is_no_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "digits_kdd.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert f"no file 'digits_kdd.yaml' (looked from {os.getcwd()!r})" in told
+    assert "Did you mean digits_kd" in told
+
+
 def test_a_configuration_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin.yaml").write_bytes("# caf\xe9".encode("latin1"))
     assert main(["fit", "--config", str(tmp_path / "latin.yaml")]) == 2
@@ -641,6 +648,7 @@ def test_the_help_of_a_run_is_short_and_says_where_there_is_more(capsys: pytest.
 
 def test_python_m_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-kd", "--version"])
+    monkeypatch.delitem(sys.modules, "lightning_kd.__main__", raising=False)  # doctests import everything
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("lightning_kd", run_name="__main__")
     assert capsys.readouterr().out == f"lightning-kd {__version__}\n"
