@@ -15,7 +15,7 @@ from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked
 from lightning_kd.teachers.stillness import refuse_taught
 from lightning_kd.term import Term
-from lightning_kd.watching import ANSWER, Call, LabelsOf, Watcher
+from lightning_kd.watching import ANSWER, Call, LabelsOf, Watcher, merged
 from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
@@ -157,16 +157,14 @@ class Distiller(nn.Module):
     @property
     def labels(self) -> dict[str, bool]:
         """What is read of a batch, by name, and whether somebody cannot do without."""
+        return merged(self.labels_of_losses, labels_asked(self.student_input), labels_asked(self.teacher_input))
+
+    @property
+    def labels_of_losses(self) -> dict[str, bool]:
+        """The same without what only inputs ask for."""
         # What says what counts is read wherever there is one: a term that would overlook it is refused.
-        found = {**dict.fromkeys(COUNTS, False), **self.teacher.labels}
-        asking = [
-            labels_asked(self.student_input),
-            labels_asked(self.teacher_input),
-            *(term.labels for _, term in self.named_terms()),
-        ]
-        for name, required in (each for asked in asking for each in asked.items()):
-            found[name] = found.get(name, False) or required
-        return found
+        counts = dict.fromkeys(COUNTS, False)
+        return merged(counts, self.teacher.labels, *(term.labels for _, term in self.named_terms()))
 
     @property
     def attached(self) -> bool:
@@ -254,13 +252,13 @@ class Distiller(nn.Module):
             self._watcher = None
             self.teacher.unbind()
 
-    def watch(self, labels: LabelsOf = dict) -> AbstractContextManager[list[Call]]:
+    def watch(self, labels: LabelsOf = lambda _: {}) -> AbstractContextManager[list[Call]]:
         """Watches the student's calls until the context ends.
 
         Calls under ``no_grad`` do not count: nothing could be learned from them.
 
         Args:
-            labels: Gives what there is of the batch, by name, for inputs that ask for it.
+            labels: Gives what there is of the batch, by name, for inputs and teachers that ask for it.
 
         Returns:
             A context of the calls, a list that is filled as they happen.

@@ -114,7 +114,6 @@ class DistillationModule(LightningModule):
                 labels=task.labels(),
                 task_weight=task_weight,
                 prog_bar=True,
-                labels_after_step=True,  # a task may learn in its forward what they depend on
             )
             given = self.attachment.distiller
             introduce(task, student, given.teacher, given.teacher_input)

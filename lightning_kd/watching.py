@@ -1,5 +1,6 @@
 """The calls of a student, watched: before each one its teacher answers."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from lightning_kd.wiring import OUTPUT, Path, describe
 ANSWER = "teacher"
 """By this name ``student_input`` may ask for what the teacher's forward returned."""
 
-LabelsOf = Callable[[], Mapping[str, Any]]
-"""Gives what there is of a batch, by name."""
+LabelsOf = Callable[[Mapping[str, bool]], Mapping[str, Any]]
+"""Gives what there is of a batch, by name, of what is asked for; True is what somebody cannot do without."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a call: positional, and by keyword."""
@@ -60,12 +61,12 @@ class Watcher:
         self.student_input = student_input
         self.teacher_input = teacher_input
         asked = labels_asked(student_input)
-        self._asks_teacher = ANSWER in asked
-        self._asks_labels = bool(asked or labels_asked(teacher_input) or teacher.labels)
+        self._asks_teacher = asked.pop(ANSWER, None) is not None
+        self._asked = merged(asked, labels_asked(teacher_input), teacher.labels)
         self._taps = Taps(student, paths, "the student")
         self._recomputation = Recomputation()
         self._calls: list[Call] | None = None
-        self._labels: LabelsOf = dict
+        self._labels: Callable[[], Mapping[str, Any]] = dict
         self._depth = 0
         self._left: set[Place] = set()
         self._undo: list[Callable[[], None]] = []
@@ -97,7 +98,7 @@ class Watcher:
             raise RuntimeError("The distiller is watching already: one `with distiller.watch()` at a time.")
         calls: list[Call] = []
         self._calls = calls
-        self._labels = labels
+        self._labels = functools.cache(lambda: labels(self._asked))  # one answer for all calls
         self._depth = 0
         try:
             yield calls
@@ -129,7 +130,7 @@ class Watcher:
         if not torch.is_grad_enabled():  # nothing could be learned from it
             return None
         begun = self._recomputation.begin((args, kwargs))
-        call, own = self._ask(Given((args, kwargs), self._left), self._labels() if self._asks_labels else {})
+        call, own = self._ask(Given((args, kwargs), self._left), self._labels() if self._asked else {})
         self._recomputation.end(begun, (args, kwargs))
         call.student = self._taps.open()
         self._calls.append(call)
@@ -183,6 +184,14 @@ class Watcher:
             self._calls.pop()
         elif self.teacher.same_call and self._calls:
             self._calls[-1].versions = versions_of(self._calls[-1].teacher)
+
+
+def merged(*asked: Mapping[str, bool]) -> dict[str, bool]:
+    """Returns what several ask for of a batch, and whether one of them cannot do without."""
+    found: dict[str, bool] = {}
+    for name, required in (each for some in asked for each in some.items()):
+        found[name] = found.get(name, False) or required
+    return found
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:

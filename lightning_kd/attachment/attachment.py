@@ -57,7 +57,6 @@ class Attachment(Callback):
         labels: How to get from a batch what losses need, by the name of their argument.
         task_weight: Factor of the module's own loss, or a schedule of it.
         prog_bar: Whether the progress bar shows the terms.
-        labels_after_step: Whether labels are read after ``training_step``, and not before.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class Attachment(Callback):
         labels: Mapping[str, Label | None] | None = None,
         task_weight: float | Schedule = 1.0,
         prog_bar: bool = False,
-        labels_after_step: bool = False,
     ) -> None:
         super().__init__()
         path: object = student  # what a caller without a type checker may pass
@@ -78,7 +76,7 @@ class Attachment(Callback):
             )
         self.distiller = distiller
         self.student = student
-        self.labels = Labels(labels or {}, labels_after_step)
+        self.labels = Labels(labels or {})
         self.task_weight = factor("task_weight", task_weight)
         if self.task_weight == 0 and not any(term.weight for _, term in distiller.named_terms()):
             raise ValueError("task_weight and every term's weight are 0: nothing would be learned.")
@@ -110,7 +108,6 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
-        self.labels.begin()
         if self is attachments_of(trainer)[0]:
             for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
                 delattr(pl_module, name)  # of the fit in which this copy of a module was taken
@@ -363,8 +360,9 @@ class Attachment(Callback):
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
             self._begin_step()
-            labels = self._read(batch_of(args, kwargs))
-            with self.distiller.watch(labels) as calls:
+            of_batch = self._read(batch_of(args, kwargs))
+            labels = functools.cache(lambda: of_batch(self.distiller.labels_of_losses))
+            with self.distiller.watch(of_batch) as calls:
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(task_loss, Tensor):  # the module skips this batch, or Lightning says what is wrong
@@ -391,7 +389,7 @@ class Attachment(Callback):
         trainer: Trainer,
         task_loss: Tensor,
         calls: list[Call],
-        labels: LabelsOf,
+        labels: Callable[[], Mapping[str, Any]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor | None:
@@ -413,7 +411,7 @@ class Attachment(Callback):
         distiller: Distiller,
         task_loss: Tensor,
         calls: list[Call],
-        labels: LabelsOf,
+        labels: Callable[[], Mapping[str, Any]],
         name: str = "",
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Returns the total of the losses of one network, and what is logged of them."""

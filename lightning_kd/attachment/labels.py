@@ -1,13 +1,13 @@
 """Labels: what losses need of a batch, whatever its format."""
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from lightning_kd.overwriting import Given
 from lightning_kd.term import how_to_give
 from lightning_kd.watching import LabelsOf
 from lightning_kd.wiring import describe
@@ -17,76 +17,63 @@ Label = Callable[[Any], Any] | str | int
 
 
 class Labels:
-    """Reads the labels of a batch once: before its step, as many a step tidies them, or when asked, if it makes them.
+    """Gets labels out of each batch as it came, when somebody asks: of losses, when the step is over.
 
-    A step is seen to make labels when they are there after it and were not before. What is there before the next step
-    is of the last batch then, so from there on all are read when somebody asks.
+    So what a step takes out of its batch, exchanges or writes into is no matter, and what a function fetches from
+    where the step has left it (mixup) is of this step.
 
     Args:
         sources: How to get what out of a batch, by name; None is ``batch[1]``.
-        after_step: Whether they are known to be made by the step.
     """
 
-    def __init__(self, sources: Mapping[str, Label | None], after_step: bool = False) -> None:
+    def __init__(self, sources: Mapping[str, Label | None]) -> None:
         self.sources = dict(sources)
-        self.after_step = after_step
-        self._checked: set[str] = set()
 
-    def begin(self) -> None:
-        """Is told that a fit begins, in which functions may come to what an earlier one has left."""
-        self._checked = set()
-
-    def of(self, batch: Any, needed: Mapping[str, bool], position: list[int] | None = None) -> LabelsOf:
-        """Returns what gives the labels of a batch, when asked.
+    def of(self, batch: Any, asked: Collection[str], position: list[int] | None = None) -> LabelsOf:
+        """Returns what gives the labels of a batch, which no step has had yet.
 
         Args:
-            batch: The batch, before its step.
-            needed: What is used, by name, and whether somebody cannot do without.
+            batch: The batch.
+            asked: What may be asked for, by name.
             position: Which samples of the data set these are, if that is known.
         """
+        came = as_it_comes(batch) if self.sources.keys() & set(asked) else batch
 
-        def read(but: Collection[str] = ()) -> dict[str, Any]:
-            found = labels_of(batch, {name: how for name, how in self.sources.items() if name not in but}, needed)
-            return found if position is None or "position" in (*found, *but) else {**found, "position": position}
-
-        before: dict[str, Any] = {}
-        if not self.after_step:
-            try:
-                before = read()
-            except ValueError:  # told when somebody asks: the step may skip this batch
-                pass
-            else:
-                self._look_for_earlier(before, batch, read)
-                if not self.after_step and all(label is not None for label in before.values()):
-                    return lambda: before
-        there = {} if self.after_step else {name: x for name, x in before.items() if x is not None}
-        found: dict[str, Any] = {}
-
-        def labels() -> dict[str, Any]:
-            if not found:
-                made = read(but=there)
-                found.update(there | made)
-                if any(label is not None for label in made.values()):
-                    self.after_step = True
-            return found
+        def labels(needed: Mapping[str, bool]) -> dict[str, Any]:
+            found = labels_of(came, self.sources, needed, batch)
+            return found if position is None or "position" in found else {**found, "position": position}
 
         return labels
 
-    def _look_for_earlier(self, labels: Mapping[str, Any], batch: Any, read: Callable[[], Mapping[str, Any]]) -> None:
-        """Looks for labels that a function only fetches, and not out of the batch: an earlier step has left them."""
-        new = {name for name, how in self.sources.items() if callable(how) and labels.get(name) is not None}
-        if new <= self._checked:
-            return
-        with isolate_rng():  # of functions that draw
-            again = read()
-        here = {id(x) for x in Given(batch).tensors}
-        for name in new - self._checked:
-            first, second = (
-                [id(x) for x in tree_leaves(each[name]) if isinstance(x, Tensor)] for each in (labels, again)
-            )
-            if first and first == second and here.isdisjoint(first):
-                self.after_step = True
-        self._checked |= new
+
+def as_it_comes(batch: Any) -> Any:
+    """Copies what holds the tensors of a batch, and of these the integers and booleans: labels and masks, no images.
+
+    Example:
+        >>> import torch
+        >>> batch = {"x": torch.zeros(2), "y": torch.tensor([3, 255])}
+        >>> came = as_it_comes(batch)
+        >>> batch.pop("y").clamp_(max=9), came["y"], came["x"] is batch["x"]
+        (tensor([3, 9]), tensor([  3, 255]), True)
+    """
+    return tree_map(_copied, batch)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf if leaf.is_floating_point() or leaf.is_complex() else leaf.clone()
+    if isinstance(leaf, nn.Module):
+        return leaf
+    try:
+        copied = copy.copy(leaf)
+    except Exception:  # a generator, or an object that is the only one of its kind
+        return leaf
+    if isinstance(copied, UserDict):  # transformers' batches
+        copied.data = as_it_comes(copied.data)
+    elif copied is not leaf:
+        held = getattr(copied, "__dict__", {})
+        held.update({name: _copied(value) for name, value in held.items() if isinstance(value, Tensor)})
+    return copied
 
 
 def label_sources(
@@ -121,13 +108,16 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def labels_of(batch: Any, sources: Mapping[str, Label | None], needed: Mapping[str, bool]) -> dict[str, Any]:
+def labels_of(
+    batch: Any, sources: Mapping[str, Label | None], needed: Mapping[str, bool], later: Any = None
+) -> dict[str, Any]:
     """Gets out of a batch what some term can use; what a loss only may use can be missing.
 
     Args:
         batch: The batch.
         sources: How to get what, by name; None is ``batch[1]``.
         needed: What is used, by name, and whether somebody cannot do without.
+        later: The batch as it is now, in which may be what was not in it before.
 
     Raises:
         ValueError: If something that is needed is not there.
@@ -136,7 +126,13 @@ def labels_of(batch: Any, sources: Mapping[str, Label | None], needed: Mapping[s
     for name, how in sources.items():
         has_default = isinstance(batch, (tuple, list)) and len(batch) > 1
         if name in needed and (needed[name] or how is not None or has_default):
-            found[name] = _label(how, batch, name)
+            try:
+                found[name] = _label(how, batch, name)
+            except ValueError:
+                if later is None:
+                    raise
+            if later is not None and found.get(name) is None:
+                found[name] = _label(how, later, name)
     return found
 
 
@@ -147,7 +143,7 @@ def _label(how: Label | None, batch: Any, name: str) -> Any:
         if how is None and not isinstance(batch, (tuple, list)):
             raise TypeError("batch[1] is the default for batches that are tuples or lists")
         return batch[1 if how is None else how]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
         given = how_to_give(name)
         raise ValueError(
             f"A loss needs {name!r}, and {'batch[1]' if how is None else repr(how)} did not get it out of the batch, "

@@ -26,7 +26,7 @@ from lightning_kd.sharded_copies import shard_as
 from lightning_kd.sharding import is_sharded, reshard, sharded_as, whole
 from lightning_kd.teachers import Peers
 from lightning_kd.teachers.weights import peers_in
-from lightning_kd.watching import Call, LabelsOf
+from lightning_kd.watching import Call
 from lightning_kd.wiring import find_module
 
 _LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_end", "on_{}_epoch_end", "on_{}_end")
@@ -69,7 +69,6 @@ class MutualAttachment(Attachment):
         labels: How to get from a batch what losses need, by the name of their argument.
         task_weight: Factor of every network's own loss, or a schedule of it.
         prog_bar: Whether the progress bar shows the terms.
-        labels_after_step: Whether labels are read after ``training_step``, and not before.
     """
 
     def __init__(
@@ -79,9 +78,8 @@ class MutualAttachment(Attachment):
         labels: Mapping[str, Label | None] | None = None,
         task_weight: float | Schedule = 1.0,
         prog_bar: bool = False,
-        labels_after_step: bool = False,
     ) -> None:
-        super().__init__(distiller, student, labels, task_weight, prog_bar, labels_after_step)
+        super().__init__(distiller, student, labels, task_weight, prog_bar)
         self._members: list[Peer] = []
         self._mirrors: dict[str, Distiller] = {}
         if distiller.teacher_input is not None or distiller.student_input is not None:
@@ -298,7 +296,7 @@ class MutualAttachment(Attachment):
         trainer: Trainer,
         task_loss: Tensor,
         calls: list[Call],
-        labels: LabelsOf,
+        labels: Callable[[], Mapping[str, Any]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor | None:

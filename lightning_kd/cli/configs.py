@@ -97,7 +97,7 @@ def find(name_or_file: str) -> str:
     if named != name_or_file:
         raise UsageError(
             f"no file {name_or_file!r} (looked from {os.getcwd()!r}), and no shipped configuration {named!r}."
-            f"{guess(named, known)} `lightning-kd list configs` names them"
+            f"{guess(named, list(known))} `lightning-kd list configs` names them"
         )
     raise unknown("configuration", name_or_file, known)
 

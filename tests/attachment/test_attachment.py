@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,48 @@ def test_labels_that_the_step_makes_are_those_of_its_batch(learns: bool, before:
         assert all(torch.equal(a, b) for a, b in zip(seen, expected[:2], strict=True))
 
 
+@pytest.mark.parametrize("asks", ["nobody", "student_input", "teacher_input", "a cache"])
+@pytest.mark.parametrize("form", ["tensor", "beside the batch's own", "else the batch's own", "new"])
+def test_labels_of_losses_are_those_of_this_step_whoever_asks_before(asks: str, form: str, tmp_path: Path) -> None:
+    class Mixing(Project):
+        mixed: Tensor | None = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.model(batch[0])
+            self.mixed = batch[1].flip(0)
+            return F.cross_entropy(logits, self.mixed)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+    class Labelled(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
+            seen.append(target[0] if isinstance(target, tuple) else target)
+            return super().forward(student, teacher)
+
+    seen: list[Tensor] = []
+    module, teacher = Mixing(), _net(16)
+    fetch: dict[str, Any] = {
+        "tensor": lambda _: module.mixed,
+        "beside the batch's own": lambda batch: (module.mixed, batch[1]),
+        "else the batch's own": lambda batch: batch[1] if module.mixed is None else module.mixed,
+        "new": lambda _: module.mixed + 0,
+    }
+    inputs: dict[str, Any] = {
+        "student_input": {"student_input": lambda x, *, teacher: x},
+        "teacher_input": {"teacher_input": lambda x, *, target=None: x},
+    }
+    given = teachers.Cached(tmp_path, teacher) if asks == "a cache" else teacher
+    distillation = Distillation(
+        given, {"kd": Term(Labelled())}, student="model", target=fetch[form], **inputs.get(asks, {})
+    )
+    options = QUIET | {"max_epochs": 2, "num_sanity_val_steps": 2, "limit_val_batches": 2}
+    Trainer(callbacks=[distillation], **options).fit(module, _data(), _data())
+    expected = [batch[1].flip(0) for _ in range(2) for batch in _data()]
+    assert len(seen) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
 def test_a_label_that_a_step_makes_of_none_is_that_of_its_batch() -> None:
     class Masking(Project):
         kept: Tensor | None = None
@@ -398,6 +441,30 @@ def test_labels_in_an_object_are_read_before_the_step_takes_them_out() -> None:
     trainer = Trainer(callbacks=[distillation], **QUIET | {"max_epochs": 2})
     trainer.fit(Popping(), loader)
     assert trainer.callback_metrics["train/dkd"] > 0
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_labels_may_be_taken_out_made_and_overwritten_in_one_step(kind: Any) -> None:
+    class Tidying(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y, batch["late"] = batch.pop("y"), batch["x"].sum(1)
+            batch["z"] += 1
+            return F.cross_entropy(self.model(batch.pop("x")), y)
+
+    class Labelled(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, target: Any, late: Any, z: Any, odd: Any) -> Tensor:
+            seen.append([target, late, z, odd])
+            return super().forward(student, teacher)
+
+    seen: list[list[Tensor]] = []
+    labels: dict[str, Any] = {"late": "late", "z": "z", "odd": lambda batch: batch.pop("z") % 2 == 1}
+    distillation = Distillation(_net(16), {"kd": Term(Labelled())}, student="model", target="y", labels=labels)
+    x, y = next(iter(_data()))
+    trainer = Trainer(callbacks=[distillation], **QUIET)
+    trainer.fit(Tidying(), DataLoader([kind(x=x, y=y, z=y.clone())], batch_size=None))
+    (found,) = seen
+    for one, other in zip(found, (y, x.sum(1), y, y % 2 == 1), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 class Maps(nn.Module):
