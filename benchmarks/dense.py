@@ -2,13 +2,17 @@
 
 The chain is what one writes by hand: ``kl_div(log_softmax(s / T), log_softmax(t / T), log_target=True)``. Both are run
 in turn; medians, and ratios of each pair, are printed. Time is processor time on the CPU, wall time between
-synchronisations on a GPU. Memory is the peak of what is allocated beside the two maps.
+synchronisations on a GPU. Memory is the peak of what is allocated beside the two maps. On a GPU both ways are measured,
+block by block and Triton's kernels, and the share of the memory's bandwidth that is used: what a map is copied with,
+against reading both maps twice and writing the gradient once.
 
     python benchmarks/dense.py --rounds 15
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import statistics
 import time
@@ -64,6 +68,14 @@ def peak(run: Callable[[], None], cuda: bool) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
+def copied_per_second(x: Tensor) -> float:
+    """Return how many bytes a GPU moves each second, read or written."""
+    to, run = torch.empty_like(x), []
+    for _ in range(12):
+        run.append(seconds(lambda: to.copy_(x), cuda=True))
+    return 2 * x.numel() * x.element_size() / statistics.median(run[2:])
+
+
 def compare(loss: str, shape: tuple[int, ...], dtype: torch.dtype, rounds: int, device: str) -> dict[str, Any]:
     student = torch.randn(shape, device=device).to(dtype).requires_grad_()
     teacher = torch.randn(shape, device=device).to(dtype)
@@ -80,12 +92,16 @@ def compare(loss: str, shape: tuple[int, ...], dtype: torch.dtype, rounds: int, 
     times = [(seconds(ours, cuda), seconds(theirs, cuda)) for _ in range(rounds + 2)][2:]
     student.grad = None
     peaks = [peak(run, cuda) for run in (ours, theirs)]
+    moved = 5 * student.numel() * student.element_size()
+    took = statistics.median(a for a, _ in times)
+    share = moved / took / copied_per_second(student.detach()) if cuda else None
     ratios = sorted(b / a for a, b in times)
     return {
         "loss": loss,
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
-        "seconds": statistics.median(a for a, _ in times),
+        "seconds": took,
+        "share_of_bandwidth": share,
         "times_faster": statistics.median(ratios),
         "times_faster_min": ratios[0],
         "times_faster_max": ratios[-1],
@@ -103,20 +119,22 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     machine = name if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}\n")
-    print("| loss | logits | type | forward + backward | times faster (min .. max) | memory | times less |")
-    print("|---|---|---|---|---|---|---|")
+    columns = "loss", "way", "logits", "type", "forward + backward", "times faster (min .. max)", "memory", "times less"
+    print(f"| {' | '.join(columns)} | bandwidth |\n|{'---|' * 9}")
     rows = []
-    for loss in CASES:
-        for shape in SHAPES[device]:
-            for dtype in (torch.float32, torch.bfloat16):
-                row = compare(loss, shape, dtype, options.rounds, device)
-                rows.append(row)
-                size = " x ".join(map(str, shape))
-                spread = f"{row['times_faster']:.2f} ({row['times_faster_min']:.2f} .. {row['times_faster_max']:.2f})"
-                print(
-                    f"| {loss} | {size} | {row['dtype']} | {row['seconds'] * 1e3:.1f} ms | {spread} "
-                    f"| {row['peak_bytes'] / 2**20:.0f} MiB | {row['times_less_memory']:.2f} |"
-                )
+    ways = {"blocks": "0", "kernels": "1"} if device == "cuda" else {"blocks": "0"}
+    for loss, shape, dtype, way in itertools.product(CASES, SHAPES[device], (torch.float32, torch.bfloat16), ways):
+        os.environ["LIGHTNING_KD_TRITON"] = ways[way]
+        row = compare(loss, shape, dtype, options.rounds, device) | {"way": way}
+        rows.append(row)
+        size = " x ".join(map(str, shape))
+        spread = f"{row['times_faster']:.2f} ({row['times_faster_min']:.2f} .. {row['times_faster_max']:.2f})"
+        share = row["share_of_bandwidth"]
+        print(
+            f"| {loss} | {way} | {size} | {row['dtype']} | {row['seconds'] * 1e3:.1f} ms | {spread} "
+            f"| {row['peak_bytes'] / 2**20:.0f} MiB | {row['times_less_memory']:.2f} "
+            f"| {'' if share is None else f'{100 * share:.0f} %'} |"
+        )
     if options.output:
         options.output.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1))
 

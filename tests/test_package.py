@@ -155,6 +155,7 @@ def test_imports_are_declared_dependencies(path: Path) -> None:
         "PIL": "torchvision",
         "mmcv": "mmcv-lite",
         "numpy": "torchmetrics",
+        "triton": "torch",
     }
     undeclared = {name for name in needed if canonicalize_name(import_names.get(name, name)) not in declared}
     assert not undeclared, f"name what installs {undeclared} in pyproject.toml"

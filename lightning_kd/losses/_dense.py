@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +19,11 @@ BLOCK = {"cpu": 1 << 16, "cuda": 1 << 25}
 def serves(logits: Tensor, temperature: float | Tensor) -> bool:
     """Tell whether these are maps large enough, at one temperature that does not learn, and no transform is at work.
 
-    A compiler fuses the chain itself, and ``torch.func`` follows torch's own functions only.
+    A compiler fuses the chain itself, and ``torch.func`` follows torch's own functions only. For kernels no map is
+    too small.
     """
     one = not isinstance(temperature, Tensor) or not (temperature.ndim or temperature.requires_grad)
-    large = logits.ndim > 2 and logits.numel() > _block(logits)
+    large = logits.ndim > 2 and logits.numel() > (0 if _by_kernels(logits) else _block(logits))
     return large and one and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
@@ -81,9 +83,15 @@ class _Divergence(torch.autograd.Function):
         dim: int,
         here: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(student, teacher, here)
         ctx.settings = temperature, beta, dim
         ctx.kind = student.dtype
+        ctx.fused = _by_kernels(student, teacher)
+        if ctx.fused:
+            total: Tensor
+            total, statistics = _kernels().Divergence(student, teacher, temperature, beta, dim, here).value()
+            ctx.save_for_backward(student, teacher, here, statistics)
+            return total
+        ctx.save_for_backward(student, teacher, here, None)
         learns = ctx.needs_input_grad[0]
         total, ctx.gradient = _with_gradient(student, teacher, temperature, beta, dim, here, learns)
         return total
@@ -92,7 +100,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # create_graph=True: of the gradient, which is a constant here, another is asked
-            student, teacher, here = ctx.saved_tensors
+            student, teacher, here, _ = ctx.saved_tensors
             temperature, beta, dim = ctx.settings
             blanked = (student, teacher)
             if here is not None:
@@ -100,10 +108,14 @@ class _Divergence(torch.autograd.Function):
             total = chain(*blanked, temperature, beta, dim)
             (made,) = torch.autograd.grad(total, student, upstream, create_graph=True)
             return made, *nothing
+        if ctx.fused:
+            student, teacher, here, statistics = ctx.saved_tensors
+            work = _kernels().Divergence(student, teacher, *ctx.settings, here)
+            return work.gradient(upstream, statistics), *nothing
         # It is given away, so that no second map is needed; who retains the graph and asks again has it made again.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            student, teacher, here = ctx.saved_tensors
+            student, teacher, here, _ = ctx.saved_tensors
             temperature, beta, dim = ctx.settings
             _, gradient = _with_gradient(student, teacher, temperature, beta, dim, here, learns=True)
         return gradient.mul_(upstream).to(ctx.kind), *nothing
@@ -152,6 +164,24 @@ def _of_block(log_s: Tensor, log_t: Tensor, beta: float, dim: int) -> tuple[Tens
         value = beta * (p_t * (log_t - log_m)).sum() + (p_s * ratio).sum()
     # the softmax's own derivative: what raises every class alike changes nothing
     return value, p_s.mul_(ratio.sub_((p_s * ratio).sum(dim, keepdim=True)))
+
+
+def _by_kernels(*maps: Tensor) -> bool:
+    """Tell whether kernels were asked for, and are for such maps."""
+    asked = os.environ.get("LIGHTNING_KD_TRITON", "0") not in ("", "0")
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return asked and all(x.is_cuda and x.dtype in kinds for x in maps)
+
+
+def _kernels() -> Any:
+    try:
+        from lightning_kd.losses import _triton  # noqa: PLC0415  # torch brings it on Linux, for GPUs
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "LIGHTNING_KD_TRITON asks for kernels of Triton, which is not installed: pip install triton, or unset it.",
+            name=error.name,
+        ) from error
+    return _triton
 
 
 def _block(x: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Divergences of maps, block by block, against the chain of torch's own functions that they replace."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_kd import functional
+from lightning_kd import functional, losses
 from lightning_kd.losses import _dense
 
 DIVERGENCES = ["forward", "reverse", "jsd"]
@@ -218,3 +219,21 @@ def test_a_frozen_student_costs_no_gradient() -> None:
         value = functional.kd(student, teacher)
     assert not value.requires_grad
     assert value == functional.kd(student, teacher).detach()
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("asked", ["1", "0", ""])
+def test_kernels_are_for_gpus_only(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_KD_TRITON", asked)
+    monkeypatch.setattr(_dense, "_kernels", lambda: pytest.fail("a CPU has none"))
+    student, teacher = pair(2, 3, 4, 4)
+    functional.kd(student, teacher).backward()
+
+
+def test_kernels_that_were_asked_for_and_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dense, "_by_kernels", lambda *maps: True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "lightning_kd.losses._triton", raising=False)
+    monkeypatch.delattr(losses, "_triton", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="pip install triton, or unset it"):
+        functional.kd(*pair(2, 3, 4, 4))
