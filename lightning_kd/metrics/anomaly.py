@@ -71,7 +71,8 @@ class AnomalyQuality(Metric):
     Where there are only normal images, or only others, a value is not a number. All maps are kept until the end.
 
     Raises:
-        ValueError: If maps and masks are of different sizes, within a batch or among batches.
+        ValueError: If maps and masks are of different sizes, within a batch or among batches; or, at the end, if there
+            is a value that is not a number, which would be sorted among the largest.
 
     Example:
         >>> masks = torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -117,6 +118,12 @@ class AnomalyQuality(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the values by their names."""
         maps, scores, masks, labels = map(dim_zero_cat, (self.maps, self.scores, self.masks, self.labels))
+        wrong = int((maps.isnan().flatten(1).any(1) | scores.isnan()).sum())
+        if wrong:
+            raise ValueError(
+                f"the anomaly maps or scores of {wrong} of {len(maps)} images have values that are not numbers: the "
+                "network has diverged, or divides by zero. Nothing is measured of them."
+            )
         return {
             "image_auroc": _auroc(scores, labels),
             "pixel_auroc": _auroc(maps.flatten(), masks.flatten()),

@@ -71,3 +71,16 @@ def test_sizes_that_differ_are_refused():
     metric.update(torch.zeros(2, 4, 4), one, masks, one)
     with pytest.raises(ValueError, match="must have one size"):
         metric.update(torch.zeros(2, 8, 8), one, torch.zeros(2, 8, 8, dtype=torch.bool), one)
+
+
+def test_what_is_not_a_number_is_refused_and_not_sorted_among_the_largest():
+    """All maps not a number were an AUROC of 0.9 where the normal images came first."""
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[1:, 0, 0] = True
+    for where in ("maps", "scores"):
+        maps, scores = torch.rand(3, 4, 4), torch.rand(3)
+        (maps[2] if where == "maps" else scores[2:])[...] = torch.nan
+        metric = AnomalyQuality()
+        metric.update(maps, scores, masks, masks.flatten(1).any(1))
+        with pytest.raises(ValueError, match="of 1 of 3 images have values that are not numbers"):
+            metric.compute()
