@@ -167,10 +167,10 @@ def _of_block(log_s: Tensor, log_t: Tensor, beta: float, dim: int) -> tuple[Tens
 
 
 def _by_kernels(*maps: Tensor) -> bool:
-    """Tell whether kernels were asked for, and are for such maps."""
+    """Tell whether kernels were asked for, and are for such maps; a subclass of tensors may have no memory."""
     asked = os.environ.get("LIGHTNING_KD_TRITON", "0") not in ("", "0")
     kinds = (torch.float32, torch.float16, torch.bfloat16)
-    return asked and all(x.is_cuda and x.dtype in kinds for x in maps)
+    return asked and all(type(x) is Tensor and x.is_cuda and x.dtype in kinds for x in maps)
 
 
 def _kernels() -> Any:

@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 8192
-"""Elements of a program where a row fits: 32 for each thread and side, which registers hold."""
-LINE = 16
-"""Rows of a tile at least, where rows are what lies together: two bytes each are one sector of memory."""
+SECTOR = 32
+"""Bytes that a GPU reads at once: so many at least where rows lie together (True, below), and not n."""
+LONGEST = {False: 8192, True: 1024}
+"""Up to which n a tile holds all of it."""
+TILE = 4096
+"""Elements of such a tile, unless it must be larger: 16 for each thread and side, for its registers."""
 PART = {False: (2048, 1), True: (32, 64)}
-"""Tile of (n, rows) where a row does not fit: n lies together, or (True) rows do."""
+"""Tile of (n, rows) where n is longer."""
 CHUNK = 16
 """Tiles that one program of ``_scan`` reads; of few rows many programs are made."""
 NOTHING = tl.constexpr(-3.4e38)  # both finite, so that differences are numbers, and exp of theirs is 0
@@ -75,11 +77,13 @@ def _pass(
     outer, row, there, counts = _rows(here, blocks, rows, tile_rows)
     column = tl.program_id(1) * tile_n + tl.arange(0, tile_n)
     exists = (column < n)[:, None]
-    valid = exists & counts[None, :]  # what does not count is not even read
+    inside = exists & there[None, :]  # what does not count is read: loads by its mask would be of one number each
+    valid = exists & counts[None, :]
     factor = tl.load(scale)
-    log_s = tl.load(_place(s, outer, column, row, s_outer, s_n, s_row), mask=valid, other=0.0).to(tl.float32) * factor
-    log_t = tl.load(_place(t, outer, column, row, t_outer, t_n, t_row), mask=valid, other=0.0).to(tl.float32) * factor
-    log_s, log_t = tl.where(exists, log_s, NOTHING), tl.where(exists, log_t, NOTHING)
+    log_s = tl.load(_place(s, outer, column, row, s_outer, s_n, s_row), mask=inside, other=0.0).to(tl.float32) * factor
+    log_t = tl.load(_place(t, outer, column, row, t_outer, t_n, t_row), mask=inside, other=0.0).to(tl.float32) * factor
+    log_s = tl.where(exists, tl.where(valid, log_s, 0.0), NOTHING)  # equal rows diverge by 0
+    log_t = tl.where(exists, tl.where(valid, log_t, 0.0), NOTHING)
     of_row = outer * rows + row
     if statistics is None:
         log_s, log_t = log_s - tl.max(log_s, 0)[None, :], log_t - tl.max(log_t, 0)[None, :]
@@ -103,7 +107,7 @@ def _pass(
         else:
             total = tl.load(statistics + 4 * every + of_row, mask=there, other=0.0)
         slope = tl.where(valid, (w - p_s * total[None, :]) * tl.load(upstream) * factor, 0.0)
-        tl.store(_place(gradient, outer, column, row, g_outer, g_n, g_row), slope, mask=exists & there[None, :])
+        tl.store(_place(gradient, outer, column, row, g_outer, g_n, g_row), slope, mask=inside)
 
 
 @triton.jit
@@ -116,8 +120,8 @@ def _step(x, top, total):
 
 @triton.jit
 def _scan(
-    x, y, here, parts, scale, n, rows, blocks, every, chunk, x_outer, x_n, x_row, y_outer, y_n, y_row,
-    tile_n: tl.constexpr, tile_rows: tl.constexpr,
+    x, y, here, parts, scale, n, rows, blocks, every, x_outer, x_n, x_row, y_outer, y_n, y_row,
+    chunk: tl.constexpr, tile_n: tl.constexpr, tile_rows: tl.constexpr,
 ):  # fmt: skip
     """Write the maxima of a chunk of rows, the sums of exp, and what gives ``KL(p_x || p_y)``.
 
@@ -129,12 +133,12 @@ def _scan(
     sum_x, sum_y = tl.zeros((tile_n, tile_rows), tl.float32), tl.zeros((tile_n, tile_rows), tl.float32)
     apart = tl.zeros((tile_n, tile_rows), tl.float32)
     factor = tl.load(scale)
-    start = tl.program_id(1) * chunk
-    for begin in range(start, tl.minimum(start + chunk, n), tile_n):
-        column = begin + tl.arange(0, tile_n)
-        valid = (column < n)[:, None] & counts[None, :]
-        a = tl.load(_place(x, outer, column, row, x_outer, x_n, x_row), mask=valid, other=0.0).to(tl.float32) * factor
-        b = tl.load(_place(y, outer, column, row, y_outer, y_n, y_row), mask=valid, other=0.0).to(tl.float32) * factor
+    for tile in range(chunk):
+        column = (tl.program_id(1) * chunk + tile) * tile_n + tl.arange(0, tile_n)
+        inside = (column < n)[:, None] & there[None, :]
+        valid = inside & counts[None, :]
+        a = tl.load(_place(x, outer, column, row, x_outer, x_n, x_row), mask=inside, other=0.0).to(tl.float32) * factor
+        b = tl.load(_place(y, outer, column, row, y_outer, y_n, y_row), mask=inside, other=0.0).to(tl.float32) * factor
         a, b = tl.where(valid, a, NOTHING), tl.where(valid, b, NOTHING)
         was_x, was_y, was_sum = top_x, top_y, sum_x
         top_x, sum_x, kept, new = _step(a, top_x, sum_x)
@@ -163,19 +167,18 @@ class Divergence:
         self.kind = {0.0: "forward", 1.0: "reverse"}.get(beta, "jsd")
         # not by a number on the host: a temperature on the device would have to be waited for
         self.scale = (torch.ones((), device=student.device) / temperature).float()
-        self.beta = beta
+        self.beta = float(beta)
         outer, n, rows = self.s.shape
         strided = self.s.stride(1) != 1
-        tile_n, tile_rows = triton.next_power_of_2(n), LINE if strided else 1
-        self.whole = tile_n * tile_rows <= (2 * TILE if strided else TILE)
+        self.whole = n <= LONGEST[strided]
+        tile_n, tile_rows = PART[strided]
         if self.whole:
-            tile_rows = max(tile_rows, TILE // tile_n)
-        else:
-            tile_n, tile_rows = PART[strided]
+            tile_n = triton.next_power_of_2(n)
+            tile_rows = max(TILE // tile_n, SECTOR // self.s.element_size() if strided else 1)
         tile_rows = min(tile_rows, triton.next_power_of_2(rows))
         self.grid = outer * triton.cdiv(rows, tile_rows), triton.cdiv(n, tile_n)
         self.sizes = n, rows, triton.cdiv(rows, tile_rows), outer * rows
-        threads = tile_n * tile_rows // (32 if self.whole else 8)
+        threads = tile_n * tile_rows // (16 if self.whole else 8)
         self.tiles: dict[str, Any] = {
             "tile_n": tile_n,
             "tile_rows": tile_rows,
@@ -220,12 +223,13 @@ class Divergence:
     def _statistics(self) -> Tensor:
         """Return maxima and logarithms of sums, the student's first, and KL divergences, of (outer * rows) each."""
         x, y = (self.s, self.t) if self.kind == "reverse" else (self.t, self.s)
-        chunks = triton.cdiv(self.grid[1], CHUNK)
+        chunk = min(CHUNK, self.grid[1])
+        chunks = triton.cdiv(self.grid[1], chunk)
         parts = x.new_empty(5, chunks, self.sizes[-1], dtype=torch.float32)
         with torch.cuda.device_of(x):
             _scan[self.grid[0], chunks](
-                x, y, self.here, parts, self.scale, *self.sizes, CHUNK * self.tiles["tile_n"],
-                *x.stride(), *y.stride(), **self.tiles,
+                x, y, self.here, parts, self.scale, *self.sizes, *x.stride(), *y.stride(),
+                chunk=chunk, **self.tiles,
             )  # fmt: skip
         top_x, sum_x, top_y, sum_y, apart = parts
         best_x, best_y = top_x.amax(0), top_y.amax(0)

@@ -43,7 +43,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many tiles":
         kernels = _dense._kernels()
-        monkeypatch.setattr(kernels, "TILE", 4)
+        monkeypatch.setattr(kernels, "LONGEST", {False: 2, True: 2})
         monkeypatch.setattr(kernels, "PART", {False: (8, 4), True: (8, 8)})
         monkeypatch.setattr(kernels, "CHUNK", 2)  # so that a row has several of these
 
@@ -64,13 +64,14 @@ def check(student: Tensor, teacher: Tensor, temperature: float, beta: float, dim
     value, gradient = both(student, teacher, temperature, beta, dim, here)
     expected = exact(student, teacher, temperature, beta, dim, here)
     (slope,) = torch.autograd.grad(2.5 * expected, student)
+    near: dict[str, float] = {"rtol": max(2e-4, 2 * torch.finfo(student.dtype).eps), "atol": 1e-6}
     torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, slope, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, slope, **near)
     with pytest.MonkeyPatch.context() as patch:  # the same block by block
         patch.setattr(_dense, "_by_kernels", lambda *maps: False)
         value_of_blocks, gradient_of_blocks = both(student, teacher, temperature, beta, dim, here)
     torch.testing.assert_close(value, value_of_blocks, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, gradient_of_blocks, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, gradient_of_blocks, **near)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -258,4 +259,4 @@ if not INTERPRETED:  # which is too slow for these
         parts = [both(s, t, 1.0, 0.0, 1) for s, t in zip(student.split(9000, 2), teacher.split(9000, 2), strict=True)]
         torch.testing.assert_close(value, torch.stack([part for part, _ in parts]).sum(), rtol=1e-5, atol=0)
         for whole, (_, part) in zip(gradient.split(9000, 2), parts, strict=True):
-            assert torch.equal(whole, part)
+            assert (whole - part).abs().amax() < 0.05  # of slopes up to 2.5, in bfloat16
