@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_kd.cli import teacher
-from lightning_kd.cli.configs import expand_arguments, refuse_terms_without_loss
+from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
@@ -79,11 +79,7 @@ class DistillationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` is not empty, and unpickle any checkpoint."""
-        try:
-            self.config = parser.parse_args(args)
-        except ArgumentError:
-            refuse_terms_without_loss(args)
-            raise
+        self.config = parser.parse_args(args)
         trainer = self.config.get(str(self.config.get("subcommand")), self.config)["trainer"]
         if isinstance(trainer.get("callbacks"), Namespace):  # one alone, which the Trainer takes, too
             trainer["callbacks"] = [trainer["callbacks"]]

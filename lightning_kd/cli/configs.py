@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from importlib.resources import files
@@ -14,7 +13,6 @@ import yaml
 from lightning_kd.cli.errors import UsageError, guess, unknown
 
 _CONFIG = ("--config", "-c")
-_OF_A_TERM = re.compile(r"--model\.terms\.([^.=]+)(?:\.(?:init_args\.)?(\w+))?")
 _LINES = re.compile(r"\s*\n\s*")
 
 
@@ -103,73 +101,12 @@ def find(name_or_file: str) -> str:
 
 
 def expand_arguments(arguments: list[str]) -> list[str]:
-    """The arguments, with the value of every ``--config`` replaced by the path of its file.
-
-    A file that changes some terms, or adds one, leaves those of the files before it: they are given again behind it.
-    """
+    """The arguments, with the value of every ``--config`` replaced by the path of its file."""
     expanded: list[str] = []
-    terms: dict[str, Any] = {}
-    options: list[list[str]] = []
-    for position, argument in enumerate(arguments):
+    for argument in arguments:
         option, equals, value = argument.partition("=")
-        before = arguments[position - 1] if position else ""
-        if argument == "--model.terms=null":
-            terms, options = {}, []
-        own = _OF_A_TERM.match(option)
-        if own:
-            options.append([own[1], argument, *([] if equals else arguments[position + 1 : position + 2])])
-        if not ((equals and option in _CONFIG) or before in _CONFIG):
-            expanded.append(argument)
-            continue
-        file = find(value if equals else argument)
-        expanded.append(f"{option}={file}" if equals else file)
-        named = _terms_of(file)
-        if named is None:
-            terms, options, named = {}, [], {}
-        for name in terms.keys() - named.keys() if named else ():
-            expanded.append(f"--model.terms.{name}={json.dumps(terms[name])}")
-            expanded += [each for owner, *given in options if owner == name for each in given]
-        terms |= {name: _changed(terms.get(name), term) for name, term in named.items()}
+        if equals and option in _CONFIG:
+            expanded.append(f"{option}={find(value)}")
+        else:
+            expanded.append(find(argument) if expanded and expanded[-1] in _CONFIG else argument)
     return expanded
-
-
-def _terms_of(file: str) -> dict[str, Any] | None:
-    """The terms that a file names; None if it says that there are none."""
-    model = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model")
-    terms = model.get("terms", {}) if isinstance(model, dict) else {}
-    return terms if isinstance(terms, dict) or terms is None else {}
-
-
-def _changed(before: Any, after: Any) -> Any:
-    """What a class is given by, with what a later file says of it; of another class nothing stays."""
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return after
-    if after.get("class_path", before.get("class_path")) != before.get("class_path"):
-        return after
-    return before | {key: _changed(before.get(key), value) for key, value in after.items()}
-
-
-def refuse_terms_without_loss(arguments: list[str]) -> None:
-    """Refuses a term that is named, and given no loss by any of the files and options: the name is mistyped.
-
-    Args:
-        arguments: What stands on the command line, with the paths of the files.
-
-    Raises:
-        UsageError: If there is such a term.
-    """
-    named: dict[str, bool] = {}
-    for position, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option in _CONFIG:
-            file = value if equals else "".join(arguments[position + 1 : position + 2])
-            for name, term in (_terms_of(file) or {}).items():
-                whole = not isinstance(term, dict) or "loss" in term or "class_path" in term
-                named[name] = named.get(name, False) or whole
-        elif own := _OF_A_TERM.match(option):
-            named[own[1]] = named.get(own[1], False) or own[2] in (None, "loss")
-    there = sorted(name for name, has in named.items() if has)
-    for name in (each for each, has in named.items() if not has):
-        raise UsageError(
-            f"term {name!r} has no loss; the terms with one are: {', '.join(there) or 'none'}.{guess(name, there, 0.5)}"
-        )

@@ -10,10 +10,13 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.errors import UsageError, guess
 
 CLASSES = ("num_classes", "classes", "num_labels")
 """What networks call the number of classes: torchvision and timm, segmentation_models_pytorch, Hugging Face."""
+
+TERMS = "model.terms"
+"""What is distilled, by name."""
 
 TEACHERS_NETWORK = "teacher.init_args.model.init_args."
 
@@ -39,7 +42,10 @@ ASKED_BEFORE = ("num_classes", "num_keypoints", "image_size")
 
 
 class LinkedParser(LightningArgumentParser):
-    """Lightning's parser, which writes down also what is linked: data without the attribute leave what was given."""
+    """Lightning's parser, which writes down also what is linked: data without the attribute leave what was given.
+
+    Of several files a later one leaves the terms that it does not name.
+    """
 
     def add_links(self) -> None:
         """Fill in what the data say."""
@@ -47,6 +53,36 @@ class LinkedParser(LightningArgumentParser):
             for target in targets:
                 known = _known(said) if said in ASKED_BEFORE else None
                 self.link_arguments(f"data.{said}", f"model.{target}", known, apply_on="instantiate")
+
+    def merge_config(self, cfg_from: Namespace, cfg_to: Namespace) -> Namespace:
+        """Merge a configuration, that of a file for one, into what was given before it.
+
+        Terms that are not named stay: jsonargparse has put each that is named together with the one before it, but
+        would replace the dictionary of them as a whole. Where none are, in ``{}`` or null, all go.
+
+        Args:
+            cfg_from: The configuration from which to merge.
+            cfg_to: The configuration into which to merge.
+        """
+        before, named = cfg_to.get(TERMS), cfg_from.get(TERMS)
+        if isinstance(before, dict) and isinstance(named, dict) and named:
+            cfg_from = cfg_from.clone()
+            cfg_from[TERMS] = before | named
+        return super().merge_config(cfg_from, cfg_to)
+
+    def validate(self, cfg: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Check a configuration; of a term without a loss the name is told, which jsonargparse leaves out.
+
+        Args:
+            cfg: The configuration.
+            args: As jsonargparse's.
+            kwargs: As jsonargparse's.
+        """
+        try:
+            super().validate(cfg, *args, **kwargs)
+        except (TypeError, KeyError):
+            refuse_terms_without_loss(cfg.get(str(cfg.get("subcommand")), cfg).get(TERMS))
+            raise
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """Serialize a configuration.
@@ -67,6 +103,28 @@ class LinkedParser(LightningArgumentParser):
                 _drop_default(cfg, f"model.{target}")
         text: str = super().dump(cfg, *args, **kwargs | {"skip_link_targets": False})
         return text
+
+
+def refuse_terms_without_loss(terms: dict[str, Namespace] | None) -> None:
+    """Refuse a term that was given no loss by any of the files and options: the name is mistyped.
+
+    Args:
+        terms: What was parsed, by name. A class of one's own may need no loss.
+
+    Raises:
+        UsageError: If there is such a term.
+    """
+    terms = terms or {}
+    without = [
+        name
+        for name, term in terms.items()
+        if term.get("class_path") == "lightning_kd.Term" and term.get("init_args.loss") is None
+    ]
+    there = sorted(terms.keys() - without)
+    for name in without:
+        raise UsageError(
+            f"term {name!r} has no loss; the terms with one are: {', '.join(there) or 'none'}.{guess(name, there, 0.5)}"
+        )
 
 
 def _drop_default(cfg: Namespace, key: str) -> None:
