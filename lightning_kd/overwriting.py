@@ -1,16 +1,15 @@
 """What is written in place: tensors that are not what they were, and two that are one."""
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import chain, zip_longest
-from numbers import Number
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_kd.holding import NOTHING, Left, look_into
 from lightning_kd.wiring import describe
 
 
@@ -44,43 +43,52 @@ def one_memory(a: Tensor, b: Tensor) -> bool:
     return where[0] == where[1]
 
 
-Place = tuple[Any, ...]
-"""The way to something: which argument, then names."""
-
-_DEEP = 4
-"""How far into objects tensors are looked for: the batch of a graph library has them in an object in an object."""
-
-
 class Given:
     """What a student is called with, to be told from what others leave of it.
 
+    Tensors are found where a program keeps them: in lists, tuples, dicts and the attributes of objects. Each is looked
+    into once, and nothing is computed for it. Left out are arrays, sets, attributes of a tensor, what a mapping
+    computes, what is more than 4 objects deep, behind the first 1,000 things of one, or behind the nearest 20,000.
+
     Args:
-        arguments: Of the call. Tensors are also found in objects that pytrees do not look into.
-        left: Places in such objects that do not count, since others made them in an earlier call.
+        arguments: Of the call.
+        left: Where others put tensors in earlier calls, which does not count; where they do in this one is added.
     """
 
-    def __init__(self, arguments: Any, left: Collection[Place] = ()) -> None:
+    def __init__(self, arguments: Any, left: Left) -> None:
         self.arguments = arguments
+        self._left = left
         self._leaves = tree_leaves(arguments)
-        self._held = {place: x for place, x in _held_in(enumerate(self._leaves)) if place not in left}
-        self.tensors = [*(x for x in self._leaves if isinstance(x, Tensor)), *self._held.values()]
-        self._versions = versions_of(self.tensors)
+        self._nodes = look_into(self._leaves, self._left)
+        self._tensors = [x for node in self._nodes.values() for x in node.tensors.values()]
+        self._versions = versions_of(self._tensors)
 
     def overwritten(self) -> Any:
         """Returns something of it that was written in place; None where nothing was."""
-        return next((x for x in self.tensors if overwritten(x, self._versions)), None)
+        return next((x for x in self._tensors if overwritten(x, self._versions)), None)
 
     def exchanged(self) -> Any:
         """Returns something of it that is no longer where it was; None where everything is."""
-        now = zip_longest(self._leaves, tree_leaves(self.arguments))
-        held = dict(_held_in(enumerate(self._leaves))) if self._held else {}
-        lost = (x for place, x in self._held.items() if not _is_there(x, held.get(place)))
-        exchanged = (after if before is None else before for before, after in now if before is not after)
-        return next(chain(exchanged, lost), None)
-
-    def added(self) -> set[Place]:
-        """Returns the places where something is that was not there."""
-        return {place for place, _ in _held_in(enumerate(self._leaves))} - self._held.keys()
+        for before, after in zip_longest(self._leaves, tree_leaves(self.arguments)):
+            if before is not after:
+                return after if before is None else before
+        root, now, added = id(self._leaves), look_into(self._leaves, self._left), []
+        pairs, seen = [(self._nodes[root], now[root])], set()
+        for pair in pairs:  # which grows
+            old, new = pair
+            if pair in seen or not (old.known and new.known):
+                continue
+            seen.add(pair)
+            for name, x in old.tensors.items():
+                if not _is_there(x, new.tensors.get(name)):
+                    return x
+            there = {*old.tensors, *self._nodes.get(id(new.of), NOTHING).tensors}  # it may have been elsewhere
+            added += [(new, name) for name in new.tensors if name not in there]
+            names = {**old.others, **new.others}
+            pairs += [(old.others.get(name, NOTHING), new.others.get(name, NOTHING)) for name in names]
+        for owner, way in (each for node, name in added for each in node.to(name)[1:] or node.to(name)):
+            self._left.setdefault(owner, set()).add(way)
+        return None
 
 
 def _is_there(before: Tensor, after: Tensor | None) -> bool:
@@ -90,40 +98,18 @@ def _is_there(before: Tensor, after: Tensor | None) -> bool:
     return plain and one_memory(before, after)  # x = x.detach() is no other
 
 
-def _held_in(named: Iterable[tuple[Any, Any]], depth: int = _DEEP) -> Iterator[tuple[Place, Tensor]]:
-    """Finds the tensors in objects and unregistered mappings, each with the way to it."""
-    for name, owner in named:
-        if isinstance(owner, (Tensor, nn.Module, type, str, Number)) or not depth:
-            continue
-        for kind, part in enumerate(_parts(owner)):
-            yield from (((name, kind, key), value) for key, value in part.items() if isinstance(value, Tensor))
-            yield from (((name, kind, *way), value) for way, value in _held_in(part.items(), depth - 1))
-
-
-def _parts(owner: Any) -> list[dict[Any, Any]]:
-    """Returns what a mapping and an object hold by name; of a mapping that is an object, too, both."""
-    slots = [vars(kind).get("__slots__", ()) for kind in type(owner).__mro__]
-    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
-    parts = [dict(getattr(owner, "__dict__", {})) | {name: getattr(owner, name, None) for name in names}]
-    if isinstance(owner, Mapping):
-        with contextlib.suppress(Exception):  # of one that computes its items, and cannot
-            first, again = dict(owner.items()), dict(owner.items())
-            parts.append({name: x for name, x in first.items() if again.get(name) is x})
-    return parts
-
-
 def refuse_overwriting_teacher(given: Given) -> None:
     """Raises ``ValueError`` where the teacher has written into what the student is called with next."""
     if (x := given.overwritten()) is not None:
         raise ValueError(
             f"the teacher overwrites its input ({describe(x)}), which the student is called with next. Give it its "
-            "own: teacher_input=lambda x: x.clone()."
+            "own: teacher_input=lambda x: x.clone(), or (copy.deepcopy(x),) of an object."
         )
     if (x := given.exchanged()) is not None:
         raise ValueError(
             f"the teacher exchanges what it is given: {describe(x)} is no longer in the object that the student is "
             "called with next, which would begin with what the teacher left there. Give the teacher an object of its "
-            "own: teacher_input=lambda batch: (copy.copy(batch),)."
+            "own: teacher_input=lambda batch: (copy.copy(batch),), or copy.deepcopy(batch) if it writes into its lists."
         )
 
 

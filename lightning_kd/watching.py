@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_kd.copying import lend
-from lightning_kd.overwriting import Given, Place, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
+from lightning_kd.holding import Left
+from lightning_kd.overwriting import Given, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
 from lightning_kd.recomputation import Recomputation
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, labels_asked, made_by
@@ -68,7 +70,7 @@ class Watcher:
         self._calls: list[Call] | None = None
         self._labels: Callable[[], Mapping[str, Any]] = dict
         self._depth = 0
-        self._left: set[Place] = set()
+        self._left: Left = WeakIdKeyDictionary()
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -165,7 +167,6 @@ class Watcher:
             )
             raise
         refuse_overwriting_teacher(given)
-        self._left |= given.added()
         call = Call(student={}, teacher=answer, versions=versions_of(answer))
         if self.student_input is not None and self._asks_teacher:
             own = view("student_input", self.student_input, {**labels, ANSWER: answer[OUTPUT][0]})
