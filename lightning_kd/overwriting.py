@@ -48,7 +48,7 @@ class Given:
 
     Tensors are found where a program keeps them: in lists, tuples, dicts and the attributes of objects. Each is looked
     into once, and nothing is computed for it. Left out are arrays, sets, attributes of a tensor, what a mapping
-    computes, what is more than 4 objects deep, behind the first 1,000 things of one, or behind the nearest 20,000.
+    computes, what is more than 4 objects deep, behind the first 1,000 things of one, or behind the nearest 10,000.
 
     Args:
         arguments: Of the call.
