@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_kd.attachment.batches import batch_of
 from lightning_kd.attachment.guest import GUEST, Guest
-from lightning_kd.attachment.labels import Label, Labels, batch_of
+from lightning_kd.attachment.labels import Label, Labels
 from lightning_kd.attachment.log import Log
 from lightning_kd.attachment.moments import Moments
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
@@ -359,7 +360,7 @@ class Attachment(Callback):
             if not self._ready:  # the tuner trains inside of another callback's on_fit_start, and calls no hooks
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
-            self._begin_step()
+            self._begin_step(args, kwargs)
             of_batch = self._read(batch_of(args, kwargs))
             labels = functools.cache(lambda: of_batch(self.distiller.labels_of_losses))
             with self.distiller.watch(of_batch) as calls:
@@ -402,8 +403,8 @@ class Attachment(Callback):
         self._log.values = values
         return total
 
-    def _begin_step(self) -> None:
-        """Is called before the module's own step."""
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Is called before the module's own step, with its arguments."""
 
     def _weigh(
         self,

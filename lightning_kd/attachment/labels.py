@@ -1,13 +1,10 @@
 """Labels: what losses need of a batch, whatever its format."""
 
-import copy
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-
+from lightning_kd.attachment.batches import as_it_comes
 from lightning_kd.term import how_to_give
 from lightning_kd.watching import LabelsOf
 from lightning_kd.wiring import describe
@@ -19,8 +16,8 @@ Label = Callable[[Any], Any] | str | int
 class Labels:
     """Gets labels out of each batch as it came, when somebody asks: of losses, when the step is over.
 
-    So what a step takes out of its batch, exchanges or writes into is no matter, and what a function fetches from
-    where the step has left it (mixup) is of this step.
+    So what a step takes out of its batch, exchanges or writes into is no matter. What it has put there, under a name
+    that the batch did not have, and what a function fetches from where the step has left it (mixup) is of this step.
 
     Args:
         sources: How to get what out of a batch, by name; None is ``batch[1]``.
@@ -38,42 +35,21 @@ class Labels:
             position: Which samples of the data set these are, if that is known.
         """
         came = as_it_comes(batch) if self.sources.keys() & set(asked) else batch
+        names = set(_names(came))
 
         def labels(needed: Mapping[str, bool]) -> dict[str, Any]:
+            if came is not batch:
+                now = _names(batch)
+                _names(came).update({name: now[name] for name in now.keys() - names})
             found = labels_of(came, self.sources, needed, batch)
             return found if position is None or "position" in found else {**found, "position": position}
 
         return labels
 
 
-def as_it_comes(batch: Any) -> Any:
-    """Copies what holds the tensors of a batch, and of these the integers and booleans: labels and masks, no images.
-
-    Example:
-        >>> import torch
-        >>> batch = {"x": torch.zeros(2), "y": torch.tensor([3, 255])}
-        >>> came = as_it_comes(batch)
-        >>> batch.pop("y").clamp_(max=9), came["y"], came["x"] is batch["x"]
-        (tensor([3, 9]), tensor([  3, 255]), True)
-    """
-    return tree_map(_copied, batch)
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf if leaf.is_floating_point() or leaf.is_complex() else leaf.clone()
-    if isinstance(leaf, nn.Module):
-        return leaf
-    try:
-        copied = copy.copy(leaf)
-    except Exception:  # a generator, or an object that is the only one of its kind
-        return leaf
-    if isinstance(copied, UserDict):  # transformers' batches
-        copied.data = as_it_comes(copied.data)
-    elif copied is not leaf:
-        held = getattr(copied, "__dict__", {})
-        held.update({name: _copied(value) for name, value in held.items() if isinstance(value, Tensor)})
-    return copied
+def _names(batch: Any) -> MutableMapping[Any, Any]:
+    """Returns what a batch has by name: the keys of a dict, the attributes of an object; nothing of other kinds."""
+    return batch if isinstance(batch, (dict, UserDict)) else getattr(batch, "__dict__", {})
 
 
 def label_sources(
@@ -101,11 +77,6 @@ def refuse_unasked(given: Iterable[str], asked: Iterable[str]) -> None:
                 f"labels= gives {name!r}, which no loss and no function of inputs asks for. Asked for "
                 f"{'are ' + ', '.join(asked) if asked else 'is nothing'}."
             )
-
-
-def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Returns the batch that a ``training_step`` was called with, its first argument."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def labels_of(

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
+from lightning_kd.attachment.batches import Came
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
@@ -288,8 +289,9 @@ class MutualAttachment(Attachment):
         module._metric_attributes = None  # by which Lightning finds the original's metrics
         return module, peer
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._random = _collect_rng_states()
+        self._came = Came((args, kwargs))
 
     def _total(
         self,
@@ -303,9 +305,10 @@ class MutualAttachment(Attachment):
         found, tasks = [calls], [task_loss]
         for peer in self._others:
             peer.module._current_fx_name = self._members[0].module._current_fx_name
+            own_args, own_kwargs = self._came.again("training_step")
             with peer.distiller.watch() as theirs, isolate_rng():
                 _set_rng_states(self._random)  # noise, mixup: all networks see the same
-                result = peer.module.training_step(*args, **kwargs)
+                result = peer.module.training_step(*own_args, **own_kwargs)
             loss = result.get("loss") if isinstance(result, Mapping) else result
             if loss is None:  # what one skips, nobody can learn from
                 return None
@@ -376,12 +379,14 @@ class MutualAttachment(Attachment):
 
         @functools.wraps(own)
         def hook_of_all(*args: Any, **kwargs: Any) -> Any:
+            came = Came((args, kwargs)) if hook.endswith("_step") else None
             result = own(*args, **kwargs)
             for peer in self._others:
                 if is_overridden(hook, peer.module):
                     peer.module._current_fx_name = self._members[0].module._current_fx_name
-                    outputs = (peer.output,) if hook.endswith("batch_end") else args[:1]
-                    theirs = getattr(peer.module, hook)(*outputs, *args[1:], **kwargs)
+                    theirs_args, theirs_kwargs = came.again(hook) if came else (args, kwargs)
+                    outputs = (peer.output,) if hook.endswith("batch_end") else theirs_args[:1]
+                    theirs = getattr(peer.module, hook)(*outputs, *theirs_args[1:], **theirs_kwargs)
                     peer.output = theirs if hook.endswith("_step") else None
             return result
 

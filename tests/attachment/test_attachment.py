@@ -7,6 +7,7 @@ import pickle
 from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -465,6 +466,73 @@ def test_labels_may_be_taken_out_made_and_overwritten_in_one_step(kind: Any) -> 
     (found,) = seen
     for one, other in zip(found, (y, x.sum(1), y, y % 2 == 1), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+class AttributeDict(dict[str, Any]):
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Slotted:
+    __slots__ = ("x", "y")
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+
+class Nested:
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.all = x, {"y": [y], "itself": self}
+
+    y = property(lambda self: self.all["y"].pop())
+
+
+@pytest.mark.parametrize("kind", [AttributeDict, Slotted, Nested, SimpleNamespace])
+def test_batches_of_any_kind_are_as_they_came(kind: Any) -> None:
+    class Overwriting(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y = batch.y
+            loss = F.cross_entropy(self.model(batch.x), y.clone())
+            y.fill_(0)
+            return loss
+
+    class Labelled(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
+            seen.append(target)
+            return super().forward(student, teacher)
+
+    seen: list[Tensor] = []
+    x, y = next(iter(_data()))
+    batch = kind(x=x, y=y.clone())
+    distillation = Distillation(_net(16), {"kd": Term(Labelled())}, student="model", target=lambda batch: batch.y)
+    Trainer(callbacks=[distillation], **QUIET).fit(Overwriting(), DataLoader([batch], batch_size=None))
+    assert torch.equal(seen[0], y)
+    if kind is not Nested:
+        assert not batch.y.any()
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_label_under_a_new_key_goes_before_the_one_that_came(kind: Any) -> None:
+    class Mixing(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 1:
+                batch["mixed"] = batch["y"].flip(0)
+            return F.cross_entropy(self.model(batch["x"]), batch["y"])
+
+    class Labelled(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
+            seen.append(target)
+            return super().forward(student, teacher)
+
+    seen: list[Tensor] = []
+    batches = [kind(x=x, y=y) for x, y in _data()]
+    distillation = Distillation(
+        _net(16), {"kd": Term(Labelled())}, student="model", target=lambda batch: batch.get("mixed", batch["y"])
+    )
+    Trainer(callbacks=[distillation], **QUIET).fit(Mixing(), DataLoader(batches, batch_size=None))
+    (_, first), (_, second) = _data()
+    assert torch.equal(seen[0], first)
+    assert torch.equal(seen[1], second.flip(0))
 
 
 class Maps(nn.Module):

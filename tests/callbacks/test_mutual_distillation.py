@@ -622,3 +622,42 @@ def test_a_checkpoint_without_peers_measures_none(tmp_path: Path) -> None:
     fit(Lit(), ModelCheckpoint(tmp_path, filename="alone"))
     with pytest.raises(ValueError, match="holds 0 peers of the student, and here are 1"):
         trainer(mutual(Net(7))).test(Lit(), loader(32), ckpt_path=tmp_path / "alone.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stage", ["training", "validation"])
+def test_each_peer_gets_the_batch_as_it_came(stage: str) -> None:
+    seen: list[list[Tensor]] = []
+
+    class Tidying(Lit):
+        def _tidy(self, batch: Any) -> list[Tensor]:
+            x, y = batch.pop("x"), batch.pop("y")
+            if stage == "training" or not self.training:
+                seen.append([x.clone(), y.clone()])
+            y.sub_(1)
+            return [x, y + 1]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(self._tidy(batch), batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(self._tidy(batch), batch_idx)
+
+    def batches() -> DataLoader[Any]:
+        return DataLoader([{"x": x, "y": y} for x, y in loader()], batch_size=None)
+
+    options = {"max_epochs": 1, "limit_val_batches": 4 if stage == "validation" else 0}
+    trainer(mutual(Net(4), Net(3)), **options).fit(Tidying(), batches(), batches())
+    came = list(loader())
+    assert len(seen) == 3 * len(came)
+    for i, (x, y) in enumerate(seen):
+        assert torch.equal(x, came[i // 3][0])
+        assert torch.equal(y, came[i // 3][1])
+
+
+def test_a_step_that_overwrites_what_peers_are_called_with_is_refused() -> None:
+    class Scaling(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step([batch[0].div_(255.0).clone(), batch[1]], batch_idx)
+
+    with pytest.raises(ValueError, match=r"training_step overwrites its batch \(.*\) in place, which the peers'"):
+        trainer(mutual(), max_epochs=1).fit(Scaling(), loader(), loader())
