@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from numbers import Number
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ def as_it_comes(batch: Any, made: dict[int, Any] | None = None) -> Any:
 
 def _shallow(of: Any) -> Any:
     """Returns a copy of what holds tensors, and everything else itself."""
+    if of is None or isinstance(of, (str, bytes, Number)):  # of which there may be many
+        return of
     holds = isinstance(of, (list, dict)) or any(_holds(x) for _, x in _attributes(of))
     # A module has its parameters; and where a copy is deleted, too, so is what it was copied from.
     if not holds or isinstance(of, (nn.Module, type)) or hasattr(type(of), "__del__"):

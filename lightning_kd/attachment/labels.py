@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from lightning_kd.attachment.batches import as_it_comes
@@ -102,8 +103,10 @@ def labels_of(
             except ValueError:
                 if later is None:
                     raise
-            if later is not None and found.get(name) is None:
                 found[name] = _label(how, later, name)
+            if found[name] is None and later is not None:
+                with suppress(ValueError):
+                    found[name] = _label(how, later, name)
     return found
 
 

@@ -511,6 +511,24 @@ def test_batches_of_any_kind_are_as_they_came(kind: Any) -> None:
         assert not batch.y.any()
 
 
+def test_a_label_that_is_none_stays_so_where_the_step_takes_out_what_it_is_of() -> None:
+    class Popping(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["x"], batch.pop("y")), batch_idx)
+
+    class Labelled(losses.KD):
+        def forward(self, student: Tensor, teacher: Tensor, odd: Any = None) -> Tensor:
+            seen.append(odd)
+            return super().forward(student, teacher)
+
+    seen: list[Any] = []
+    odd = {"odd": lambda batch: batch["y"] if batch["y"].numel() == 1 else None}
+    distillation = Distillation(_net(16), {"kd": Term(Labelled())}, student="model", labels=odd)
+    batches: Any = [{"x": x, "y": y} for x, y in _data()]
+    Trainer(callbacks=[distillation], **QUIET).fit(Popping(), DataLoader(batches, batch_size=None))
+    assert seen == [None, None]
+
+
 @pytest.mark.parametrize("kind", [dict, UserDict])
 def test_a_label_under_a_new_key_goes_before_the_one_that_came(kind: Any) -> None:
     class Mixing(Project):
