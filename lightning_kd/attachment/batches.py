@@ -1,17 +1,21 @@
 """A batch as it came: what a step does to it is done to another one."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import UserDict, deque
+from collections.abc import Mapping, MutableMapping
 from itertools import islice
 from numbers import Number
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_kd.overwriting import overwritten, tensors_in, versions_of
+from lightning_kd.overwriting import Given
 from lightning_kd.wiring import describe
 
 _PLAIN = (list, tuple, dict)
+_KNOWN = (list, dict, deque)
+_SINGLE = (str, bytes, Number, nn.Module, type)
 _WIDE = 10_000
 """Things in a list or dict that is copied with what is in them; of more, only the list or dict itself."""
 
@@ -21,15 +25,16 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def as_it_comes(batch: Any, made: dict[int, Any] | None = None) -> Any:
+def as_it_comes(batch: Any, made: dict[int, tuple[Any, Any]] | None = None) -> Any:
     """Copies what holds the tensors of a batch, and of these the integers and booleans: labels and masks, no images.
 
-    That are lists, tuples and dicts and objects with tensors in such or in their attributes; in objects of objects
-    nothing is copied.
+    That are lists, tuples and dicts and objects with tensors in such or in their attributes; of objects of objects
+    what their own ``__copy__`` copies. Under ``inference_mode``, where nothing tells that a tensor was overwritten,
+    images are copied, too.
 
     Args:
         batch: The batch.
-        made: Copies that were made of others in it.
+        made: What was copied in it, which stays alive as long as its id stands for it, and the copy.
 
     Example:
         >>> import torch
@@ -39,42 +44,52 @@ def as_it_comes(batch: Any, made: dict[int, Any] | None = None) -> Any:
         (tensor([3, 9]), tensor([  3, 255]), True)
     """
     made = {} if made is None else made
-    if isinstance(batch, Tensor):
-        return batch if batch.is_floating_point() or batch.is_complex() else batch.clone()
+    if batch is None or isinstance(batch, _SINGLE):  # of which there may be many
+        return batch
     if isinstance(batch, tuple) and (type(batch) is tuple or hasattr(batch, "_fields")):
         items = [as_it_comes(x, made) for x in batch]
         return tuple(items) if type(batch) is tuple else type(batch)(*items)
     if id(batch) not in made:
-        copied = made[id(batch)] = _shallow(batch)
-        if copied is not batch:
+        copied = _shallow(batch)
+        made[id(batch)] = batch, copied
+        if copied is not batch and not isinstance(batch, Tensor):
             _fill(copied, made)
-    return made[id(batch)]
+    return made[id(batch)][1]
 
 
 def _shallow(of: Any) -> Any:
     """Returns a copy of what holds tensors, and everything else itself."""
-    if of is None or isinstance(of, (str, bytes, Number)):  # of which there may be many
-        return of
-    holds = isinstance(of, (list, dict)) or any(_holds(x) for _, x in _attributes(of))
-    # A module has its parameters; and where a copy is deleted, too, so is what it was copied from.
-    if not holds or isinstance(of, (nn.Module, type)) or hasattr(type(of), "__del__"):
+    if isinstance(of, Tensor):
+        images = of.is_floating_point() or of.is_complex()
+        return of if images and not of.is_inference() else of.clone()
+    own = hasattr(type(of), "__copy__") and not hasattr(type(of), "__array_interface__")
+    holds = own or isinstance(of, _KNOWN) or any(_holds(x) for _, x in _attributes(of))
+    # Where a copy is deleted, too, what it was copied from may be closed.
+    if not holds or hasattr(type(of), "__del__"):
         return of
     try:
-        return copy.copy(of)
+        copied = copy.copy(of)
     except Exception:  # an object that is the only one of its kind
         return of
+    if getattr(of, "__dict__", None) is of:  # keys are attributes
+        copied.__dict__ = copied
+    return copied
 
 
-def _fill(copied: Any, made: dict[int, Any]) -> None:
-    if isinstance(copied, list) and len(copied) <= _WIDE:
-        for index, x in enumerate(list.__iter__(copied)):
-            list.__setitem__(copied, index, as_it_comes(x, made))
+def _fill(copied: Any, made: dict[int, tuple[Any, Any]]) -> None:
+    if isinstance(copied, (list, deque)) and len(copied) <= _WIDE:
+        for index, x in enumerate(list(copied)):
+            copied[index] = as_it_comes(x, made)
     if isinstance(copied, dict) and len(copied) <= _WIDE:
         for key, x in list(dict.items(copied)):
             dict.__setitem__(copied, key, as_it_comes(x, made))
-    for name, x in _attributes(copied) if type(copied) not in _PLAIN else ():
+    held = getattr(copied, "__dict__", None)
+    for name, x in _attributes(copied) if type(copied) not in _PLAIN and held is not copied else ():
         if isinstance(x, Tensor) or type(x) in _PLAIN:
-            object.__setattr__(copied, name, as_it_comes(x, made))
+            if held is not None and name in held:
+                held[name] = as_it_comes(x, made)
+            else:
+                object.__setattr__(copied, name, as_it_comes(x, made))
 
 
 def _attributes(of: Any) -> list[tuple[str, Any]]:
@@ -87,15 +102,38 @@ def _as_tuple(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _holds(x: Any, deep: int = 3) -> bool:
-    """Whether a tensor, or a list or dict with tensors in it."""
+def _holds(x: Any, deep: int = 2) -> bool:
+    """Whether a tensor, or a list or dict with tensors among the first things in it."""
     if type(x) in _PLAIN and deep:
-        return any(_holds(y, deep - 1) for y in _some(x))
+        return any(_holds(y, deep - 1) for y in islice(x.values() if isinstance(x, dict) else x, 100))
     return isinstance(x, Tensor)
 
 
-def _some(x: Any) -> Iterator[Any]:
-    return islice(iter(x.values() if isinstance(x, dict) else x), _WIDE)
+def add_new(came: Any, now: Any, added: set[tuple[int, Any]], deep: int = 3) -> None:
+    """Puts into a batch as it came what is new in it now: under names that it did not have, or that were None.
+
+    Args:
+        came: A copy of the batch, or of a list, tuple or dict in it.
+        now: The same of the batch that a step has had.
+        added: What was put there, which is put there again.
+        deep: How far lists, tuples and dicts are followed.
+    """
+    if isinstance(now, (list, tuple)) and type(came) is type(now) and len(came) == len(now) <= _WIDE and deep:
+        for one, other in zip(came, now, strict=True):
+            add_new(one, other, added, deep - 1)
+    elif came is not now and type(came) is type(now) and deep:
+        before, after = _names(came), _names(now)
+        for name, x in after.items() if len(after) <= _WIDE else ():
+            if before.get(name) is None or (id(came), name) in added:
+                before[name] = x
+                added.add((id(came), name))
+            elif type(x) in _PLAIN:
+                add_new(before[name], x, added, deep - 1)
+
+
+def _names(batch: Any) -> MutableMapping[Any, Any]:
+    """Returns what there is by name: the keys of a dict, the attributes of an object; nothing of other kinds."""
+    return batch if isinstance(batch, (dict, UserDict)) else getattr(batch, "__dict__", {})
 
 
 class Came:
@@ -103,7 +141,7 @@ class Came:
 
     def __init__(self, arguments: Any) -> None:
         self._kept = as_it_comes(arguments)
-        self._versions = versions_of(self._kept)
+        self._given = Given(self._kept, WeakIdKeyDictionary())
 
     def again(self, step: str) -> Any:
         """Returns them.
@@ -111,8 +149,7 @@ class Came:
         Raises:
             ValueError: If a step has overwritten one that was not copied.
         """
-        written = next((x for x in tensors_in(self._kept) if overwritten(x, self._versions)), None)
-        if written is not None:
+        if (written := self._given.overwritten()) is not None:
             raise ValueError(
                 f"{step} overwrites its batch ({describe(written)}) in place, which the peers' {step} is called with, "
                 "too. Let it make something new: x = x / 255 and not x.div_(255)."

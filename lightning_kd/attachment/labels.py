@@ -1,11 +1,10 @@
 """Labels: what losses need of a batch, whatever its format."""
 
-from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning_kd.attachment.batches import as_it_comes
+from lightning_kd.attachment.batches import add_new, as_it_comes
 from lightning_kd.term import how_to_give
 from lightning_kd.watching import LabelsOf
 from lightning_kd.wiring import describe
@@ -17,8 +16,8 @@ Label = Callable[[Any], Any] | str | int
 class Labels:
     """Gets labels out of each batch as it came, when somebody asks: of losses, when the step is over.
 
-    So what a step takes out of its batch, exchanges or writes into is no matter. What it has put there, under a name
-    that the batch did not have, and what a function fetches from where the step has left it (mixup) is of this step.
+    So what a step takes out of its batch, exchanges or writes into is no matter. What it has put there, where nothing
+    or None was, and what a function fetches from where the step has left it (mixup) is of this step.
 
     Args:
         sources: How to get what out of a batch, by name; None is ``batch[1]``.
@@ -36,21 +35,14 @@ class Labels:
             position: Which samples of the data set these are, if that is known.
         """
         came = as_it_comes(batch) if self.sources.keys() & set(asked) else batch
-        names = set(_names(came))
+        added: set[tuple[int, Any]] = set()
 
         def labels(needed: Mapping[str, bool]) -> dict[str, Any]:
-            if came is not batch:
-                now = _names(batch)
-                _names(came).update({name: now[name] for name in now.keys() - names})
+            add_new(came, batch, added)
             found = labels_of(came, self.sources, needed, batch)
             return found if position is None or "position" in found else {**found, "position": position}
 
         return labels
-
-
-def _names(batch: Any) -> MutableMapping[Any, Any]:
-    """Returns what a batch has by name: the keys of a dict, the attributes of an object; nothing of other kinds."""
-    return batch if isinstance(batch, (dict, UserDict)) else getattr(batch, "__dict__", {})
 
 
 def label_sources(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
-from lightning_kd.attachment.batches import Came
+from lightning_kd.attachment.batches import Came, batch_of
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
@@ -34,6 +34,7 @@ _LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_e
 _TRAIN, _VALIDATE, _TEST = ([hook.format(loop) for hook in _LOOP] for loop in ("train", "validation", "test"))
 _VALIDATE, _TEST = [*_VALIDATE, "validation_step"], [*_TEST, "test_step"]
 _OPTIMIZE = ["on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
+STEPS = ("validation_step", "test_step")
 HOOKS = {
     "fit": ["on_fit_start", *_TRAIN, *_OPTIMIZE, *_VALIDATE, "on_fit_end"],
     "validate": _VALIDATE,
@@ -52,6 +53,8 @@ class Peer:
     network: nn.Module
     distiller: Distiller
     output: Any = None
+    batch: Any = None
+    """That of its step, which its hooks get."""
 
 
 class MutualAttachment(Attachment):
@@ -82,6 +85,7 @@ class MutualAttachment(Attachment):
     ) -> None:
         super().__init__(distiller, student, labels, task_weight, prog_bar)
         self._members: list[Peer] = []
+        self._came: Came | None = None
         self._mirrors: dict[str, Distiller] = {}
         if distiller.teacher_input is not None or distiller.student_input is not None:
             raise ValueError(
@@ -94,6 +98,10 @@ class MutualAttachment(Attachment):
                     f"Term {name!r}: with more than two networks all compare the same path, and this term has "
                     f"{term.student.text!r} for the student and {term.teacher.text!r} for its peers."
                 )
+
+    def _undo_all(self) -> None:
+        self._came = None
+        super()._undo_all()
 
     @property
     def teacher(self) -> Peers:
@@ -108,7 +116,7 @@ class MutualAttachment(Attachment):
         return self.teacher.peers
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_members": []}
+        return {**super().__getstate__(), "_members": [], "_came": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wraps the module's methods; where it is only evaluated, so that the peers are evaluated, too."""
@@ -292,6 +300,8 @@ class MutualAttachment(Attachment):
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._random = _collect_rng_states()
         self._came = Came((args, kwargs))
+        for peer in self._others:
+            peer.batch = None
 
     def _total(
         self,
@@ -303,9 +313,12 @@ class MutualAttachment(Attachment):
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         found, tasks = [calls], [task_loss]
+        came, self._came = self._came, None
+        assert came is not None
         for peer in self._others:
             peer.module._current_fx_name = self._members[0].module._current_fx_name
-            own_args, own_kwargs = self._came.again("training_step")
+            own_args, own_kwargs = came.again("training_step")
+            peer.batch = batch_of(own_args, own_kwargs)
             with peer.distiller.watch() as theirs, isolate_rng():
                 _set_rng_states(self._random)  # noise, mixup: all networks see the same
                 result = peer.module.training_step(*own_args, **own_kwargs)
@@ -379,15 +392,18 @@ class MutualAttachment(Attachment):
 
         @functools.wraps(own)
         def hook_of_all(*args: Any, **kwargs: Any) -> Any:
-            came = Came((args, kwargs)) if hook.endswith("_step") else None
+            came = Came((args, kwargs)) if hook in STEPS else None
             result = own(*args, **kwargs)
             for peer in self._others:
                 if is_overridden(hook, peer.module):
                     peer.module._current_fx_name = self._members[0].module._current_fx_name
                     theirs_args, theirs_kwargs = came.again(hook) if came else (args, kwargs)
-                    outputs = (peer.output,) if hook.endswith("batch_end") else theirs_args[:1]
-                    theirs = getattr(peer.module, hook)(*outputs, *theirs_args[1:], **theirs_kwargs)
-                    peer.output = theirs if hook.endswith("_step") else None
+                    if hook.endswith("batch_end"):
+                        theirs_args = peer.output, args[1] if peer.batch is None else peer.batch, *args[2:]
+                        peer.output = peer.batch = None
+                    theirs = getattr(peer.module, hook)(*theirs_args, **theirs_kwargs)
+                    if came:
+                        peer.output, peer.batch = theirs, batch_of(theirs_args, theirs_kwargs)
             return result
 
         return hook_of_all

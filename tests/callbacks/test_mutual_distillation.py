@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -654,10 +655,30 @@ def test_each_peer_gets_the_batch_as_it_came(stage: str) -> None:
         assert torch.equal(y, came[i // 3][1])
 
 
-def test_a_step_that_overwrites_what_peers_are_called_with_is_refused() -> None:
+@pytest.mark.parametrize("kind", [list, SimpleNamespace])
+def test_a_step_that_overwrites_what_peers_are_called_with_is_refused(kind: Any) -> None:
     class Scaling(Lit):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return super().training_step([batch[0].div_(255.0).clone(), batch[1]], batch_idx)
+            x, y = batch if kind is list else (batch.x, batch.y)
+            return super().training_step([x.div_(255.0).clone(), y], batch_idx)
 
+    batches = [[x, y] if kind is list else SimpleNamespace(x=x, y=y) for x, y in loader()]
     with pytest.raises(ValueError, match=r"training_step overwrites its batch \(.*\) in place, which the peers'"):
-        trainer(mutual(), max_epochs=1).fit(Scaling(), loader(), loader())
+        trainer(mutual(), max_epochs=1).fit(Scaling(), DataLoader(batches, batch_size=None), loader())
+
+
+def test_peers_are_tested_on_what_came_and_their_hooks_see_their_own_batch() -> None:
+    seen: list[Tensor] = []
+
+    class Scaling(Lit):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append(batch[0].clone())
+            batch.append(self.model(batch[0].div_(255.0)))
+
+        def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("mean", batch[2].mean())
+
+    run = trainer(mutual())
+    run.test(Scaling(), loader(), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    assert run.callback_metrics["mean"] != run.callback_metrics["peer1/mean"]

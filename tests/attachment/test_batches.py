@@ -1,0 +1,110 @@
+"""A batch as it came: what is copied of it, and what a step put there."""
+
+from collections import UserDict, deque
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_kd.attachment.batches import add_new, as_it_comes
+
+
+class Encoded(UserDict[str, Any]):
+    """As the batches of transformers."""
+
+
+class Keys(dict[str, Any]):
+    """Whose keys are attributes."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(given)
+        self.__dict__ = self
+
+
+class Stored:
+    """As the graphs of torch_geometric: what it holds is in another object, which its own copy copies."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__["store"] = Encoded(given)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["store"][name]
+
+    def __copy__(self) -> "Stored":
+        return Stored(**self.store)
+
+
+class ReadOnly:
+    def __init__(self, y: Tensor) -> None:
+        self.__dict__["y"] = y
+
+    y = property(lambda self: self.__dict__["y"])
+
+
+@dataclass
+class Mixable:
+    y: Tensor
+    mixed: Tensor | None = None
+
+
+def test_every_part_has_a_copy_of_its_own() -> None:
+    """Copies of dicts that an object's copy makes on the way are freed, and ids with them."""
+    for seed in range(50):
+        torch.manual_seed(seed)
+        parts = [Encoded(text=Encoded(y=torch.tensor([i])), lang=torch.tensor([i])) for i in range(8)]
+        came = as_it_comes([*parts, {"deep": parts[::-1]}])
+        assert [int(part["text"]["y"]) for part in came[:8]] == [*range(8)]
+        assert [int(part["lang"]) for part in came[8]["deep"]] == [*range(8)][::-1]
+
+
+def test_what_is_one_stays_one() -> None:
+    y = torch.arange(3)
+    came = as_it_comes({"ids": y, "labels": y, "all": [y]})
+    assert came["ids"] is came["labels"] is came["all"][0] is not y
+    keys = as_it_comes(Keys(y=y))
+    keys["y"] = keys["y"] + 1
+    assert torch.equal(keys.y, y + 1)
+
+
+@pytest.mark.parametrize("make", [ReadOnly, lambda y: Stored(y=y), lambda y: Keys(y=y), Mixable])
+def test_what_a_step_exchanges_is_there_again(make: Any) -> None:
+    batch, y = make(torch.arange(3)), torch.arange(3)
+    came = as_it_comes(batch)
+    (batch.store if isinstance(batch, Stored) else vars(batch))["y"] = None
+    assert torch.equal(came.y, y)
+
+
+def test_items_of_a_deque_and_of_a_list() -> None:
+    for batch in (deque([torch.arange(2), torch.arange(3)]), [torch.arange(2), torch.arange(3)]):
+        came = as_it_comes(batch)
+        batch.pop().fill_(0)
+        assert torch.equal(came[1], torch.arange(3))
+
+
+def test_images_are_copied_where_nothing_tells_that_they_are_overwritten() -> None:
+    image = torch.zeros(2)
+    assert as_it_comes(image) is image
+    with torch.inference_mode():
+        image = torch.zeros(2)
+        assert as_it_comes(image) is not image
+
+
+def test_what_is_new_goes_before_what_was_nothing() -> None:
+    y, mixed = torch.arange(3), torch.ones(3)
+    kinds: list[tuple[Any, Any]] = [
+        (Mixable(y), lambda batch: batch),
+        (Encoded(y=y, mixed=None), lambda batch: batch),
+        ([torch.zeros(2), {"y": y}], lambda batch: batch[1]),
+        ({"t": {"y": y}}, lambda batch: batch["t"]),
+    ]
+    for batch, part in kinds:
+        came, added = as_it_comes(batch), set()  # type: ignore[var-annotated]
+        for value in (mixed, mixed + 1):
+            names = vars(part(batch)) if isinstance(batch, Mixable) else part(batch)
+            names["mixed"], names["y"] = value, value
+            add_new(came, batch, added)
+            found = vars(part(came)) if isinstance(batch, Mixable) else part(came)
+            assert found["mixed"] is value
+            assert torch.equal(found["y"], y)
