@@ -32,19 +32,9 @@ ROOT, SIZE = "$LIGHTNING_KD_DATA/magnetic_tile", (128, 128)
 IMAGENET = "$LIGHTNING_KD_DATA/weights/squeezenet1_1_features_imagenet.pth"
 CIFAR = "$LIGHTNING_KD_DATA/weights/resnet20-12fca82f.th"
 LAYERS = ("features.4", "features.7", "features.12")
-QUIETLY: dict[str, Any] = {
+QUIET: dict[str, Any] = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
 }  # fmt: skip
-QUIET = (
-    "--trainer.logger",
-    "false",
-    "--trainer.enable_checkpointing",
-    "false",
-    "--trainer.enable_progress_bar",
-    "false",
-)
-
-
 DETECTORS = (
     "magnetic_tile_stfpm",
     "anomalib Stfpm",
@@ -83,7 +73,8 @@ def quality(detector: nn.Module, data: Any) -> dict[str, float]:
 
 def shipped(config: str, seed: int, *changes: str) -> tuple[dict[str, float], nn.Module]:
     """Train and measure a shipped configuration."""
-    cli = DistillationCLI(["fit", "--config", config, "--seed_everything", str(seed), *QUIET, *changes])
+    quiet = [f"--trainer.{name}=false" for name in QUIET]
+    cli = DistillationCLI(["fit", "--config", config, "--seed_everything", str(seed), *quiet, *changes])
     detector = cli.model.task.deployed(cli.model.student)
     return quality(detector, cli.datamodule), detector
 
@@ -132,7 +123,7 @@ def efficient_ad(seed: int, epochs: int, hard: float) -> tuple[Measured, nn.Modu
         lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-5),
     )
     # The quantiles are those of the last validation.
-    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **QUIETLY)
+    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **QUIET)
     trainer.fit(module, datamodule=data)
     print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()}, flush=True)
     detector = module.task.deployed(module.student)
@@ -170,7 +161,7 @@ def mixed(seed: int, epochs: int) -> tuple[Measured, nn.Module]:
         lambda parameters: torch.optim.AdamW(parameters, lr=0.001),
         lr_scheduler=schedules.Cosine(1.0, 0.0),
     )
-    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, **QUIETLY)
+    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, **QUIET)
     trainer.fit(module, datamodule=data)
     detector: Any = module.task.deployed(module.student)
     parts = {
@@ -184,7 +175,7 @@ def mixed(seed: int, epochs: int) -> tuple[Measured, nn.Module]:
 
 
 def anomalibs(seed: int, epochs: int) -> tuple[dict[str, float], nn.Module]:
-    """Train and measure anomalib's own on the same batches; its maps are measured by the same metrics."""
+    """Train and measure anomalib's own on the same images, in batches as large; its maps by the same metrics."""
     from anomalib.models.components import TimmFeatureExtractor  # noqa: PLC0415 - only in this half
     from anomalib.models.image.stfpm.loss import STFPMLoss  # noqa: PLC0415
     from anomalib.models.image.stfpm.torch_model import STFPMModel  # noqa: PLC0415

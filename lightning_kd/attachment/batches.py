@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_kd.holding import attributes_of
 from lightning_kd.overwriting import Given
 from lightning_kd.wiring import describe
 
@@ -63,7 +64,7 @@ def _shallow(of: Any) -> Any:
         images = of.is_floating_point() or of.is_complex()
         return of if images and not of.is_inference() else of.clone()
     own = hasattr(type(of), "__copy__") and not hasattr(type(of), "__array_interface__")
-    holds = own or isinstance(of, _KNOWN) or any(_holds(x) for _, x in _attributes(of))
+    holds = own or isinstance(of, _KNOWN) or any(_holds(x) for _, x in attributes_of(of))
     # Where a copy is deleted, too, what it was copied from may be closed.
     if not holds or hasattr(type(of), "__del__"):
         return of
@@ -84,22 +85,12 @@ def _fill(copied: Any, made: dict[int, tuple[Any, Any]]) -> None:
         for key, x in list(dict.items(copied)):
             dict.__setitem__(copied, key, as_it_comes(x, made))
     held = getattr(copied, "__dict__", None)
-    for name, x in _attributes(copied) if type(copied) not in _PLAIN and held is not copied else ():
+    for name, x in list(attributes_of(copied)) if type(copied) not in _PLAIN and held is not copied else ():
         if isinstance(x, Tensor) or type(x) in _PLAIN:
             if held is not None and name in held:
                 held[name] = as_it_comes(x, made)
             else:
                 object.__setattr__(copied, name, as_it_comes(x, made))
-
-
-def _attributes(of: Any) -> list[tuple[str, Any]]:
-    slots = [name for kind in type(of).__mro__ for name in _as_tuple(vars(kind).get("__slots__", ()))]
-    held = [(name, getattr(of, name)) for name in slots if name[:2] != "__" and hasattr(of, name)]
-    return [*getattr(of, "__dict__", {}).items(), *held]
-
-
-def _as_tuple(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _holds(x: Any, deep: int = 2) -> bool:

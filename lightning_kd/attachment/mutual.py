@@ -34,7 +34,6 @@ _LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_e
 _TRAIN, _VALIDATE, _TEST = ([hook.format(loop) for hook in _LOOP] for loop in ("train", "validation", "test"))
 _VALIDATE, _TEST = [*_VALIDATE, "validation_step"], [*_TEST, "test_step"]
 _OPTIMIZE = ["on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
-STEPS = ("validation_step", "test_step")
 HOOKS = {
     "fit": ["on_fit_start", *_TRAIN, *_OPTIMIZE, *_VALIDATE, "on_fit_end"],
     "validate": _VALIDATE,
@@ -42,6 +41,9 @@ HOOKS = {
 }
 """What is called of the peers' modules, too, right after the student's; what a batch or the trainer's loop needs once
 (the batch's transfer, the optimizer's step, the schedulers') is the student's alone."""
+
+STEPS = ("validation_step", "test_step")
+"""Those that get a batch which the student's may have changed."""
 
 
 @dataclass
