@@ -1,0 +1,271 @@
+"""What a callback cannot distil, and what it says to do instead."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_kd.callbacks import EMATeacher
+from lightning_kd.tasks import Classification
+from project import Project, fit, hint, kd, loader, logged, net
+from torch import Tensor, nn
+
+from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, teachers
+
+
+def test_manual_optimization_is_told_what_to_call() -> None:
+    class Manual(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match=r"manual optimization.*distiller\.watch\(\)"):
+        fit(Manual(), kd())
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_optimizers", "on_train_start"])
+def test_manual_optimization_that_is_said_late_is_told_too(hook: str) -> None:
+    """It would step its optimizers, and the terms would be silently nothing."""
+
+    class Late(Project):
+        def _late(self, *args: object, **kwargs: object) -> object:
+            self.automatic_optimization = False
+            return getattr(super(), hook)(*args, **kwargs)
+
+    setattr(Late, hook, Late._late)
+    with pytest.raises(ValueError, match="uses manual optimization"):
+        fit(Late(), kd())
+
+
+def test_what_manual_optimization_calls_works() -> None:
+    class Manual(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.values: list[float] = []
+            self.distiller = Distiller({"kd": Term(losses.KD())}, net(16))
+            self.distiller.attach(self.model)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            with self.distiller.watch() as calls:
+                loss = super().training_step(batch, batch_idx)
+            found = self.distiller(calls, target=batch[1])
+            self.optimizers().zero_grad()
+            self.manual_backward(loss + self.distiller.total(found))
+            self.optimizers().step()
+            self.values.append(float(found["kd"].detach()))
+
+    module = Manual()
+    fit(module)
+    assert len(module.values) == 4
+    assert all(value > 0 for value in module.values)
+    assert not any("teacher" in key for key in module.state_dict())
+
+
+def test_a_student_that_is_not_called() -> None:
+    with pytest.raises(RuntimeError, match=r"did not call the student \(Project.forward\).*'model'"):
+        fit(Project(), kd(None))
+
+
+def test_a_student_of_which_a_method_is_called() -> None:
+    class Methods(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.model.forward(batch[0]), batch[1])
+
+    told = r"\('model'\).* A call is self\.model\(x\): forward\(x\) and other methods .* one of its submodules\."
+    with pytest.raises(RuntimeError, match=told):
+        fit(Methods(), kd("model"))
+
+
+def test_a_student_that_is_called_only_sometimes() -> None:
+    class Sometimes(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx < 2 else self.model[0].weight.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"called the student \('model'\) before, and not in step 2, epoch 0"):
+        fit(Sometimes(), kd())
+
+
+def test_an_unknown_path_lists_the_closest_and_leaves_nothing_behind() -> None:
+    module = Project()
+    for callback in (
+        Distillation(net(16), {"hint": Term(losses.FitNet(), student="9", teacher="0")}, student="model"),
+        Distillation(net(16), {"hint": Term(losses.FitNet(), student="0", teacher="0.x")}, student="model"),
+        kd("modle"),
+    ):
+        with pytest.raises(ValueError, match=r"has no module .*Closest: '"):
+            fit(module, callback)
+        assert "training_step" not in vars(module)
+        assert list(module._modules) == ["model"]
+        assert not module.model._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+def test_two_callbacks_that_contradict_each_other_are_refused() -> None:
+    module = DistillationModule(Classification(4), net(8), net(16), {"kd": Term(losses.KD())})
+    with pytest.raises(ValueError, match="More than one callback has a term named kd"):
+        fit(module, kd())
+    weighed = EMATeacher({"past": Term(losses.KD())}, student="model", task_weight=0.1)
+    with pytest.raises(ValueError, match="first of the Trainer's callbacks that distil, Distillation, to give"):
+        fit(Project(), kd(), weighed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"terms": {}}, "terms is empty"),
+        ({"terms": {"loss": Term(losses.KD())}}, "cannot be a term's name"),
+        ({"terms": {"kd": losses.KD()}}, "wrap the loss"),
+        ({"teacher": "resnet50"}, "teacher is a module"),
+        ({"labels": {"maks": 1}}, "labels= gives 'maks', which no loss .* Asked for"),
+        ({"student": net(4)}, "student is the dotted path of a module .*got Sequential"),
+        ({"task_weight": -1.0}, "task_weight"),
+        ({"terms": [Term(losses.KD())]}, "terms are given by name"),
+        ({"terms": {1: Term(losses.KD())}}, "cannot be a term's name"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Distillation(**{"teacher": net(4), "terms": {"kd": Term(losses.KD())}} | arguments)
+
+
+@pytest.mark.parametrize("returned", [(torch.ones(()), 1), 1.0, "loss"])
+def test_what_is_no_loss_is_lightnings_to_tell(returned: Any) -> None:
+    class Odd(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            super().training_step(batch, batch_idx)
+            return returned
+
+    with pytest.raises(MisconfigurationException, match="training_step"):
+        fit(Odd(), kd())
+
+
+def test_two_callbacks_share_nothing_that_is_bound_or_learned() -> None:
+    teacher, loss = teachers.Frozen(net(16)), losses.FitNet()
+    terms: list[dict[str, Term]] = [{n: Term(losses.FitNet(), student="0", teacher="0")} for n in "ab"]
+    with pytest.raises(ValueError, match="one Frozen"):
+        fit(Project(), *(Distillation(teacher, each, "model") for each in terms))
+    terms = [{n: Term(loss, student="0", teacher="0")} for n in "ab"]
+    with pytest.raises(ValueError, match="one FitNet"):
+        fit(Project(), *(Distillation(net(16), each, "model") for each in terms))
+
+
+def test_a_student_that_no_optimizer_knows_is_told() -> None:
+    class Forgotten(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = net(4)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.other.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="None of the student's parameters, those of a Sequential, is in an optimizer"):
+        fit(Forgotten(), kd())
+
+
+class Detached(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor | None = None) -> Tensor:
+        return student.detach() if teacher is None else nn.functional.mse_loss(student.detach(), teacher)
+
+
+def test_a_loss_or_projector_without_a_gradient_is_refused() -> None:
+    for term in (Term(Detached()), Term(losses.FitNet(), projector=Detached())):
+        with pytest.raises(ValueError, match="without a gradient"):
+            fit(Project(), Distillation(net(16), {"odd": term}, student="model"))
+
+
+def test_a_teacher_that_overwrites_its_input_is_refused() -> None:
+    class InPlace(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    teacher = InPlace(*net(16))
+    with pytest.raises(ValueError, match=r"overwrites its input .*teacher_input=lambda x: x\.clone\(\)"):
+        fit(Project(), kd(teacher=teacher))
+    fit(Project(), kd(teacher=teacher, teacher_input=torch.clone))
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")  # Lightning's, of its feature
+def test_a_step_that_fetches_its_own_batch() -> None:
+    class Fetching(Project):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return super().training_step(batch, 0)
+
+    with pytest.raises(ValueError, match="takes its batch from a dataloader_iter"):
+        fit(Fetching(), hint())
+
+
+def test_a_teacher_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        teacher = net(16)
+    with pytest.raises(ValueError, match="has no weights: it is on the meta device"):
+        fit(Project(), kd(teacher=teacher))
+
+
+def test_muon_is_told_what_it_cannot_optimize() -> None:
+    class Matrices(Project):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Muon([p for p in self.parameters() if p.ndim == 2], lr=0.01)
+
+    with pytest.raises(ValueError, match="Muon optimizes matrices only"):
+        fit(Matrices(), hint())
+
+
+def test_a_loss_of_each_sample_is_refused() -> None:
+    class Unreduced(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match=r"a loss of shape \(\d+,\), and a loss is one number"):
+        fit(Unreduced(), kd())
+
+
+@pytest.mark.parametrize("task_weight", [0.0, 1.0])
+def test_the_modules_own_loss_is_blamed_where_it_is_not_finite(task_weight: float) -> None:
+    class Broken(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(batch[0]).mean() * math.nan
+
+    with pytest.raises(FloatingPointError, match=r"Step 1: .*after the module's own loss was not finite"):
+        fit(Broken(), kd(task_weight=task_weight), max_epochs=2)
+
+
+def test_an_iterator_is_not_robbed_of_a_batch() -> None:
+    with pytest.raises(ValueError, match="can be read only once"):
+        fit(Project(), hint(), batches=iter(list(loader())))
+
+
+def test_an_error_in_the_teacher_is_said_to_be_there() -> None:
+    with pytest.raises(RuntimeError) as error:
+        fit(Project(), kd(teacher=nn.Linear(7, 4)))
+    assert "teacher_input=" in error.value.__notes__[0]
+
+
+def test_a_callback_that_learned_for_another_student_says_so() -> None:
+    callback = hint()
+    fit(Project(), callback)
+    other = Project()
+    other.model = net(5)
+    with pytest.raises(RuntimeError) as error:
+        fit(other, callback)
+    assert "make a new one" in error.value.__notes__[0]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what is tried
+def test_torchscript_is_one_piece() -> None:
+    class Scripted(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.jit.script(net(8))
+
+    with pytest.raises(ValueError, match="is TorchScript, whose calls cannot be watched"):
+        fit(Scripted(), kd())
+    with pytest.raises(ValueError, match=r"Term 'hint': the teacher .* is TorchScript, inside of which nothing"):
+        fit(
+            Project(),
+            Distillation(torch.jit.script(net(16)), {"hint": hint().distiller.terms["hint"]}, student="model"),
+        )
+    run = fit(Project(), kd(teacher=torch.jit.script(net(16))))
+    assert logged(run)["train/kd"] > 0

@@ -1,0 +1,46 @@
+"""What can be gone on with, and what says why not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import Project, fit, hint, kd
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (hint("a", "b"), hint("a"), "b.projector.weight .* is gone"),
+        (hint("a"), hint("a", "b"), "b.projector.weight is new"),
+        (hint("a"), hint("a", width=12), r"was \(16, 8\) and is \(12, 8\)"),
+        (hint("a", "b"), hint("b", "a"), "their order was a, b"),
+        (kd(), hint("a"), "parameters to learn: a"),
+        (None, hint("a"), "parameters to learn: a"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Lightning's: other terms, another callback
+def test_resuming_with_other_terms_says_what_differs(before: Any, after: Any, message: str, tmp_path: Path) -> None:
+    fit(Project(), *([before] if before else [])).save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=message):
+        fit(Project(), after, max_epochs=2, resume=tmp_path / "run.ckpt")
+
+
+def test_two_teachers_with_terms_of_their_own_resume_exactly(tmp_path: Path) -> None:
+    def run(epochs: int, resume: Path | None = None) -> Project:
+        torch.manual_seed(0)
+        model = Project()
+        trainer = fit(model, hint("a"), hint("b", width=12), max_epochs=epochs, resume=resume)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model
+
+    run(1)
+    resumed, whole = run(2, tmp_path / "1.ckpt"), run(2)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+
+
+def test_callbacks_in_another_order_do_not_resume(tmp_path: Path) -> None:
+    fit(Project(), hint("a"), hint("b", width=12)).save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="had its callbacks in the order"):
+        fit(Project(), hint("b", width=12), hint("a"), max_epochs=2, resume=tmp_path / "run.ckpt")
