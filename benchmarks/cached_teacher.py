@@ -20,7 +20,6 @@ import gc
 import json
 import logging
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import about
 from _user import Alone
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_kd.callbacks import TeacherCache
@@ -80,9 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     told = readings(options) if options.reading else epochs(options)
     if options.output:
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
         given = {k: v for k, v in vars(options).items() if k != "output"}
-        options.output.write_text(json.dumps({"options": given, "about": about, **told}, indent=1) + "\n")
+        options.output.write_text(json.dumps({"options": given, "about": about(), **told}, indent=1) + "\n")
 
 
 def epochs(options: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import about
 from _peak import cpu_peak
 from torch import Tensor
 from torch.nn import functional as F
@@ -116,9 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    machine = name if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
-    print(f"{machine}, torch {torch.__version__}\n")
+    print(f"{about()}\n")
     columns = "loss", "way", "logits", "type", "forward + backward", "times faster (min .. max)", "memory", "times less"
     print(f"| {' | '.join(columns)} | bandwidth |\n|{'---|' * 9}")
     rows = []
@@ -136,7 +134,7 @@ def main() -> None:
             f"| {'' if share is None else f'{100 * share:.0f} %'} |"
         )
     if options.output:
-        options.output.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1))
+        options.output.write_text(json.dumps(about() | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

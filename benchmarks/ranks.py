@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed
 import torch.multiprocessing
+from _machine import about
 from _work import classification
-from step_cost import about, measure
+from step_cost import measure
 
 WAYS = ("student alone", "callback")
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _machine import about
 from _work import Work, classification
-from step_cost import about, measure
+from step_cost import measure
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]

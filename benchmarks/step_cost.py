@@ -16,7 +16,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import about
 from _peak import cpu_peak
 from _ways import BY_HAND, WAYS
 from _work import CASES, Work
@@ -88,12 +88,6 @@ def measure(
             "peak_ratio": peaks[way] / peaks[against],
         }
     return found
-
-
-def about() -> dict[str, Any]:
-    """Where it is measured."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def table(case: str, rows: dict[str, Row]) -> str:

@@ -21,6 +21,7 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.tasks import Classification
 from processes import run_script
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
@@ -154,17 +155,10 @@ def loader(batch_size: int = 8, shuffle: bool = False) -> DataLoader:
 
 
 def trainer(*callbacks: Callback | History, epochs: int = 2, **kwargs: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": [history for history in callbacks if isinstance(history, History)],
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-    }
+    histories = [history for history in callbacks if isinstance(history, History)]
+    options = {"max_epochs": epochs, "logger": histories, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     hooks = [callback for callback in callbacks if isinstance(callback, Callback)]
-    return Trainer(max_epochs=epochs, callbacks=hooks, **options | kwargs)
+    return Trainer(callbacks=hooks, **QUIET | options | kwargs)
 
 
 def ema(buffers: Any = "average", **options: Any) -> Callable[..., Callback]:

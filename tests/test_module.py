@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import Logger
 from lightning_kd.tasks import Classification
+from project import QUIET
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -55,9 +56,7 @@ def loader() -> DataLoader[Any]:
 
 
 def trainer(logger: Logger | bool = False, **kwargs: Any) -> Trainer:
-    quiet = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-    options: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "limit_val_batches": 0}
-    return Trainer(logger=logger, **dict.fromkeys(quiet, False) | options | kwargs)
+    return Trainer(**QUIET | {"logger": logger, "log_every_n_steps": 1, "limit_val_batches": 0} | kwargs)
 
 
 def module(teacher: nn.Module | None = None, **kwargs: Any) -> DistillationModule:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning_kd.tasks import Detection, Segmentation
 from PIL import Image
+from project import QUIET
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
@@ -19,8 +20,7 @@ from lightning_kd.predictions import LabelMaps
 
 
 def predict(module: L.LightningModule, data: L.LightningDataModule, output: Path) -> None:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    run = L.Trainer(accelerator="cpu", callbacks=[SavePredictions(output)], **quiet)
+    run = L.Trainer(callbacks=[SavePredictions(output)], **QUIET)
     run.predict(module, datamodule=data, return_predictions=False)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from project import QUIET
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
@@ -146,15 +147,7 @@ class Data(LightningDataModule):
 def test_samples_are_what_training_step_would_get(door: str, precision: Any) -> None:
     loader = DataLoader(TensorDataset(torch.arange(12.0).reshape(4, 3)), batch_size=2)
     module = Probe(loader if door == "module" else None)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(max_steps=1, precision=precision, **QUIET)
     given = {"argument": {"train_dataloaders": loader}, "module": {}, "datamodule": {"datamodule": Data(loader)}}
     trainer.fit(module, **given[door])
     assert torch.equal(module.samples[0], module.batch[0])

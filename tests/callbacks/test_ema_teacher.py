@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from lightning_kd.callbacks import Distillation, EMATeacher, WeightScheduler
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,21 +38,11 @@ def loader() -> DataLoader:
 
 
 def fit(module: LightningModule, *callbacks: Callback, ckpt_path: Path | None = None, **kwargs: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "num_sanity_val_steps": 0,
-    }
     if ckpt_path:  # Lightning wants what made the checkpoint
-        options["enable_checkpointing"], callbacks = (
-            True,
-            (*callbacks, ModelCheckpoint(ckpt_path.parent, filename="resumed")),
-        )
-    run = Trainer(callbacks=list(callbacks), **options | kwargs)
+        callbacks = (*callbacks, ModelCheckpoint(ckpt_path.parent, filename="resumed"))
+    saves = any(isinstance(each, ModelCheckpoint) for each in callbacks)
+    options = {"max_epochs": 2, "enable_checkpointing": saves, "num_sanity_val_steps": 0}
+    run = Trainer(callbacks=list(callbacks), **QUIET | options | kwargs)
     run.fit(module, loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
     return run
 

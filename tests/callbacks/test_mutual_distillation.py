@@ -17,6 +17,7 @@ from lightning_kd.callbacks import (
     WeightScheduler,
 )
 from lightning_kd.tasks import Classification
+from project import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -93,16 +94,9 @@ def mutual(*peers: nn.Module, terms: dict[str, Term] | None = None, **kwargs: An
 
 
 def trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(callbacks=list(callbacks), **options | kwargs)
+    saves = any(isinstance(each, ModelCheckpoint) for each in callbacks)
+    options = {"max_epochs": 2, "enable_checkpointing": saves, "num_sanity_val_steps": 0}
+    return Trainer(callbacks=list(callbacks), **QUIET | options | kwargs)
 
 
 def fit(module: LightningModule, *callbacks: Callback, **kwargs: Any) -> Trainer:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning_kd.callbacks import Distillation, TeacherCache
 from lightning_kd.tasks import Classification
 from processes import run_script
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -63,16 +64,7 @@ def fit(*callbacks: Callback, data: Any = None, module: Any = None, epochs: int 
     module = module or Module()
     loader = DataLoader(digits() if data is None else data, **({"batch_size": 10} | options))
     torch.manual_seed(2)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = Trainer(callbacks=list(callbacks), **QUIET | {"max_epochs": epochs, "limit_val_batches": 0})
     trainer.fit(module, loader, loader if isinstance(module, DistillationModule) else None)
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
@@ -181,16 +173,8 @@ def test_loaders_that_are_made_anew_each_epoch_and_several_at_once(tmp_path: Pat
             return super().training_step(batch[0] if isinstance(batch[0], list) else batch, batch_idx)
 
     def run(data: Anew) -> None:
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=3,
-            reload_dataloaders_every_n_epochs=1,
-            callbacks=[distillation(), TeacherCache(tmp_path)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        options = QUIET | {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+        trainer = Trainer(callbacks=[distillation(), TeacherCache(tmp_path)], **options)
         trainer.fit(OfTheFirst(), data)
 
     run(data := Anew())

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning_kd.callbacks import Distillation, EMATeacher, TemperatureScheduler, WeightScheduler
 from lightning_kd.tasks import Classification
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -75,16 +76,8 @@ def fit(
     *callbacks: Callback, module: LightningModule | None = None, resume: Path | None = None, **kwargs: Any
 ) -> tuple[History, LightningModule]:
     history, module = History(), module or Module()
-    options: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=history,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options | kwargs,
-    )
+    options = QUIET | {"max_epochs": 2, "logger": history, "log_every_n_steps": 1}
+    trainer = Trainer(callbacks=list(callbacks), **options | kwargs)
     val = loader() if isinstance(module, DistillationModule) else None
     trainer.fit(module, loader(), val, ckpt_path=resume, weights_only=True if resume else None)
     return history, module

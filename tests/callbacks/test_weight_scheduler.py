@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_kd.callbacks import Distillation, WeightScheduler
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -33,15 +34,7 @@ def fit(weight: float | schedules.Schedule, *schedulers: WeightScheduler) -> tup
     torch.manual_seed(1)
     module, term = Module(), Term(losses.KD(), weight=weight)
     own = Distillation(nn.Linear(4, 3), {"kd": term}, student="model")
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=[own, *schedulers],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = Trainer(callbacks=[own, *schedulers], **QUIET | {"max_epochs": 2})
     trainer.fit(module, DataLoader(torch.randn(8, 4, generator=torch.Generator().manual_seed(2)), batch_size=2))
     return module, term
 

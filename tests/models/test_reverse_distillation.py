@@ -7,6 +7,7 @@ import lightning as pl
 import pytest
 import torch
 from lightning_kd.tasks import AnomalyDetection
+from project import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,10 +129,7 @@ def test_it_learns_bricks_by_its_own_encoder() -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             steps.append(float(trainer.callback_metrics["train/rd"]))
 
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=10, limit_val_batches=0, callbacks=Watch(), logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = pl.Trainer(callbacks=Watch(), **QUIET | {"max_epochs": 10, "limit_val_batches": 0})
     trainer.fit(module, datamodule=data)
     assert steps[-1] < 0.75 * steps[0]
     assert all(torch.equal(value, before[key]) for key, value in network.encoder.state_dict().items())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning_kd.tasks import AnomalyDetection, Classification
+from project import QUIET
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
@@ -32,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
 ]
 
-QUIET = {
+SHORT = {
     "accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False,
     "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1,
 }  # fmt: skip
@@ -92,7 +93,7 @@ def test_a_student_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_pa
         student, teacher, LAYERS, optimizer=torch.optim.AdamW, pre_processor=_pre_processor(), visualizer=True
     )
     before, fresh = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
-    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    engine = Engine(**SHORT, default_root_dir=tmp_path, logger=False)
     data = folder()
     engine.fit(module, datamodule=data)
     assert all(engine.trainer.callback_metrics[f"train/stfpm{i}"] > 0 for i in range(2))
@@ -125,7 +126,7 @@ def test_a_network_that_teaches_itself_runs_in_the_engine(folder: Callable[..., 
     compared: dict[str, Any] = {"levels": ["decoder[:]"], "teacher_levels": ["encoder[:]"], "combine": "sum"}
     compared |= {"smoothing": 2.0, "pre_processor": _pre_processor()}
     module = StudentTeacherModule(network, network, optimizer=torch.optim.AdamW, visualizer=False, **compared)
-    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    engine = Engine(**SHORT, default_root_dir=tmp_path, logger=False)
     data = folder()
     engine.fit(module, datamodule=data)
     assert engine.trainer.callback_metrics["train/stfpm0"] > 0
@@ -151,7 +152,7 @@ def test_efficient_ad_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp
     given: dict[str, Any] = {"unrelated": UnrelatedImages(), "pre_processor": _pre_processor(), "visualizer": False}
     module = EfficientADModule(EfficientADStudent(8, (64, 64), width=4), describer, **given)
     fresh = copy.deepcopy(module.model.student.state_dict())
-    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    engine = Engine(**SHORT, default_root_dir=tmp_path, logger=False)
     data = folder()
     engine.fit(module, datamodule=data)
     logged = engine.trainer.callback_metrics
@@ -192,7 +193,7 @@ def test_a_student_that_draws_maps_runs_in_the_engine(folder: Callable[..., Any]
     terms = {"map": Term(losses.FitNet(), student="anomaly_map", teacher="anomaly_map")}
     how: dict[str, Any] = {"terms": terms, "optimizer": torch.optim.AdamW, "visualizer": False}
     module = AnomalibDistillation(AnomalyDetection(), student, teacher, **how, pre_processor=_pre_processor())
-    engine = Engine(**QUIET, default_root_dir=tmp_path, logger=False)
+    engine = Engine(**SHORT, default_root_dir=tmp_path, logger=False)
     data = folder()
     engine.fit(module, datamodule=data)
     logged = engine.trainer.callback_metrics
@@ -228,7 +229,7 @@ def test_anomalib_s_own_learn_from_a_bigger_teacher_through_the_callback(
 
     module, student, term = _own(name)
     callback = Distillation(teacher=squeezenet1_1(), student=student, terms={"hint": term})
-    how = dict(QUIET)
+    how = dict(SHORT)
     if name == "EfficientAd":  # would download its teacher, and Imagenette
         module.imagenet_dir = root
         how["limit_val_batches"] = 0  # its quantiles are of all images
@@ -261,10 +262,7 @@ def test_a_small_network_learns_the_maps_of_patchcore() -> None:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     )
     data = Textures(train_size=32, test_size=16, batch_size=16)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=6, limit_val_batches=0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = pl.Trainer(**QUIET | {"max_epochs": 6, "limit_val_batches": 0})
 
     def correlation() -> float:
         data.setup("test")
@@ -301,10 +299,7 @@ def test_a_decoder_learns_what_its_own_encoder_saw() -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             steps.append(float(trainer.callback_metrics["train/rd"]))
 
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=4, limit_val_batches=0, callbacks=Watch(), logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = pl.Trainer(callbacks=Watch(), **QUIET | {"max_epochs": 4, "limit_val_batches": 0})
     trainer.fit(module, datamodule=data)
     assert steps[-1] < 0.75 * steps[0]
     for key, value in network.state_dict().items():

@@ -8,6 +8,7 @@ import lightning as pl
 import pytest
 import torch
 from lightning_kd.tasks import AnomalyDetection
+from project import QUIET
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -19,10 +20,6 @@ from lightning_kd.data import Textures
 from lightning_kd.models import AnomalyNet
 from lightning_kd.teachers import Frozen
 
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-    "enable_model_summary": False,
-}  # fmt: skip
 LAYERS = ["level1", "level2", "level3"]
 
 
@@ -191,7 +188,7 @@ def test_a_student_learns_to_differ_from_its_teacher_where_something_is_not_norm
     data = Textures(train_size=96, test_size=32, batch_size=16)
     how = {**QUIET, "limit_val_batches": 0}
     teacher = DistillationModule(task=AnomalyDetection(), student=AnomalyNet(width=8))
-    pl.Trainer(**how, max_epochs=3).fit(teacher, datamodule=data)
+    pl.Trainer(**how | {"max_epochs": 3}).fit(teacher, datamodule=data)
     module = DistillationModule(
         task=AnomalyDetection(difference=LAYERS),
         student=AnomalyNet(width=4, level_channels=(8, 16, 32)),
@@ -199,7 +196,7 @@ def test_a_student_learns_to_differ_from_its_teacher_where_something_is_not_norm
         terms={name: Term(losses.STFPM(), student=name, teacher=name) for name in LAYERS},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
     )
-    trainer = pl.Trainer(**how, max_epochs=4)
+    trainer = pl.Trainer(**how | {"max_epochs": 4})
     (before,) = trainer.test(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
     (after,) = trainer.test(module, datamodule=data, verbose=False)

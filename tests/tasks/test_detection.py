@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning_kd.tasks import Detection
 from processes import run_script
+from project import QUIET
 from torch import Tensor, nn
 from torchvision.models import detection as torchvision_detection
 from torchvision.models.detection import (
@@ -52,8 +53,7 @@ def batch(scenes: BoxScenes) -> Batch:
 
 
 def trainer(*callbacks: L.Callback, **given: Any) -> L.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(callbacks=list(callbacks), **({"max_epochs": 1, "accelerator": "cpu"} | quiet | given))
+    return L.Trainer(callbacks=list(callbacks), **QUIET | given)
 
 
 class Plain(L.LightningModule):

@@ -10,17 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import EfficientAD
+from project import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kd import DistillationModule, Distiller, Term, losses
 from lightning_kd.data import Textures, UnrelatedImages
 from lightning_kd.models import AnomalyNet, EfficientADDetector, EfficientADStudent, PatchDescriber, Standardized
-
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-    "enable_model_summary": False, "max_epochs": 1,
-}  # fmt: skip
 
 
 def _terms() -> dict[str, Term]:

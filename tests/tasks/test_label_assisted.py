@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning_kd.tasks import LabelAssisted, Segmentation
+from project import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,8 +25,7 @@ class Net(nn.Sequential):
 
 
 def fit(module: DistillationModule) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer = Trainer(**QUIET)
     trainer.fit(module, datamodule=MaskScenes(batch_size=8, train_size=16, val_size=8, test_size=2, size=32))
     return trainer
 

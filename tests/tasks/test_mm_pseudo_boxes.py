@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import MMDetection, MMPseudoBoxes
 from processes import run_script
+from project import QUIET
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -49,8 +50,7 @@ def batch() -> Batch:
 
 
 def trainer(**given: Any) -> L.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(**({"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0} | quiet | given))
+    return L.Trainer(**QUIET | {"limit_val_batches": 0} | given)
 
 
 def self_training(task: MMPseudoBoxes, student: nn.Module, teacher: nn.Module | None = None) -> DistillationModule:

@@ -11,6 +11,7 @@ import torch
 from lightning_kd.tasks import MMDetection
 from lightning_kd.tasks.mmdetection import ToTeacher
 from processes import run_script
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -77,8 +78,7 @@ def task() -> MMDetection:
 
 
 def trainer(*callbacks: L.Callback, **given: Any) -> L.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(callbacks=list(callbacks), **({"max_epochs": 1, "accelerator": "cpu"} | quiet | given))
+    return L.Trainer(callbacks=list(callbacks), **QUIET | given)
 
 
 def know_something_else(model: nn.Module) -> None:

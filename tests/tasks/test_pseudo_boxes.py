@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning_kd.tasks import Detection, PseudoBoxes
+from project import QUIET
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -156,8 +157,7 @@ def test_the_module_door(kind: str, scenes: BoxScenes) -> None:
     before = copy.deepcopy(student.state_dict())
     burn_in = int(kind == "semi-supervised")
     module = DistillationModule(PseudoBoxes(10, score=0.02, burn_in=burn_in), student, teacher, terms)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    run = L.Trainer(max_epochs=1 + burn_in, accelerator="cpu", limit_val_batches=0, **quiet)
+    run = L.Trainer(**QUIET | {"max_epochs": 1 + burn_in, "limit_val_batches": 0})
     seen: list[tuple[int, bool]] = []
 
     def note(_: nn.Module, args: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning_kd.callbacks import Distillation
 from lightning_kd.tasks import Retrieval
+from project import QUIET
 from pytorch_metric_learning.losses import ArcFaceLoss, MultiSimilarityLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from torch import Tensor, nn
@@ -18,10 +19,6 @@ from lightning_kd import DistillationModule, Term, losses
 from lightning_kd.cli import main
 from lightning_kd.data import UnseenDigits
 from lightning_kd.models import Embedder, SmallEmbedder
-
-QUIET: dict[str, Any] = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def net(width: int = 4, dim: int = 16) -> SmallEmbedder:

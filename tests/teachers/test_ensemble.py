@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd.tasks import Classification
 from processes import run_script
+from project import QUIET
 from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
@@ -374,9 +375,8 @@ def loader(batch_size: int = 8) -> DataLoader:
 
 
 def trainer(*callbacks: Callback, epochs: int = 1, **kwargs: Any) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    options = {"accelerator": "cpu", "max_epochs": epochs, "num_sanity_val_steps": 0}
-    return Trainer(callbacks=list(callbacks), **quiet | options | kwargs)
+    options = {"max_epochs": epochs, "num_sanity_val_steps": 0}
+    return Trainer(callbacks=list(callbacks), **QUIET | options | kwargs)
 
 
 def ensemble(weights: Any = None, norm: bool = True, **kwargs: Any) -> Ensemble:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_kd.callbacks import MutualDistillation
+from project import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,8 +44,7 @@ def batches() -> DataLoader:
 
 
 def fit(callback: MutualDistillation, module: LightningModule, epochs: int = 2) -> None:
-    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    run = Trainer(accelerator="cpu", max_epochs=epochs, enable_checkpointing=False, callbacks=[callback], **options)
+    run = Trainer(callbacks=[callback], **QUIET | {"max_epochs": epochs})
     run.fit(module, batches())
 
 

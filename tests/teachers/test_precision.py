@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_kd.callbacks import EMATeacher
 from lightning_kd.tasks import Classification
+from project import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -154,10 +155,7 @@ def test_through_both_doors_and_in_an_ensemble() -> None:
         if teacher is own:
             terms["hint"] = Term(losses.FitNet(), student="conv", teacher="conv")
         module = DistillationModule(Classification(5), Net(4), teacher, terms)
-        trainer = Trainer(
-            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
-        )  # fmt: skip
+        trainer = Trainer(**QUIET)
         trainer.test(module, data, verbose=False)
         trainer.fit(module, data, data)
         assert all(0 < trainer.callback_metrics[f"train/{name}"] < float("inf") for name in terms)
