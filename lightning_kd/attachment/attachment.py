@@ -1,6 +1,7 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_kd.attachment.batches import batch_of
-from lightning_kd.attachment.guest import GUEST, Guest
+from lightning_kd.attachment.guest import GUEST, Guest, without_guests
 from lightning_kd.attachment.labels import Label, Labels
 from lightning_kd.attachment.log import Log
 from lightning_kd.attachment.moments import Moments
@@ -87,6 +88,8 @@ class Attachment(Callback):
         self._steps_done = 0
         self._ready = False
         self._was_called = False
+        self._restored = False
+        self._taught: weakref.ref[nn.Module] | None = None
         self._log = Log(prog_bar)
         self._moment = Moments()
         self._check = FiniteCheck()
@@ -95,7 +98,7 @@ class Attachment(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches()}
-        return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None}
+        return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None, "_taught": None}
 
     @property
     def state_key(self) -> str:
@@ -109,6 +112,7 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
+        self._restored = False
         if self is attachments_of(trainer)[0]:
             for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
                 delattr(pl_module, name)  # of the fit in which this copy of a module was taken
@@ -141,7 +145,14 @@ class Attachment(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns how long the run is, if a schedule has to know, and tells the teacher that it begins."""
         self._measure_run(trainer)
-        refuse_forgotten(trainer, self._student_in(pl_module))
+        student = self._student_in(pl_module)
+        refuse_forgotten(trainer, student)
+        if self._taught is not None and self._taught() is not student and self._has_parameters() and not self._restored:
+            raise ValueError(
+                f"This {type(self).__name__} has learned with another student ({', '.join(self.distiller.terms)}), and "
+                "this one would begin with that. Make a new one for each student and for each seed."
+            )
+        self._taught = weakref.ref(student)
         self._steps_done = trainer.global_step
         self.distiller.teacher.begin()
 
@@ -304,6 +315,7 @@ class Attachment(Callback):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         restore(self.distiller, state)
+        self._restored = True
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guest = f"{GUEST}_{self._all.index(self)}" if self is not self._all[0] else GUEST
@@ -363,7 +375,7 @@ class Attachment(Callback):
             self._begin_step(args, kwargs)
             of_batch = self._read(batch_of(args, kwargs))
             labels = functools.cache(lambda: of_batch(self.distiller.labels_of_losses))
-            with self.distiller.watch(of_batch) as calls:
+            with self.distiller.watch(of_batch) as calls, without_guests(pl_module):
                 result = training_step(*args, **kwargs)
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(task_loss, Tensor):  # the module skips this batch, or Lightning says what is wrong

@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserDict, deque
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from itertools import islice
 from numbers import Number
 from typing import Any
@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_kd.holding import attributes_of
 from lightning_kd.overwriting import Given
+from lightning_kd.watching import Arguments
 from lightning_kd.wiring import describe
 
 _PLAIN = (list, tuple, dict)
@@ -24,6 +25,11 @@ _WIDE = 10_000
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Returns the batch that a ``training_step`` was called with, its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_batch(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Returns the arguments of a step or hook with another batch."""
+    return ((batch, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): batch})
 
 
 def as_it_comes(batch: Any, made: dict[int, tuple[Any, Any]] | None = None) -> Any:
@@ -62,7 +68,11 @@ def _shallow(of: Any) -> Any:
     """Returns a copy of what holds tensors, and everything else itself."""
     if isinstance(of, Tensor):
         images = of.is_floating_point() or of.is_complex()
-        return of if images and not of.is_inference() else of.clone()
+        if images and not of.is_inference():
+            return of
+        cloned = of.clone()
+        vars(cloned).update(vars(of))
+        return cloned
     own = hasattr(type(of), "__copy__") and not hasattr(type(of), "__array_interface__")
     holds = own or isinstance(of, _KNOWN) or any(_holds(x) for _, x in attributes_of(of))
     # Where a copy is deleted, too, what it was copied from may be closed.
@@ -84,13 +94,18 @@ def _fill(copied: Any, made: dict[int, tuple[Any, Any]]) -> None:
     if isinstance(copied, dict) and len(copied) <= _WIDE:
         for key, x in list(dict.items(copied)):
             dict.__setitem__(copied, key, as_it_comes(x, made))
-    held = getattr(copied, "__dict__", None)
-    for name, x in list(attributes_of(copied)) if type(copied) not in _PLAIN and held is not copied else ():
+    own = type(copied) not in _PLAIN and getattr(copied, "__dict__", None) is not copied
+    for name, x in list(attributes_of(copied)) if own else ():
         if isinstance(x, Tensor) or type(x) in _PLAIN:
-            if held is not None and name in held:
-                held[name] = as_it_comes(x, made)
-            else:
-                object.__setattr__(copied, name, as_it_comes(x, made))
+            _set(copied, name, as_it_comes(x, made), like=copied)
+
+
+def _set(of: Any, name: str, x: Any, like: Any) -> None:
+    """Sets an attribute where another object of the kind has it, whatever its class says of setting."""
+    if name in getattr(like, "__dict__", {}):
+        vars(of)[name] = x
+    else:
+        object.__setattr__(of, name, x)
 
 
 def _holds(x: Any, deep: int = 2) -> bool:
@@ -109,22 +124,32 @@ def add_new(came: Any, now: Any, added: set[tuple[int, Any]], deep: int = 3) -> 
         added: What was put there, which is put there again.
         deep: How far lists, tuples and dicts are followed.
     """
-    if isinstance(now, (list, tuple)) and type(came) is type(now) and len(came) == len(now) <= _WIDE and deep:
-        for one, other in zip(came, now, strict=True):
-            add_new(one, other, added, deep - 1)
-    elif came is not now and type(came) is type(now) and deep:
-        before, after = _names(came), _names(now)
-        for name, x in after.items() if len(after) <= _WIDE else ():
-            if before.get(name) is None or (id(came), name) in added:
-                before[name] = x
-                added.add((id(came), name))
-            elif type(x) in _PLAIN:
-                add_new(before[name], x, added, deep - 1)
+    if came is now or type(came) is not type(now) or not deep:
+        return
+    before, after = _by_name(came), _by_name(now)
+    for name, x in after.items() if len(after) <= _WIDE else ():
+        missing = before.get(name) is None or (id(came), name) in added
+        if missing and not isinstance(came, tuple):
+            _put(came, name, x, now)
+            added.add((id(came), name))
+        elif type(x) in _PLAIN:
+            add_new(before.get(name), x, added, deep - 1)
 
 
-def _names(batch: Any) -> MutableMapping[Any, Any]:
-    """Returns what there is by name: the keys of a dict, the attributes of an object; nothing of other kinds."""
-    return batch if isinstance(batch, (dict, UserDict)) else getattr(batch, "__dict__", {})
+def _by_name(of: Any) -> Mapping[Any, Any]:
+    """Returns what there is by its key, its index or as an attribute."""
+    if isinstance(of, (dict, UserDict)):
+        return of
+    return dict(enumerate(of) if isinstance(of, (list, tuple)) else attributes_of(of))
+
+
+def _put(into: Any, name: Any, x: Any, like: Any) -> None:
+    if isinstance(into, (dict, UserDict)):
+        into[name] = x
+    elif isinstance(into, list):
+        into[name : name + 1] = [x]  # or behind the last
+    else:
+        _set(into, name, x, like)
 
 
 class Came:

@@ -1,6 +1,8 @@
 """A guest in a user's module: parameters that are trained there and that no state dict shows."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -33,6 +35,18 @@ class Guest(nn.Module):
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Returns nothing of its own."""
         return {} if destination is None else destination
+
+
+@contextmanager
+def without_guests(module: nn.Module) -> Iterator[None]:
+    """Lets a module be the user's own for a while: ``module.parameters()`` are those that it has without a fit."""
+    guests = {name: part for name, part in module._modules.items() if name.startswith(GUEST)}
+    for name in guests:
+        del module._modules[name]
+    try:
+        yield
+    finally:
+        module._modules.update(guests)
 
 
 def _forgive_guest(module: nn.Module, incompatible: Any) -> None:

@@ -1,7 +1,8 @@
 """Mutual distillation: several networks learn through one user's ``training_step``, and from each other."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
-from lightning_kd.attachment.batches import Came, batch_of
-from lightning_kd.attachment.guest import GUEST
+from lightning_kd.attachment.batches import Came, batch_of, with_batch
+from lightning_kd.attachment.guest import without_guests
 from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
-from lightning_kd.attachment.refusals import refuse_uncalled
+from lightning_kd.attachment.refusals import refuse_forgotten_peer, refuse_uncalled
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
 from lightning_kd.copying import own_copy
@@ -27,7 +28,7 @@ from lightning_kd.sharded_copies import shard_as
 from lightning_kd.sharding import is_sharded, reshard, sharded_as, whole
 from lightning_kd.teachers import Peers
 from lightning_kd.teachers.weights import peers_in
-from lightning_kd.watching import Call
+from lightning_kd.watching import Arguments, Call
 from lightning_kd.wiring import find_module
 
 _LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_end", "on_{}_epoch_end", "on_{}_end")
@@ -42,8 +43,12 @@ HOOKS = {
 """What is called of the peers' modules, too, right after the student's; what a batch or the trainer's loop needs once
 (the batch's transfer, the optimizer's step, the schedulers') is the student's alone."""
 
-STEPS = ("validation_step", "test_step")
-"""Those that get a batch which the student's may have changed."""
+ENDS = {
+    "training_step": "on_train_batch_end",
+    "validation_step": "on_validation_batch_end",
+    "test_step": "on_test_batch_end",
+}
+"""The hook that gets what a step had and returned."""
 
 
 @dataclass
@@ -54,9 +59,18 @@ class Peer:
     module: LightningModule
     network: nn.Module
     distiller: Distiller
-    output: Any = None
-    batch: Any = None
-    """That of its step, which its hooks get."""
+    begun: Any = None
+    """The batch that its hook has had, and that its step is to have."""
+    ended: Any = None
+    """What its step returned, and the batch that it had: of the hook that gets both, if it has one."""
+
+    def end(self, step: str, output: Any, batch: Any) -> None:
+        """Remembers that a step is over."""
+        self.ended = (output, batch) if is_overridden(ENDS[step], self.module) else None
+
+
+ArgumentsOf = Callable[[Peer], Arguments]
+"""Gives a peer the arguments of its own step or hook."""
 
 
 class MutualAttachment(Attachment):
@@ -87,7 +101,7 @@ class MutualAttachment(Attachment):
     ) -> None:
         super().__init__(distiller, student, labels, task_weight, prog_bar)
         self._members: list[Peer] = []
-        self._came: Came | None = None
+        self._theirs: ArgumentsOf | None = None
         self._mirrors: dict[str, Distiller] = {}
         if distiller.teacher_input is not None or distiller.student_input is not None:
             raise ValueError(
@@ -102,7 +116,7 @@ class MutualAttachment(Attachment):
                 )
 
     def _undo_all(self) -> None:
-        self._came = None
+        self._theirs = None
         super()._undo_all()
 
     @property
@@ -118,7 +132,7 @@ class MutualAttachment(Attachment):
         return self.teacher.peers
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_members": [], "_came": None}
+        return {**super().__getstate__(), "_members": [], "_theirs": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wraps the module's methods; where it is only evaluated, so that the peers are evaluated, too."""
@@ -133,6 +147,12 @@ class MutualAttachment(Attachment):
                 self._host(pl_module, nn.ModuleList([peer.module for peer in self._others]))
 
             self._patches.replace(pl_module, "configure_model", configure_model_and_peers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses peers that would not learn."""
+        super().on_train_start(trainer, pl_module)
+        for peer in self._others:
+            refuse_forgotten_peer(trainer, self._members[0].network, peer.name, peer.network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
@@ -253,7 +273,7 @@ class MutualAttachment(Attachment):
             for i, given in enumerate(self.peers, 1):
                 name = f"peer{i}"
                 terms = self._mirrors.setdefault(name, self.distiller.mirrored(self.teacher))
-                members.append(Peer(name, *self._module_of(given, pl_module, student), terms))
+                members.append(Peer(name, *self._module_of(name, given, pl_module, student), terms))
             self._members = members
         shared = {id(p) for p in student.parameters()}
         for peer in self._others:
@@ -269,7 +289,7 @@ class MutualAttachment(Attachment):
         def part() -> None:
             for peer in self._others:
                 peer.distiller.set_teacher(self.teacher)
-                peer.output = None
+                peer.begun = peer.ended = None
                 vars(peer.module).pop("log", None)
                 peer.module.trainer = None
                 if not is_sharded(peer.module):
@@ -281,7 +301,7 @@ class MutualAttachment(Attachment):
                 self._patches.replace(pl_module, hook, self._calling_all(getattr(pl_module, hook), hook))
 
     def _module_of(
-        self, peer: nn.Module, pl_module: LightningModule, student: nn.Module
+        self, name: str, peer: nn.Module, pl_module: LightningModule, student: nn.Module
     ) -> tuple[LightningModule, nn.Module]:
         """Returns the module in which a peer runs, and the network in it."""
         if isinstance(peer, LightningModule):
@@ -295,15 +315,13 @@ class MutualAttachment(Attachment):
                 "LightningModules as peers."
             )
         shard_as(peer, student)
-        module = own_copy(pl_module, {id(student): peer, id(self): self})
+        module = own_copy(pl_module, {id(student): peer, id(self): self, **_tied(pl_module, student, name, peer)})
         module._metric_attributes = None  # by which Lightning finds the original's metrics
         return module, peer
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._random = _collect_rng_states()
-        self._came = Came((args, kwargs))
-        for peer in self._others:
-            peer.batch = None
+        self._theirs = self._arguments("training_step", args, kwargs)
 
     def _total(
         self,
@@ -315,21 +333,19 @@ class MutualAttachment(Attachment):
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         found, tasks = [calls], [task_loss]
-        came, self._came = self._came, None
-        assert came is not None
+        theirs_of, self._theirs = self._theirs, None
+        assert theirs_of is not None
         for peer in self._others:
-            peer.module._current_fx_name = self._members[0].module._current_fx_name
-            own_args, own_kwargs = came.again("training_step")
-            peer.batch = batch_of(own_args, own_kwargs)
-            with peer.distiller.watch() as theirs, isolate_rng():
-                _set_rng_states(self._random)  # noise, mixup: all networks see the same
+            own_args, own_kwargs = theirs_of(peer)
+            with peer.distiller.watch() as theirs, self._as_the_student(peer, self._random):
                 result = peer.module.training_step(*own_args, **own_kwargs)
             loss = result.get("loss") if isinstance(result, Mapping) else result
             if loss is None:  # what one skips, nobody can learn from
                 return None
             if not isinstance(loss, Tensor):
                 raise ValueError(f"training_step returned a loss for the student and {loss!r} for {peer.name}.")
-            peer.output = recursive_detach({**(result if isinstance(result, Mapping) else {}), "loss": loss})
+            output = {**(result if isinstance(result, Mapping) else {}), "loss": loss}
+            peer.end("training_step", recursive_detach(output), batch_of(own_args, own_kwargs))
             refuse_uncalled(theirs, self.student, peer.module)
             found.append(theirs)
             tasks.append(loss)
@@ -374,12 +390,8 @@ class MutualAttachment(Attachment):
     def _optimizing(self, configure_optimizers: Callable[[], Any]) -> Callable[[], Any]:
         @functools.wraps(configure_optimizers)
         def configure_optimizers_of_all() -> Any:
-            pl_module = self._members[0].module
-            guest = pl_module._modules.pop(GUEST)  # self.parameters() would be everybody's, in the student's groups
-            try:
+            with without_guests(self._members[0].module):  # whose parameters would be in the student's groups
                 result = configure_optimizers()
-            finally:
-                pl_module._modules[GUEST] = guest
             optimizers = list(optimizers_of(result))
             if optimizers:
                 for peer in self._others:
@@ -394,21 +406,83 @@ class MutualAttachment(Attachment):
 
         @functools.wraps(own)
         def hook_of_all(*args: Any, **kwargs: Any) -> Any:
-            came = Came((args, kwargs)) if hook in STEPS else None
-            result = own(*args, **kwargs)
+            random = _collect_rng_states()
+            theirs_of = self._arguments(hook, args, kwargs)
+            with without_guests(self._members[0].module):
+                result = own(*args, **kwargs)
             for peer in self._others:
-                if is_overridden(hook, peer.module):
-                    peer.module._current_fx_name = self._members[0].module._current_fx_name
-                    theirs_args, theirs_kwargs = came.again(hook) if came else (args, kwargs)
-                    if hook.endswith("batch_end"):
-                        theirs_args = peer.output, args[1] if peer.batch is None else peer.batch, *args[2:]
-                        peer.output = peer.batch = None
-                    theirs = getattr(peer.module, hook)(*theirs_args, **theirs_kwargs)
-                    if came:
-                        peer.output, peer.batch = theirs, batch_of(theirs_args, theirs_kwargs)
+                if not is_overridden(hook, peer.module):
+                    continue
+                theirs, named = theirs_of(peer)
+                with self._as_the_student(peer, random):
+                    returned = getattr(peer.module, hook)(*theirs, **named)
+                if hook.endswith("batch_start"):
+                    peer.begun = batch_of(theirs, named)
+                elif hook in ENDS:
+                    peer.end(hook, returned, batch_of(theirs, named))
             return result
 
         return hook_of_all
+
+    def _arguments(self, hook: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentsOf:
+        """Returns what gives a peer the arguments of its own step or hook, when the student's is over.
+
+        Its batch is the one that its own hook has had before, or as it came, or of a step that is over its own.
+        """
+        begun: dict[str, Any] = {}
+        for peer in self._others if hook in ENDS or hook.endswith("batch_start") else []:
+            begun[peer.name] = peer.begun if hook in ENDS else None
+            peer.begun = None
+        came = Came((args, kwargs)) if any(batch is None for batch in begun.values()) else None
+
+        def arguments_of(peer: Peer) -> Arguments:
+            if begun.get(peer.name) is not None:
+                return with_batch(begun[peer.name], args, kwargs)
+            if came is not None:
+                found: Arguments = came.again(hook)
+                return found
+            if hook in ENDS.values() and peer.ended is not None:
+                ended, peer.ended = peer.ended, None
+                return (*ended, *args[2:]), kwargs
+            return args, kwargs
+
+        return arguments_of
+
+    @contextmanager
+    def _as_the_student(self, peer: Peer, random: dict[str, Any]) -> Iterator[None]:
+        """Lets a peer log where the student does, and draw the numbers that the student drew: noise, mixup."""
+        peer.module._current_fx_name = self._members[0].module._current_fx_name
+        with isolate_rng():
+            _set_rng_states(random)
+            yield
+
+
+def _tied(pl_module: LightningModule, student: nn.Module, name: str, peer: nn.Module) -> dict[int, Any]:
+    """Returns the peer's parts for those of the student that the module has elsewhere, too: tied weights, aliases.
+
+    Raises:
+        ValueError: If the peer has none of that name.
+    """
+
+    def parts_of(network: nn.Module) -> dict[str, Any]:
+        return {**dict(network.named_modules()), **dict(network.named_parameters()), **dict(network.named_buffers())}
+
+    parts, found = parts_of(peer), {}
+    names = {id(part): path for path, part in parts_of(student).items() if path}
+    inside = {id(part) for part in student.modules()}
+    for path, owner in pl_module.named_modules():
+        held = {**owner._modules, **owner._parameters, **owner._buffers} if id(owner) not in inside else {}
+        for key, part in held.items():
+            if id(part) not in names:
+                continue
+            if names[id(part)] not in parts:
+                raise ValueError(
+                    f"{'.'.join(filter(None, (path, key)))} of {type(pl_module).__name__} is {names[id(part)]!r} of "
+                    f"the student, and {name}, a {type(peer).__name__}, has none: in its copy of the module the "
+                    "student's would be there. Give a peer that has it, or let the module find it in the student."
+                )
+            found[id(part)] = parts[names[id(part)]]
+    return found
 
 
 def _log_as(peer: Peer) -> None:

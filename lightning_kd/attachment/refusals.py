@@ -105,13 +105,34 @@ def refuse_forgotten(trainer: Trainer, student: nn.Module) -> None:
     """Refuses a student that no optimizer knows: its terms would teach nothing."""
     if type(trainer.strategy).__name__ not in PLAIN:
         return  # others have parameters of their own
-    known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    known = _optimized(trainer)
     learning = [p for p in student.parameters() if p.requires_grad]
     if trainer.optimizers and learning and not any(id(p) in known for p in learning):
         raise ValueError(
             f"None of the student's parameters, those of a {type(student).__name__}, is in an optimizer, so it would "
             "learn nothing. Give them to one in configure_optimizers, or say with student= which module learns."
         )
+
+
+def refuse_forgotten_peer(trainer: Trainer, student: nn.Module, name: str, peer: nn.Module) -> None:
+    """Refuses a peer of which an optimizer knows nothing, or less than of the student."""
+    if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers:
+        return
+    known = _optimized(trainer)
+    learning = [key for key, p in peer.named_parameters() if p.requires_grad]
+    left = [key for key, p in peer.named_parameters() if p.requires_grad and id(p) not in known]
+    whole = all(id(p) in known for p in student.parameters() if p.requires_grad)
+    if left and (whole or len(left) == len(learning)):
+        raise ValueError(
+            f"{len(left)} of the {len(learning)} parameters of {name} are in no optimizer, {left[0]} for one, so that "
+            "it would not learn as the student does. A peer runs in a copy of the LightningModule, whose "
+            "configure_optimizers is called, too: let that ask self for the parameters, self.model.parameters(), and "
+            "not an optimizer, a list or a network from before."
+        )
+
+
+def _optimized(trainer: Trainer) -> set[int]:
+    return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def refuse_changing_accumulation(trainer: Trainer) -> None:

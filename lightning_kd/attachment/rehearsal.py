@@ -52,6 +52,7 @@ def rehearse(
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
         stack.enter_context(_state_restored(pl_module))
+        stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
         stack.enter_context(_silent(pl_module))
         # Hooks that a compiled module meets only later would never fire.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -77,7 +78,7 @@ def first_samples(trainer: Trainer, pl_module: LightningModule) -> Any:
     """Returns a small training batch on the student's device, in the format of the module's own batches.
 
     No worker is started, and no sampler of torch's that counts is asked; others are asked for one batch, and their
-    generators put back. An iterable data set gives its first batch.
+    generators put back. An iterable data set gives its first batch, as does a loader that iterates in its own way.
     """
     # The one place where Lightning keeps the loader before the loop makes it, whichever way it was given.
     loader = trainer.fit_loop._data_source.dataloader()
@@ -94,7 +95,10 @@ def _small_batch(loader: Any) -> Any:
     if isinstance(loader, (list, tuple)):
         return [_small_batch(value) for value in loader]
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        return _of_indices(loader)
+        if type(loader).__iter__ is DataLoader.__iter__:
+            return _of_indices(loader)
+        with _generators_restored(loader, loader.sampler, loader.batch_sampler):
+            return next(iter(loader))  # a class that makes its own batches
     if isinstance(loader, Iterator):
         raise ValueError(
             "The training data is an iterator, which can be read only once, and projectors need a batch of it before "
@@ -167,6 +171,7 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
 def _state_restored(module: nn.Module) -> Iterator[None]:
     """Puts BatchNorm statistics and other buffers back, training modes, and what metrics have counted."""
     modes = [(part, part.training) for part in module.modules()]  # some networks freeze a part in their forward
+    held = [(part._buffers, dict(part._buffers)) for part in module.modules()]
     saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(part, _counted(part)) for part in module.modules() if isinstance(part, Metric)]
     try:
@@ -180,6 +185,8 @@ def _state_restored(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in saved:
                 buffer.copy_(value)
+        for buffers, before in held:
+            buffers.update(before)  # of which a forward may have made others
 
 
 def _counted(metric: Metric) -> dict[str, Any]:

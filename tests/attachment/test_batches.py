@@ -49,6 +49,12 @@ class Mixable:
     mixed: Tensor | None = None
 
 
+@dataclass(slots=True)
+class Slotted:
+    y: Tensor
+    mixed: Tensor | None = None
+
+
 def test_every_part_has_a_copy_of_its_own() -> None:
     """Copies of dicts that an object's copy makes on the way are freed, and ids with them."""
     for seed in range(50):
@@ -108,3 +114,25 @@ def test_what_is_new_goes_before_what_was_nothing() -> None:
             found = vars(part(came)) if isinstance(batch, Mixable) else part(came)
             assert found["mixed"] is value
             assert torch.equal(found["y"], y)
+
+
+def test_what_is_new_is_found_in_slots_and_lists() -> None:
+    slotted, items, growing = Slotted(torch.arange(2)), [torch.zeros(2), None], [torch.zeros(2)]
+    batch = {"slotted": slotted, "items": items, "growing": growing}
+    for part in (slotted, items, growing):
+        came, added = as_it_comes(part), set()
+        new = torch.ones(2)
+        if part is slotted:
+            slotted.mixed = new
+        else:
+            part[1:] = [new]
+        for _ in range(2):  # who asks again finds it again
+            add_new(came, part, added)
+            assert (came.mixed if part is slotted else came[1]) is new
+    assert len(batch["growing"]) == 2
+
+
+def test_attributes_of_labels_come_along() -> None:
+    labels = torch.arange(3)
+    labels.names = ["a", "b", "c"]
+    assert as_it_comes([labels])[0].names == labels.names

@@ -5,10 +5,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from project import QUIET
-from torch import Tensor
+from project import QUIET, Project, data, fit, hint, logged
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
+from lightning_kd import Distillation, Term, losses, teachers
 from lightning_kd.attachment.rehearsal import _small_batch, first_samples
 
 
@@ -153,3 +154,48 @@ def test_samples_are_what_training_step_would_get(door: str, precision: Any) -> 
     assert torch.equal(module.samples[0], module.batch[0])
     assert module.samples[0].dtype == module.batch[0].dtype
     assert torch.equal(module.samples[0].float(), 2 * torch.arange(6.0).reshape(2, 3) + 1)
+
+
+class Centred(nn.Module):
+    """Keeps a mean of its own, in a new tensor each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+def test_means_that_student_and_teacher_keep_are_as_before() -> None:
+    def with_means(width: int) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, width), nn.BatchNorm1d(width) if width == 16 else Centred(), nn.Linear(width, 4)
+        )
+
+    def run(projector: nn.Module | None) -> list[torch.Tensor]:
+        module, teacher = Project(), with_means(16)
+        module.model = with_means(8)
+        torch.manual_seed(1)
+        term = Term(losses.FitNet(), weight=0.0, student="0", teacher="0", projector=projector)
+        terms = {"hint": term, "kd": Term(losses.KD())}
+        distillation = Distillation(teachers.Frozen(teacher, mode="train"), terms, student="model")
+        fit(module, distillation, max_steps=1)
+        return [module.model[1].mean, teacher[1].running_mean, teacher[1].num_batches_tracked]
+
+    assert all(map(torch.equal, run(None), run(nn.Linear(8, 16))))
+
+
+def test_a_loader_that_makes_its_own_batches() -> None:
+    class Named(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            for x, y in super().__iter__():
+                yield {"x": x, "y": y}
+
+    class Naming(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    assert logged(fit(Naming(), hint(), batches=Named(data(), batch_size=4)))["train/hint"] > 0

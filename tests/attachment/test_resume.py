@@ -40,6 +40,17 @@ def test_two_teachers_with_terms_of_their_own_resume_exactly(tmp_path: Path) -> 
         assert torch.equal(value, resumed.state_dict()[key])
 
 
+def test_what_was_learned_with_another_student_is_no_others(tmp_path: Path) -> None:
+    callback = hint()
+    fit(Project(), callback).save_checkpoint(tmp_path / "run.ckpt")
+    fit(Project(), callback, max_epochs=2, resume=tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="Make a new one for each student and for each seed"):
+        fit(Project(), callback)
+    without = kd()
+    fit(Project(), without)
+    fit(Project(), without)  # which learns nothing
+
+
 def test_callbacks_in_another_order_do_not_resume(tmp_path: Path) -> None:
     fit(Project(), hint("a"), hint("b", width=12)).save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match="had its callbacks in the order"):

@@ -459,3 +459,14 @@ def test_a_second_fit_of_one_trainer_logs_its_terms_too() -> None:
     run.fit(module, loader())
     assert logged(run).keys() == first.keys()
     assert logged(run)["train/hint"] != first["train/hint"]
+
+
+def test_a_penalty_on_the_modules_parameters_is_on_no_projector() -> None:
+    class Penalized(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + sum(p.abs().sum() for p in self.parameters())
+
+    def task_loss(callback: Distillation) -> float:
+        return logged(fit(Penalized(), callback, max_steps=1))["train/task"]
+
+    assert task_loss(kd()) == task_loss(hint())

@@ -317,12 +317,13 @@ def test_what_is_scheduled_is_so_for_every_network_and_ends_with_the_fit() -> No
 
     callback = mutual(Net(7), Net(9), terms={"kd": Term(losses.KD(temperature=2.0), weight=0.3)})
     scheduled = (TemperatureScheduler("kd", schedules.Linear(8.0, 1.0)), WeightScheduler("kd", lambda done: 1 - done))
-    fit(Lit(), *scheduled, callback, See())
+    module = Lit()
+    fit(module, *scheduled, callback, See())
     for step, values in enumerate(seen):
         for name in ("", "peer1/", "peer2/"):
             assert values[f"{name}train/kd/temperature"] == pytest.approx(8.0 - 7.0 * step / 8)
             assert values[f"{name}train/kd/weight"] == pytest.approx(1 - step / 8)
-    fit(Lit(), callback, max_epochs=1)
+    fit(module, callback, max_epochs=1)
     for distiller in callback._distillers:
         ((_, term),) = distiller.named_terms()
         assert (term.loss.temperature, term.weight, term.schedules) == (2.0, 0.3, {})
@@ -676,3 +677,108 @@ def test_peers_are_tested_on_what_came_and_their_hooks_see_their_own_batch() -> 
     run.test(Scaling(), loader(), verbose=False)
     assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
     assert run.callback_metrics["mean"] != run.callback_metrics["peer1/mean"]
+
+
+@pytest.mark.parametrize("stage", ["train", "validation"])
+def test_hooks_before_a_batch_are_of_each_networks_own(stage: str) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Halving(Lit):
+        def _halve(self, batch: Any) -> None:
+            batch["x"], self.noise = batch["x"] / 2, torch.rand(1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if stage == "train":
+                seen.append((batch["x"], self.noise))
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if stage == "validation":
+                seen.append((batch["x"], self.noise))
+            super().validation_step((batch["x"], batch["y"]), batch_idx)
+
+    def hook(self: Halving, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._halve(batch)
+
+    setattr(Halving, f"on_{stage}_batch_start", hook)
+
+    def run(*callbacks: Callback) -> list[tuple[Tensor, Tensor]]:
+        seen.clear()
+        torch.manual_seed(3)
+        batches = [DataLoader([{"x": x, "y": y} for x, y in loader()], batch_size=None) for _ in range(2)]
+        options = {"max_epochs": 1, "limit_val_batches": 4 if stage == "validation" else 0}
+        module = Halving()
+        torch.manual_seed(5)
+        trainer(*callbacks, **options).fit(module, *batches)
+        return list(seen)
+
+    alone, together = run(), run(mutual(Net(4), Net(3)))
+    assert len(together) == 3 * len(alone) == 12
+    for i, each in enumerate(together):
+        assert all(map(torch.equal, each, alone[i // 3]))
+
+
+def test_a_hook_on_gradients_is_of_each_networks_own() -> None:
+    class Halving(Lit):
+        def on_after_backward(self) -> None:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= 2
+
+    def moved(lit: type[Lit]) -> list[Tensor]:
+        torch.manual_seed(0)
+        networks = [Net(5), Net(7)]
+        before = [each.head.bias.detach().clone() for each in networks]
+        fit(lit(networks[0]), mutual(networks[1]), max_steps=1)
+        return [each.head.bias.detach() - start for each, start in zip(networks, before, strict=True)]
+
+    for whole, half in zip(moved(Lit), moved(Halving), strict=True):
+        assert whole.any()
+        torch.testing.assert_close(half, whole / 2)
+
+
+@pytest.mark.parametrize("where", ["an optimizer", "a list", "a function"])
+def test_a_peer_that_no_optimizer_knows_is_told(where: str) -> None:
+    class Forgetting(Lit):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.kept: Any = {
+                "an optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+                "a list": list(model.parameters()),
+                "a function": lambda: torch.optim.SGD(model.parameters(), lr=0.1),
+            }[where]
+
+        def configure_optimizers(self) -> Any:
+            if isinstance(self.kept, list):
+                return torch.optim.SGD(self.kept, lr=0.1)
+            return self.kept() if where == "a function" else self.kept
+
+    with pytest.raises(
+        ValueError, match=r"6 of the 6 parameters of peer1 are in no optimizer, body\.0\.weight for one"
+    ):
+        fit(Forgetting(Net(5)), mutual(Net(7)))
+
+
+def test_what_the_module_has_of_the_student_elsewhere_is_the_peers_in_its_copy() -> None:
+    class Twofold(Lit):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.first = model.body
+            self.out = nn.Linear(4, 4, bias=False)
+            self.out.weight = model.tied
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + self.out(self.model(batch[0])).square().mean()
+
+    def tied(width: int) -> Net:
+        network = Net(width)
+        network.tied = nn.Parameter(torch.eye(4))
+        return network
+
+    callback = mutual(tied(7))
+    fit(Twofold(tied(5)), callback, max_epochs=1)
+    copied, peer = callback._members[1].module, callback.peers[0]
+    assert copied.out.weight is peer.tied
+    assert copied.first is peer.body
+    with pytest.raises(ValueError, match=r"out\.weight of Twofold is 'tied' of the student, and peer1, a Net, has"):
+        fit(Twofold(tied(5)), mutual(Net(7)))
