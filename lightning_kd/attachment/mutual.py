@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
@@ -14,10 +13,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
-from lightning_kd.attachment.batches import Came, batch_of, with_batch
+from lightning_kd.attachment.batches import batch_of
 from lightning_kd.attachment.guest import without_guests
 from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
+from lightning_kd.attachment.peers import ENDS, HOOKS, ArgumentsOf, Peer, arguments_of_all, log_as, tied_parts
 from lightning_kd.attachment.refusals import refuse_forgotten_peer, refuse_uncalled
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
@@ -28,49 +28,8 @@ from lightning_kd.sharded_copies import shard_as
 from lightning_kd.sharding import is_sharded, reshard, sharded_as, whole
 from lightning_kd.teachers import Peers
 from lightning_kd.teachers.weights import peers_in
-from lightning_kd.watching import Arguments, Call
+from lightning_kd.watching import Call
 from lightning_kd.wiring import find_module
-
-_LOOP = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "on_{}_batch_end", "on_{}_epoch_end", "on_{}_end")
-_TRAIN, _VALIDATE, _TEST = ([hook.format(loop) for hook in _LOOP] for loop in ("train", "validation", "test"))
-_VALIDATE, _TEST = [*_VALIDATE, "validation_step"], [*_TEST, "test_step"]
-_OPTIMIZE = ["on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
-HOOKS = {
-    "fit": ["on_fit_start", *_TRAIN, *_OPTIMIZE, *_VALIDATE, "on_fit_end"],
-    "validate": _VALIDATE,
-    "test": _TEST,
-}
-"""What is called of the peers' modules, too, right after the student's; what a batch or the trainer's loop needs once
-(the batch's transfer, the optimizer's step, the schedulers') is the student's alone."""
-
-ENDS = {
-    "training_step": "on_train_batch_end",
-    "validation_step": "on_validation_batch_end",
-    "test_step": "on_test_batch_end",
-}
-"""The hook that gets what a step had and returned."""
-
-
-@dataclass
-class Peer:
-    """One of the networks that learn: where it runs, and what it learns from the others."""
-
-    name: str
-    module: LightningModule
-    network: nn.Module
-    distiller: Distiller
-    begun: Any = None
-    """The batch that its hook has had, and that its step is to have."""
-    ended: Any = None
-    """What its step returned, and the batch that it had: of the hook that gets both, if it has one."""
-
-    def end(self, step: str, output: Any, batch: Any) -> None:
-        """Remembers that a step is over."""
-        self.ended = (output, batch) if is_overridden(ENDS[step], self.module) else None
-
-
-ArgumentsOf = Callable[[Peer], Arguments]
-"""Gives a peer the arguments of its own step or hook."""
 
 
 class MutualAttachment(Attachment):
@@ -284,7 +243,7 @@ class MutualAttachment(Attachment):
             others = [member.network for member in self._members if member is not peer]
             peer.distiller.set_teacher(Peers(others, self.teacher.imitate))
             peer.module.trainer = trainer
-            _log_as(peer)
+            log_as(peer)
 
         def part() -> None:
             for peer in self._others:
@@ -315,13 +274,13 @@ class MutualAttachment(Attachment):
                 "LightningModules as peers."
             )
         shard_as(peer, student)
-        module = own_copy(pl_module, {id(student): peer, id(self): self, **_tied(pl_module, student, name, peer)})
+        module = own_copy(pl_module, {id(student): peer, id(self): self, **tied_parts(pl_module, student, name, peer)})
         module._metric_attributes = None  # by which Lightning finds the original's metrics
         return module, peer
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._random = _collect_rng_states()
-        self._theirs = self._arguments("training_step", args, kwargs)
+        self._theirs = arguments_of_all(self._others, "training_step", args, kwargs)
 
     def _total(
         self,
@@ -407,7 +366,7 @@ class MutualAttachment(Attachment):
         @functools.wraps(own)
         def hook_of_all(*args: Any, **kwargs: Any) -> Any:
             random = _collect_rng_states()
-            theirs_of = self._arguments(hook, args, kwargs)
+            theirs_of = arguments_of_all(self._others, hook, args, kwargs)
             with without_guests(self._members[0].module):
                 result = own(*args, **kwargs)
             for peer in self._others:
@@ -424,30 +383,6 @@ class MutualAttachment(Attachment):
 
         return hook_of_all
 
-    def _arguments(self, hook: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentsOf:
-        """Returns what gives a peer the arguments of its own step or hook, when the student's is over.
-
-        Its batch is the one that its own hook has had before, or as it came, or of a step that is over its own.
-        """
-        begun: dict[str, Any] = {}
-        for peer in self._others if hook in ENDS or hook.endswith("batch_start") else []:
-            begun[peer.name] = peer.begun if hook in ENDS else None
-            peer.begun = None
-        came = Came((args, kwargs)) if any(batch is None for batch in begun.values()) else None
-
-        def arguments_of(peer: Peer) -> Arguments:
-            if begun.get(peer.name) is not None:
-                return with_batch(begun[peer.name], args, kwargs)
-            if came is not None:
-                found: Arguments = came.again(hook)
-                return found
-            if hook in ENDS.values() and peer.ended is not None:
-                ended, peer.ended = peer.ended, None
-                return (*ended, *args[2:]), kwargs
-            return args, kwargs
-
-        return arguments_of
-
     @contextmanager
     def _as_the_student(self, peer: Peer, random: dict[str, Any]) -> Iterator[None]:
         """Lets a peer log where the student does, and draw the numbers that the student drew: noise, mixup."""
@@ -455,42 +390,3 @@ class MutualAttachment(Attachment):
         with isolate_rng():
             _set_rng_states(random)
             yield
-
-
-def _tied(pl_module: LightningModule, student: nn.Module, name: str, peer: nn.Module) -> dict[int, Any]:
-    """Returns the peer's parts for those of the student that the module has elsewhere, too: tied weights, aliases.
-
-    Raises:
-        ValueError: If the peer has none of that name.
-    """
-
-    def parts_of(network: nn.Module) -> dict[str, Any]:
-        return {**dict(network.named_modules()), **dict(network.named_parameters()), **dict(network.named_buffers())}
-
-    parts, found = parts_of(peer), {}
-    names = {id(part): path for path, part in parts_of(student).items() if path}
-    inside = {id(part) for part in student.modules()}
-    for path, owner in pl_module.named_modules():
-        held = {**owner._modules, **owner._parameters, **owner._buffers} if id(owner) not in inside else {}
-        for key, part in held.items():
-            if id(part) not in names:
-                continue
-            if names[id(part)] not in parts:
-                raise ValueError(
-                    f"{'.'.join(filter(None, (path, key)))} of {type(pl_module).__name__} is {names[id(part)]!r} of "
-                    f"the student, and {name}, a {type(peer).__name__}, has none: in its copy of the module the "
-                    "student's would be there. Give a peer that has it, or let the module find it in the student."
-                )
-            found[id(part)] = parts[names[id(part)]]
-    return found
-
-
-def _log_as(peer: Peer) -> None:
-    """Puts the peer's name in front of what its module logs."""
-    log = peer.module.log
-
-    @functools.wraps(log)
-    def log_with_name(name: str, *args: Any, **kwargs: Any) -> None:
-        log(f"{peer.name}/{name}", *args, **kwargs)
-
-    peer.module.log = log_with_name  # type: ignore[method-assign]
