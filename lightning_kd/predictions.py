@@ -27,6 +27,9 @@ class PredictionFile(ABC):
     ending = ""
     """Of the file; that of a folder is empty."""
 
+    sized = True
+    """Whether it is told the images' sizes, which takes ``inputs`` of the task."""
+
     @abstractmethod
     def add(self, prediction: Any, indices: Sequence[int], sizes: Sequence[tuple[int, int]], dataset: Any) -> None:
         """Takes what was predicted for a batch.
@@ -34,7 +37,7 @@ class PredictionFile(ABC):
         Args:
             prediction: What ``TaskAdapter.predict_batch`` returned.
             indices: Of the batch's samples in the data set.
-            sizes: Of each image, (height, width); empty, if the inputs are no images.
+            sizes: Of each image, (height, width); empty, if the inputs are no images, or it is not ``sized``.
             dataset: The data set.
         """
 
@@ -57,6 +60,7 @@ class TorchFile(PredictionFile):
     """
 
     ending = ".pt"
+    sized = False
 
     def __init__(self) -> None:
         self.all: list[Any] = []

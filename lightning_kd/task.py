@@ -71,7 +71,7 @@ class TaskAdapter(nn.Module, ABC):
         return model(self.inputs(batch))
 
     def inputs(self, batch: Any) -> Any:
-        """Returns what the model takes of a batch; a batch that is one tensor is that itself."""
+        """Returns what the model takes of a batch, of images those; a batch that is one tensor is that itself."""
         return batch if isinstance(batch, Tensor) else self._part(batch, 0)
 
     def target(self, batch: Any) -> Any:
@@ -83,7 +83,7 @@ class TaskAdapter(nn.Module, ABC):
         if short or isinstance(batch, (Mapping, Tensor)):
             raise ValueError(
                 f"{type(self).__name__} takes batches (inputs, target), and this one is {describe(batch)}. Let the "
-                "data set return such pairs, or override inputs() and target() of the task."
+                f"data set return such pairs, or override {('inputs', 'target')[place]}() of the task."
             )
         return batch[place]
 

@@ -11,6 +11,7 @@ from PIL import Image
 from project import QUIET
 from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_kd import DistillationModule
 from lightning_kd.cli.errors import UsageError
@@ -104,3 +105,24 @@ def test_without_ids_images_are_counted(tmp_path: Path) -> None:
     assert [(each["image_id"], each["category_id"], each["bbox"]) for each in found] == [
         (i, 0, [0.0, 0.0, 32.0, 32.0]) for i in range(3)
     ]
+
+
+class OfDicts(Segmentation):
+    """Knows what the model is called with, and not where images are to be looked for."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch["image"])
+
+    def predict_batch(self, output: Any, batch: Any) -> Tensor:
+        return self.predict(output)
+
+
+def test_sizes_of_images_are_asked_for_where_they_are_written(tmp_path: Path) -> None:
+    loader = DataLoader([{"image": torch.rand(3, 4, 5)} for _ in range(3)], batch_size=2)  # type: ignore[arg-type]
+    module = DistillationModule(OfDicts(2), Brightness())
+    run = L.Trainer(callbacks=[SavePredictions(tmp_path / "all.pt")], **QUIET)
+    run.predict(module, loader, return_predictions=False)
+    assert torch.load(tmp_path / "all.pt", weights_only=True).shape == (3, 4, 5)
+    run = L.Trainer(callbacks=[SavePredictions(tmp_path / "maps")], **QUIET)
+    with pytest.raises(ValueError, match=r"a dict with the keys 'image'\. .* override inputs\(\) of the task"):
+        run.predict(module, loader, return_predictions=False)

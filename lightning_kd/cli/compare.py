@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pydoc
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,19 @@ def main(arguments: list[str]) -> None:
     report.save(rows, f"{text}\n\n{verdict}\n", output)
     plot.save(rows, output / "comparison.png")
     print(f"\n{text}\n\n{verdict}\n")
-    drawn = examples.save(rows, tested, output / "examples.png")
+    drawn = _draw(rows, tested, output / "examples.png")
     print(f"saved: {output}/comparison.md, .csv, .png and runs.csv{', examples.png' if drawn else ''}")
+
+
+def _draw(rows: list[Row], tested: dict[str, Tested], path: Path) -> bool:
+    """Whether the examples were drawn; what keeps them from it is said, and no reason to lose a comparison."""
+    try:
+        return examples.save(rows, tested, path)
+    except Exception as error:  # of a task or data of someone's own
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__}, {Path(place.filename).name}, line {place.lineno}"
+        print(f"{path.name} is left out: {error} ({where})")
+        return False
 
 
 def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> DistillationCLI:
@@ -138,7 +150,7 @@ def compare(
     def row(name: str, role: str, each_seed: dict[int, Tested], baseline: str = "") -> Row:
         first = tested[name] = next(iter(each_seed.values()))
         metrics = {seed: t.metrics for seed, t in each_seed.items()}
-        return Row(name, role, metrics, baseline, main=first.main, higher=first.higher)
+        return Row(name, role, metrics, baseline, main=first.main, higher=first.higher, fraction=first.fraction)
 
     for name, settings in configs.items():
         standing = teacher.standing(settings["model"])

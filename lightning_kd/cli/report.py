@@ -29,6 +29,7 @@ class Row:
         costs: What the network costs: the keys of ``COSTS``.
         main: The metric that counts most; the first unless said.
         higher: Of metrics, whether more is better; None, or not there, where that is not known.
+        fraction: Of metrics, whether they may be fractions by their bounds; likewise.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     costs: dict[str, float] = field(default_factory=dict)
     main: str = ""
     higher: dict[str, bool | None] = field(default_factory=dict)
+    fraction: dict[str, bool | None] = field(default_factory=dict)
 
     def values(self, metric: str) -> list[float]:
         """The metric under each seed, where it was measured."""
@@ -63,9 +65,10 @@ def higher_is_better(rows: Iterable[Row], metric: str) -> bool | None:
 
 
 def in_percent(rows: Sequence[Row], metric: str) -> bool:
-    """Whether a metric is a fraction of what is right: more is better, and it was never above 1."""
-    values = [value for row in rows for value in row.values(metric) if not math.isnan(value)]
-    return bool(higher_is_better(rows, metric)) and all(0.0 <= value <= 1.0 for value in values)
+    """Whether a metric is a fraction of what is right: more is better, and neither bounds nor values say otherwise."""
+    if not higher_is_better(rows, metric) or any(row.fraction.get(metric) is False for row in rows):
+        return False
+    return all(0.0 <= value <= 1.0 for row in rows for value in row.values(metric) if not math.isnan(value))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -86,10 +89,11 @@ def markdown(rows: Sequence[Row]) -> str:
     percent = {name for name in names if in_percent(rows, name)}
     head = ["", *(f"{n.replace('_', ' ')}{', %' if n in percent else ''}" for n in names)]
     lines = [[*head, *(title for title, _, _ in COSTS.values())]]
+    perfect = 0.0 if higher_is_better(rows, "agreement") is False else 1.0
+    itself = [row.name for row in rows if row.role == "teacher" and row.values("agreement") == [perfect]]
     for row in rows:
         metrics = [_spread(row.values(n), 100 if n in percent else 1, 2 if n in percent else 4) for n in names]
-        with_itself = "agreement" if row.role == "teacher" and row.values("agreement") == [1.0] else None
-        metrics = ["" if n == with_itself else m for n, m in zip(names, metrics, strict=True)]
+        metrics = ["" if n == "agreement" and row.name in itself else m for n, m in zip(names, metrics, strict=True)]
         costs = [format(row.costs[k] * scale, form) if k in row.costs else "" for k, (_, scale, form) in COSTS.items()]
         lines.append([row.name, *metrics, *costs])
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -7,7 +7,7 @@ import json
 import os
 import pydoc
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.errors import UsageError
@@ -140,6 +141,7 @@ class Tested:
         self.metrics: dict[str, float] = content["metrics"]
         self.main: str = content["main"]
         self.higher: dict[str, bool | None] = content["higher"]
+        self.fraction: dict[str, bool | None] = content["fraction"]
         self._inputs: Inputs = content["inputs"]
 
     def cli(self) -> DistillationCLI:
@@ -165,7 +167,8 @@ class Tested:
         measured = tested[0]
         metrics = {k.removeprefix("test/"): float(v) for k, v in measured.items()}
         task = cli.model.task
-        return {"metrics": metrics, "inputs": seen, "main": task.main_metric, "higher": _higher(task, metrics)}
+        asked = {"higher": _asked(task, metrics, _higher), "fraction": _asked(task, metrics, _fraction)}
+        return {"metrics": metrics, "inputs": seen, "main": task.main_metric} | asked
 
     def network(self) -> tuple[nn.Module, tuple[Any, ...]]:
         """What runs where the network is used, and one input for it."""
@@ -180,7 +183,7 @@ def _read(kept: Path) -> dict[str, Any] | None:
         content: Any = json.loads(kept.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    whole = isinstance(content, dict) and {"metrics", "inputs", "main", "higher"} <= content.keys()
+    whole = isinstance(content, dict) and {"metrics", "inputs", "main", "higher", "fraction"} <= content.keys()
     return content if whole and content["metrics"] else None
 
 
@@ -189,12 +192,24 @@ def _which(weights: Path | None) -> list[Any]:
     return [str(weights), weights.stat().st_size, weights.stat().st_mtime_ns] if weights else []
 
 
-def _higher(task: TaskAdapter, logged: Iterable[str]) -> dict[str, bool | None]:
-    """Of each logged metric, whether more is better, as torchmetrics says; None where it does not."""
-    metrics = dict(task.metrics().items(keep_base=True))
-    own = {name: metric.higher_is_better for name, metric in metrics.items()}
+def _asked(task: TaskAdapter, logged: Iterable[str], ask: Callable[[Metric], bool | None]) -> dict[str, bool | None]:
+    """Of each logged metric, what it answers; None where it is not known which one of several it is of."""
+    own = {name: ask(metric) for name, metric in task.metrics().items(keep_base=True)}
     # One that computes several values is not logged under its own name.
-    of_several = {higher for name, higher in own.items() if name not in logged}
+    of_several = {answer for name, answer in own.items() if name not in logged}
+    agreement = task.agreement()
+    if agreement is not None:
+        own["agreement"] = ask(agreement)
+        of_several = of_several or {own["agreement"]}
     other = of_several.pop() if len(of_several) == 1 else None
-    known = {"loss": False, "agreement": True} | own
-    return {name: known.get(name, other) for name in logged}
+    return {name: own.get(name, other) for name in logged if name != "loss"} | {"loss": False}
+
+
+def _higher(metric: Metric) -> bool | None:
+    """Whether more is better, as torchmetrics says; None where it does not."""
+    return metric.higher_is_better
+
+
+def _fraction(metric: Metric) -> bool:
+    """Whether it may be a fraction: a correlation goes down to -1, and a ratio of signal to noise up to anything."""
+    return (metric.plot_lower_bound, metric.plot_upper_bound) in ((None, None), (0.0, 1.0))

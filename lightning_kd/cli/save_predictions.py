@@ -62,7 +62,7 @@ class SavePredictions(BasePredictionWriter):
     ) -> None:
         """Hand it on."""
         task: Any = pl_module.task
-        images = task.inputs(batch)
+        images: Any = task.inputs(batch) if self.file.sized else None
         several = isinstance(images, (Tensor, list, tuple)) and all(
             isinstance(i, Tensor) and i.ndim > 1 for i in images
         )

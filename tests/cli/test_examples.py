@@ -11,10 +11,11 @@ from lightning_kd.tasks import Classification, Detection, Retrieval, Segmentatio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_kd.cli import examples
+from lightning_kd.cli import compare, examples
 from lightning_kd.cli.report import Row
 from lightning_kd.data import Digits, MaskScenes, UnseenDigits
 from lightning_kd.data.box_images import BoxDataModule
+from lightning_kd.drawing import Drawing
 
 
 class Constant(nn.Module):
@@ -184,4 +185,40 @@ def test_where_nothing_can_be_drawn_there_is_no_file(
     task: TaskAdapter, data: LightningDataModule, tmp_path: Path
 ) -> None:
     assert not examples.save([row("student")], {"student": network(task, data, Constant(0))}, tmp_path / "e.png")
+    assert not list(tmp_path.iterdir())
+
+
+class Dicts(LightningDataModule):
+    def test_dataloader(self) -> Any:
+        return DataLoader([{"image": torch.rand(3, 8, 8)}] * 4)  # type: ignore[arg-type]
+
+
+class OfDicts(Plain):
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch["image"])
+
+    def draw(self, images: Any, batch: Any, prediction: Any = None) -> Drawing:
+        return Drawing(images)
+
+
+class Failing(OfDicts):
+    def inputs(self, batch: Any) -> Any:
+        return batch["image"]
+
+    def draw(self, images: Any, batch: Any, prediction: Any = None) -> Drawing:
+        raise IndexError("no such colour")
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (OfDicts(), "a dict with the keys 'image'. Let the data set return such pairs, or override inputs() of the ta"),
+        (Failing(), "e.png is left out: no such colour (IndexError, test_examples.py, line "),
+    ],
+)
+def test_what_keeps_pictures_from_being_drawn_is_told_and_the_comparison_goes_on(
+    task: TaskAdapter, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not compare._draw([row("student")], {"student": network(task, Dicts(), Constant(0))}, tmp_path / "e.png")
+    assert told in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

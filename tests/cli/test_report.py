@@ -90,6 +90,21 @@ def test_fractions_of_what_is_right_are_in_percent_and_nothing_else_is() -> None
     assert "psnr, %" not in markdown(of("psnr", [30.0], [0.25], True))
 
 
+def test_a_correlation_is_no_fraction() -> None:
+    rows = of("correlation", [0.5], [0.25], True)
+    rows[0].fraction = {"correlation": False}
+    assert "correlation, %" not in markdown(rows)
+
+
+def test_a_teacher_has_no_error_to_itself() -> None:
+    about = {"agreement": False}
+    itself = Row("teacher", "teacher", {0: {"mae": 0.5, "agreement": 0.0}}, higher=about)
+    table = markdown([itself, Row("student alone", "alone", {0: {"mae": 0.6, "agreement": 0.25}}, higher=about)])
+    assert "agreement, %" not in table
+    assert "0.0000" not in table
+    assert "0.2500" in table
+
+
 def test_single_classes_are_in_the_files_only(tmp_path: Path) -> None:
     rows = of("miou", [0.5], [0.25], True)
     assert markdown(rows).splitlines()[0].split("|")[2].strip() == "miou, %"  # the main one is the first

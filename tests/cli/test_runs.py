@@ -8,11 +8,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection, PearsonCorrCoef, R2Score
+from torchmetrics.classification import BinaryAccuracy
 
 from lightning_kd.cli import main, runs
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.compare import read, settings_of
 from lightning_kd.models import CifarResNet
+from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import load_weights
 from lightning_kd.teachers.weights import peers_in
 
@@ -101,3 +104,48 @@ def test_peers_have_the_weights_of_the_same_epoch(
     (peer,) = peers_in(torch.load(named, weights_only=True)).values()
     assert same(torch.load(runs.peer_file(checkpoint, 1), weights_only=True), dict(peer["state_dict"]))
     load_weights(CifarResNet(depth=14, width=16, in_channels=1), runs.peer_file(checkpoint, 1))  # as it is measured
+
+
+class Regression(TaskAdapter):
+    def __init__(self, agreement: type[Metric]) -> None:
+        super().__init__()
+        self.kind = agreement
+
+    def loss(self, output: Tensor, batch: Any) -> Tensor:
+        return output.mean()
+
+    def metrics(self) -> MetricCollection:
+        return MetricCollection({"mse": MeanSquaredError(), "right": BinaryAccuracy()})
+
+    def agreement(self) -> Metric:
+        return self.kind()
+
+
+class Both(Metric):
+    """Computes two errors."""
+
+    higher_is_better = False
+
+    def update(self, student: Tensor, teacher: Tensor) -> None: ...
+
+    def compute(self) -> dict[str, float]:
+        return {"near": 0.0, "far": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("agreement", "names", "higher", "fraction"),
+    [
+        (MeanAbsoluteError, ["agreement"], False, False),
+        (PearsonCorrCoef, ["agreement"], None, False),
+        (R2Score, ["agreement"], True, False),
+        (BinaryAccuracy, ["agreement"], True, True),
+        (Both, ["near", "far"], False, True),
+    ],
+)
+def test_an_agreement_is_what_its_metric_says(
+    agreement: type[Metric], names: list[str], higher: bool | None, fraction: bool
+) -> None:
+    task, logged = Regression(agreement), ["loss", "mse", "right", *names]
+    own = {"loss": False, "mse": False, "right": True}
+    assert runs._asked(task, logged, runs._higher) == own | dict.fromkeys(names, higher)
+    assert runs._asked(task, logged, runs._fraction) == own | dict.fromkeys(names, fraction)
