@@ -240,8 +240,16 @@ class Term(nn.Module):
             s, t = pairs[0]
             error.add_note(
                 f"The student's {self.student.text!r} is {_shapes(s)}, the teacher's {self.teacher.text!r} "
-                f"{_shapes(t)}. What a term learned stays with it: for another student or teacher make a new one."
+                f"{_shapes(t)}."
             )
+            if next(self.parameters(), None) is not None:
+                error.add_note("What a term learned stays with it: for another student or teacher make a new one.")
+            elif _shapes(s) != _shapes(t) and getattr(self.loss, "align", "none") != "shape":
+                error.add_note(
+                    f"{type(self.loss).__name__} gets no projector where these differ. Take a loss that does, FitNet "
+                    "for one; in a loss of your own ask for one by the attribute align = 'shape'; or give the term its "
+                    "projector."
+                )
             raise
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 

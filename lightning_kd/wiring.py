@@ -11,6 +11,9 @@ from torch import Tensor, nn
 OUTPUT = "output"
 """The path of what a model's own ``forward`` returned."""
 
+TAPPED = ("the student", "the teacher")
+"""Whose outputs are captured; of other models a path names a module alone."""
+
 _SELECTOR = re.compile(
     r"""\.(?P<name>\w+)|\[(?P<index>-?\d+)\]|\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\]"""
     r"""|\[(?P<quote>["'])(?P<key>.+?)(?P=quote)\]"""
@@ -136,10 +139,11 @@ def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
             names = [name for name in map(_uncompiled, dict(root.named_modules())) if name]
             names = list(dict.fromkeys(names))
             close = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or [n for n in names if "." not in n]
+            output = f", or {OUTPUT!r} for what forward() returns" if owner in TAPPED else ""
             raise ValueError(
                 f"{owner} ({type(root).__name__}) has no module {path!r}. Closest: "
-                f"{', '.join(map(repr, close[:12])) or 'it has no submodules'}. A path is a name of named_modules(), "
-                f"or {OUTPUT!r} for what forward() returns."
+                f"{', '.join(map(repr, close[:12])) or 'it has no submodules'}. A path is a name of "
+                f"named_modules(){output}."
             )
         module = child
     return module

@@ -204,6 +204,11 @@ def test_describe_lists_keys_and_fields() -> None:
 def test_an_unknown_module_lists_the_closest_names() -> None:
     with pytest.raises(ValueError, match=r"the student \(Net\) has no module 'blocks\.2'.*'blocks\.[01]'"):
         find_module(Net(), "blocks.2", "the student")
+    told = r"has no module 'output'\. Closest: .*\. A path is a name of named_modules\(\)"
+    with pytest.raises(ValueError, match=rf"{told}\.$"):  # which is no layer of a whole LightningModule
+        find_module(nn.Sequential(nn.Identity()), "output", "the LightningModule")
+    with pytest.raises(ValueError, match=rf"{told}, or 'output' for what forward\(\) returns\.$"):
+        find_module(nn.Sequential(nn.Identity()), "output", "the student")
     with pytest.raises(ValueError, match=r"no module 'zzz'. Closest: 'first', 'act', 'blocks', 'head'"):
         find_module(Net(), "zzz", "the student")
     with pytest.raises(ValueError, match="it has no submodules"):

@@ -43,6 +43,16 @@ class Aligned(Learned):
     align = "shape"
 
 
+class Subtracted(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).abs().mean()
+
+
+class Broken(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher[:, :2]).mean()
+
+
 def pair(*shape: int) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.randn(shape, requires_grad=True)], [torch.randn(shape)]
 
@@ -218,6 +228,25 @@ def test_parameters_made_too_late_are_an_error(loss: type[nn.Module]) -> None:
     for _ in range(2):  # who goes on is told again
         with pytest.raises(RuntimeError, match=r"made only now.*build\(\.\.\.\)"):
             term([student], [teacher], {})
+
+
+@pytest.mark.parametrize(
+    ("term", "sides", "note"),
+    [
+        (Term(Subtracted()), (3, 5), "Subtracted gets no projector where these differ. Take a loss that does, FitNet"),
+        (Term(Subtracted(), projector=nn.Linear(3, 4)), (3, 5), "What a term learned stays with it"),
+        (Term(Broken()), (3, 3), None),
+    ],
+)
+def test_what_a_loss_stumbles_over_is_told_with_the_shapes_and_what_helps(
+    term: Term, sides: tuple[int, int], note: str | None
+) -> None:
+    student, teacher = torch.randn(2, sides[0], requires_grad=True), torch.randn(2, sides[1])
+    with pytest.raises(RuntimeError) as raised:
+        term([student], [teacher], {})
+    shapes, *notes = raised.value.__notes__
+    assert shapes == f"The student's 'output' is (2, {sides[0]}), the teacher's 'output' (2, {sides[1]})."
+    assert [each.startswith(note) for each in notes] == [True] if note else not notes
 
 
 def test_what_returns_nothing_is_told_so() -> None:
