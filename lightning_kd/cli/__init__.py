@@ -109,7 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if traceback or not _explains_itself(error):
             raise
-        print(f"lightning-kd: error: {_told(error)}", file=sys.stderr)
+        told = _told(error)
+        if arguments[0] in LIGHTNING and "is required" in told and not _names_configuration(arguments):
+            told = f"expected --config NAME_OR_FILE, one of `lightning-kd list configs` or your own; got none. {told}"
+        print(f"lightning-kd: error: {told}", file=sys.stderr)
         return 2
     return 0
 
@@ -138,6 +141,10 @@ def _explains_itself(error: Exception) -> bool:
     if isinstance(error, UserWarning):
         return re.match(NO_LAST, str(error)) is not None
     return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
+
+
+def _names_configuration(arguments: list[str]) -> bool:
+    return any(each.partition("=")[0] in ("--config", "-c") for each in arguments)
 
 
 def _told(error: BaseException) -> str:

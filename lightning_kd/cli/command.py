@@ -204,7 +204,8 @@ class DistillationCLI(LightningCLI):
             print(f"predictions: of a fast_dev_run none are written to {output}")
         elif output:
             callbacks.append(SavePredictions(Path(output)))
-        kwargs = config | {"callbacks": [*callbacks, SaveRecipe(*self.recipes(), self.deployed())]}
+        self.recipe_saver = SaveRecipe(*self.recipes(), self.deployed())
+        kwargs = config | {"callbacks": [*callbacks, self.recipe_saver]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 
@@ -248,6 +249,12 @@ class DistillationCLI(LightningCLI):
             raise UsageError(
                 "the fit made no step: expected training data of at least one batch, received none. Lower "
                 "--data.init_args.batch_size, or see --trainer.limit_train_batches and max_epochs"
+            )
+        if not self.recipe_saver.trained:
+            raise UsageError(
+                f"--ckpt_path: that run was over, and nothing was trained: it has made {self.trainer.global_step} "
+                f"steps, and max_epochs is {self.trainer.max_epochs}, max_steps {self.trainer.max_steps}. Raise "
+                "--trainer.max_epochs to go on with it"
             )
         if self.saved and self.trainer.is_global_zero:
             self.note_saved()

@@ -97,6 +97,8 @@ def find(name_or_file: str) -> str:
             f"no file {name_or_file!r} (looked from {os.getcwd()!r}), and no shipped configuration {named!r}."
             f"{guess(named, list(known))} `lightning-kd list configs` names them"
         )
+    if beside := [file for file in (f"{name_or_file}.yaml", f"{name_or_file}.yml") if Path(file).is_file()]:
+        raise UsageError(f"no shipped configuration {name_or_file!r}. Did you mean {beside[0]}?")
     raise unknown("configuration", name_or_file, known)
 
 

@@ -74,6 +74,8 @@ def closest_argument(told: str) -> str:
         '. Did you mean weight?'
         >>> closest_argument("module 'lightning_kd.losses' has no attribute 'DDK'")
         '. Did you mean DKD?'
+        >>> closest_argument("--model.student.help: Expected a dot import path string: Timm")
+        '. Did you mean lightning_kd.models.Timm?'
         >>> closest_argument("Import path lightning_kd.losses.KD does not correspond to a subclass of Term")
         '. Did you mean loss: {class_path: lightning_kd.losses.KD}, one level deeper?'
     """
@@ -81,8 +83,11 @@ def closest_argument(told: str) -> str:
         known = [name for name in dir(pydoc.locate(missing["of"])) if name[0].isupper()]
         return f".{close}" if (close := guess(missing["name"], known)) else ""
     if own := re.search(r"(?:dot import path string: |the name of a class; got )(?P<name>[A-Za-z]\w+)$", told):
-        known = [name for kind in NAMED for name in getattr(pydoc.locate(f"lightning_kd.{kind}"), "__all__", ())]
-        return f".{close}" if (close := guess(own["name"], known)) else ""
+        modules = {f"lightning_kd.{kind}": pydoc.locate(f"lightning_kd.{kind}") for kind in NAMED}
+        of = {name: module for module, found in modules.items() for name in getattr(found, "__all__", ())}
+        exact = of.get(own["name"])  # a name alone is resolved only where something has imported its class
+        close = f" Did you mean {exact}.{own['name']}?" if exact else guess(own["name"], list(of))
+        return f".{close}" if close else ""
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
     if not found:

@@ -31,6 +31,7 @@ class SaveRecipe(Callback):
         self.peers = list(peers)
         self.deployed = deployed
         self.inputs: Inputs = []
+        self.trained = False
         self._handle: RemovableHandle | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,6 +39,10 @@ class SaveRecipe(Callback):
         student = pl_module.student
         assert isinstance(student, nn.Module)
         self._handle = student.register_forward_pre_hook(self._see)
+
+    def on_train_start(self, *_: Any) -> None:
+        """Keep in mind that there was something to train: a run that is over is not begun again."""
+        self.trained = True
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.inputs = inputs_of(args)

@@ -54,6 +54,9 @@ RATES = ("max_lr", "base_lr", "swa_lr")
 DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 """What of the trainer decides only what is shown."""
 
+LOADING = {"num_workers": 0, "pin_memory": False, "persistent_workers": False, "prefetch_factor": None}
+"""What of the data decides only how they are loaded, and torch's defaults."""
+
 
 @dataclass
 class TeacherFit:
@@ -273,7 +276,16 @@ def fingerprint(settings: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits that settings share only with equal ones, or with ones that look different."""
     if "trainer" in settings:
         settings = settings | {"trainer": {k: v for k, v in settings["trainer"].items() if k not in DISPLAY}}
+    if "data" in settings:
+        settings = settings | {"data": _loaded_anyhow(settings["data"])}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _loaded_anyhow(data: Any) -> Any:
+    """The data's settings as if nothing was said of how they are loaded."""
+    if isinstance(data, dict):
+        return {key: LOADING.get(key, _loaded_anyhow(value)) for key, value in data.items()}
+    return [_loaded_anyhow(each) for each in data] if isinstance(data, list) else data
 
 
 def check(path: Path, settings: dict[str, Any]) -> None:
@@ -294,7 +306,8 @@ def check(path: Path, settings: dict[str, Any]) -> None:
             "teacher as it is, or delete both to train again"
         ) from error
     then, now = _flat(before), _flat(settings)
-    differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in sorted(then | now) if then.get(k) != now.get(k)]
+    counting = [k for k in sorted(then | now) if not (k.startswith("data.") and k.rpartition(".")[2] in LOADING)]
+    differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in counting if then.get(k) != now.get(k)]
     if not differ:
         return
     raise UsageError(

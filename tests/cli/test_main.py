@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import pickle
@@ -202,6 +203,20 @@ def test_what_is_only_shown_decides_no_run() -> None:
     assert teacher.fingerprint(settings) != teacher.fingerprint(settings | {"trainer": shown | {"max_epochs": 3}})
 
 
+def test_how_data_are_loaded_decides_no_run(tmp_path: Path) -> None:
+    def settings(**given: Any) -> dict[str, Any]:
+        return {"data": {"class_path": "mine.Data", "init_args": {"root": "a", **given}}}
+
+    quick = {"num_workers": 4, "pin_memory": True, "persistent_workers": True, "prefetch_factor": 8}
+    slow = {"num_workers": 0, "pin_memory": False, "persistent_workers": False, "prefetch_factor": None}
+    assert teacher.fingerprint(settings(**quick)) == teacher.fingerprint(settings(**slow))
+    assert teacher.fingerprint(settings(**quick)) != teacher.fingerprint(settings(**quick, size=8))
+    (tmp_path / "a.ckpt.json").write_text(json.dumps(settings(num_workers=4)))
+    teacher.check(tmp_path / "a.ckpt", settings(**slow))
+    with pytest.raises(UsageError, match=r"other settings \(data\.init_args\.root: a then, b now\)"):
+        teacher.check(tmp_path / "a.ckpt", settings(**slow | {"root": "b"}))
+
+
 @pytest.mark.parametrize("content", [b"hello", pickle.dumps(Path), {"a": torch.zeros(1)}, None])
 def test_a_ckpt_path_that_is_no_checkpoint_is_told(
     content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -259,6 +274,23 @@ def test_a_last_checkpoint_that_is_not_there_is_no_fresh_student(
     alone = ["--model.teacher=null", "--model.terms=null", "--teacher_fit=null"]
     assert main(["test", "--config", "digits_kd", *alone, "--ckpt_path", "last"]) == 2
     assert "there is no last checkpoint available" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_is_over_is_not_gone_on_with(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "checkpoints", "checkpoints")
+    resume = ["fit", "--config", "digits_kd", *SMALL, "--ckpt_path", str(student(trained))]
+    for epochs in ("1", "2"):
+        assert main([*resume, "--trainer.max_epochs", epochs]) == 2
+        told = capsys.readouterr()
+        assert (
+            f"that run was over, and nothing was trained: it has made 12 steps, and max_epochs is {epochs}" in told.err
+        )
+        assert "student saved" not in told.out
+    assert main([*resume, "--trainer.max_epochs", "3"]) == 0
 
 
 def test_weights_alone_are_no_run_to_go_on_with(
@@ -511,6 +543,8 @@ def test_a_peer_is_exported_tested_and_compared(
         ),
         (["fit", "--config", "digits_kd", "--max_epochs", "3"], "Did you mean trainer.max_epochs?"),
         (["fit", "mine.yaml"], "Did you mean --config mine.yaml?"),
+        (["fit"], "error: expected --config NAME_OR_FILE, one of `lightning-kd list configs` or your own; got none"),
+        (["fit", "--model.student.help", "CifarResNe"], "Did you mean CifarResNet?"),
         (["fit", "--config", "digits_kd", "--model.terms.kd.loss", "DDK"], "Did you mean DKD?"),
         (["fit", "--config", "digits_kd", "--model.terms.kd.weight", "0,9"], "weight: Expected float, the name of a"),
         (["fit", "--config", "digits_kd", "--model.lr_scheduler", "Cosin"], "Did you mean Cosine"),
@@ -582,11 +616,13 @@ def test_a_mistake_in_a_file_is_told_in_one_line(
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "lit.py").write_text("import lightning\n")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.ckpt")
-    for name in ("text.ckpt", "plain.ckpt"):
+    for name, told in (("lit.py", "nor any file that torch.save wrote"), ("plain.ckpt", "which network it holds")):
         assert main(["export", str(tmp_path / name), "--format", "onnx"]) == 2
-        assert name in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert name in error
+        assert told in error
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -630,6 +666,15 @@ def test_a_configuration_that_is_no_file_is_named(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().err
     assert f"no file 'digits_kdd.yaml' (looked from {os.getcwd()!r})" in told
     assert "Did you mean digits_kd" in told
+
+
+def test_a_configuration_without_its_ending_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_kd.yml").touch()
+    assert main(["fit", "--config", "my_kd"]) == 2
+    assert "no shipped configuration 'my_kd'. Did you mean my_kd.yml?" in capsys.readouterr().err
 
 
 def test_a_configuration_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from lightning_kd.cli import compare, examples, main, plot, teacher
 from lightning_kd.cli.command import DistillationCLI
@@ -30,6 +33,7 @@ CONFIG: dict[str, Any] = {
     "teacher_fit": {"max_epochs": 1, "lr": 0.01},
 }  # fmt: skip
 ONE = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"monitor": "val/loss"}}
+REPO = Path(__file__).parents[2]
 NAMES = (f"own_data_{number}" for number in itertools.count())
 """Of modules: Python keeps what it imported."""
 
@@ -127,3 +131,28 @@ def test_one_callback_alone_is_a_list_of_one(project: str, monkeypatch: pytest.M
         cli = DistillationCLI(["--config", project, *given], run=False, make=False)
         (callback,) = teacher.plain_config(cli)["trainer"]["callbacks"]
         assert callback["class_path"] == ONE["class_path"]
+
+
+def test_images_in_folders_as_the_documentation_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    block = re.search(r'```python title="my_data.py"\n(.*?)```', (REPO / "docs" / "cli.md").read_text(), re.DOTALL)
+    assert block
+    Path("my_data.py").write_text(block[1])
+    for split, kind, number in itertools.product(("train", "val", "test"), ("cat", "dog"), range(2)):
+        folder = Path("images", split, kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 12), (number, 0, 0)).save(folder / f"{number}.png")
+    init = {"root": "images", "size": 32, "batch_size": 2}
+    student = {"class_path": "lightning_kd.models.Timm", "init_args": {"name": "resnet10t"}}
+    model = {"task": {"class_path": "lightning_kd.tasks.Classification"}, "student": student}
+    trainer = {**CONFIG["trainer"], "logger": False}
+    data = {"class_path": "my_data.ImageFolders", "init_args": init}
+    Path("mine.yaml").write_text(yaml.safe_dump({"trainer": trainer, "data": data, "model": model}))
+    for command in ("fit", "test", "predict"):
+        assert main([command, "--config", "mine.yaml", "--traceback"]) == 0
+    assert torch.load("predictions.pt", weights_only=True).shape == (4, 2)
+    cli = DistillationCLI(["--config", "mine.yaml"], run=False)
+    assert cli.model.task.class_names == ["cat", "dog"]
+    assert [tuple(each.images[0].shape) for each in examples.examples(cli)] == [(3, 32, 32)] * 4
+    assert all(each.images[0][0].max() <= 1 for each in examples.examples(cli))  # as dark as the files
