@@ -27,9 +27,6 @@ _INITIAL_WEIGHTS = {
     "backbone_from": None,
 }
 
-SAVED = (b"PK", b"\x80")
-"""How files begin that torch.save wrote: zip archives, and pickles before torch 1.6."""
-
 Recipe = dict[str, Any]
 Inputs = list[tuple[list[int], str]]
 """Of each input, its shape without the batch, and the name of its type; ``list[...]`` of images that detectors take."""
@@ -95,12 +92,6 @@ def read(path: str | Path) -> Any:
     """
     if not Path(path).is_file():
         raise UsageError(f"no checkpoint at {path}: give the path of a .ckpt file that `lightning-kd fit` wrote")
-    with Path(path).open("rb") as file:
-        if not file.read(2).startswith(SAVED):
-            raise UsageError(
-                f"{path} is no checkpoint, nor any file that torch.save wrote: give a .ckpt that `lightning-kd fit` "
-                "wrote"
-            )
     try:
         return read_checkpoint(path)
     except ValueError as error:

@@ -66,6 +66,10 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
     model.load_state_dict(found[fitting[0]], strict=True)
 
 
+SAVED = (b"PK", b"\x80")
+"""How files begin that ``torch.save`` wrote: zip archives, and pickles before torch 1.6."""
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """Reads a checkpoint: tensors and plain types, and no code.
 
@@ -90,7 +94,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if not str(error).startswith("Weights only load failed"):  # what else torch says of a file helps nobody
+        with open(path, "rb") as file:
+            saved = file.read(2).startswith(SAVED)
+        # What torch says of others helps nobody; of a text, that it would be run as code.
+        if not saved or not str(error).startswith("Weights only load failed"):
             size = os.path.getsize(path)
             raise ValueError(
                 f"The checkpoint {name}, {size} bytes, is damaged, or is no file that torch.save wrote (a text, or a "

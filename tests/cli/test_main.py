@@ -618,7 +618,7 @@ def test_a_mistake_in_a_file_is_told_in_one_line(
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lit.py").write_text("import lightning\n")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.ckpt")
-    for name, told in (("lit.py", "nor any file that torch.save wrote"), ("plain.ckpt", "which network it holds")):
+    for name, told in (("lit.py", "is no file that torch.save wrote"), ("plain.ckpt", "which network it holds")):
         assert main(["export", str(tmp_path / name), "--format", "onnx"]) == 2
         error = capsys.readouterr().err
         assert name in error
