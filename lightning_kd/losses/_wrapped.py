@@ -28,7 +28,8 @@ class Wrapped(nn.Module):
             name = type(loss).__name__
             raise ValueError(f"{name} follows the run, so it is the outermost: {name}({type(self).__name__}(...)).")
         self.loss = loss
-        parameters = inspect.signature(loss.forward).parameters
+        # Behind the two sides, whatever these are called: torch's own are (input, target).
+        parameters = dict(list(inspect.signature(loss.forward).parameters.items())[2:])
         parameter = parameters.get("target")
         self.takes_mask = "mask" in parameters
         self.takes_target = parameter is not None

@@ -5,7 +5,7 @@ from lightning_kd import losses
 from lightning_kd.functional import cwd, dist, fitnet, kd
 
 LOSSES = [losses.KD(), losses.KD(dim=-1), losses.FitNet(), losses.DIST(), losses.RKD(), losses.BDKD(), losses.SP()]
-LOSSES += [losses.Standardized(losses.KD()), losses.SampleTemperature(losses.KD())]
+LOSSES += [losses.Standardized(losses.KD()), losses.SampleTemperature(losses.KD()), torch.nn.L1Loss()]
 
 
 @pytest.fixture
