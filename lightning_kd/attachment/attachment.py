@@ -147,12 +147,12 @@ class Attachment(Callback):
         self._measure_run(trainer)
         student = self._student_in(pl_module)
         refuse_forgotten(trainer, student)
-        if self._taught is not None and self._taught() is not student and self._has_parameters() and not self._restored:
+        other = self._taught is not None and self._taught() is not getattr(student, "_orig_mod", student)
+        if other and self._has_parameters() and not self._restored:
             raise ValueError(
                 f"This {type(self).__name__} has learned with another student ({', '.join(self.distiller.terms)}), and "
                 "this one would begin with that. Make a new one for each student and for each seed."
             )
-        self._taught = weakref.ref(student)
         self._steps_done = trainer.global_step
         self.distiller.teacher.begin()
 
@@ -168,6 +168,8 @@ class Attachment(Callback):
         """Lets the teacher follow the student once per optimizer step."""
         if trainer.global_step != self._steps_done:
             self._steps_done = trainer.global_step
+            student = self._student_in(pl_module)
+            self._taught = weakref.ref(getattr(student, "_orig_mod", student))
             self.distiller.teacher.update(self._moment(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -32,7 +32,11 @@ def with_batch(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arg
     return ((batch, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): batch})
 
 
-def as_it_comes(batch: Any, made: dict[int, tuple[Any, Any]] | None = None) -> Any:
+Made = dict[int, tuple[Any, Any]]
+"""What was copied in a batch, which stays alive as long as its id stands for it, and the copy."""
+
+
+def as_it_comes(batch: Any, made: Made | None = None) -> Any:
     """Copies what holds the tensors of a batch, and of these the integers and booleans: labels and masks, no images.
 
     That are lists, tuples and dicts and objects with tensors in such or in their attributes; of objects of objects
@@ -41,7 +45,7 @@ def as_it_comes(batch: Any, made: dict[int, tuple[Any, Any]] | None = None) -> A
 
     Args:
         batch: The batch.
-        made: What was copied in it, which stays alive as long as its id stands for it, and the copy.
+        made: Where to note what was copied.
 
     Example:
         >>> import torch
@@ -71,7 +75,8 @@ def _shallow(of: Any) -> Any:
         if images and not of.is_inference():
             return of
         cloned = of.clone()
-        vars(cloned).update(vars(of))
+        for name, x in vars(of).items():
+            vars(cloned).setdefault(name, x)
         return cloned
     own = hasattr(type(of), "__copy__") and not hasattr(type(of), "__array_interface__")
     holds = own or isinstance(of, _KNOWN) or any(_holds(x) for _, x in attributes_of(of))
@@ -87,7 +92,7 @@ def _shallow(of: Any) -> Any:
     return copied
 
 
-def _fill(copied: Any, made: dict[int, tuple[Any, Any]]) -> None:
+def _fill(copied: Any, made: Made) -> None:
     if isinstance(copied, (list, deque)) and len(copied) <= _WIDE:
         for index, x in enumerate(list(copied)):
             copied[index] = as_it_comes(x, made)
@@ -115,25 +120,42 @@ def _holds(x: Any, deep: int = 2) -> bool:
     return isinstance(x, Tensor)
 
 
-def add_new(came: Any, now: Any, added: set[tuple[int, Any]], deep: int = 3) -> None:
-    """Puts into a batch as it came what is new in it now: under names that it did not have, or that were None.
+def add_new(came: Any, now: Any, made: Made, added: set[tuple[int, Any]], deep: int = 3) -> None:
+    """Puts into a batch as it came what is new in it now: where it had nothing, or None.
+
+    Into a list only where that is the one that came, with all that was in it.
 
     Args:
         came: A copy of the batch, or of a list, tuple or dict in it.
         now: The same of the batch that a step has had.
+        made: What was copied of the batch.
         added: What was put there, which is put there again.
         deep: How far lists, tuples and dicts are followed.
     """
     if came is now or type(came) is not type(now) or not deep:
         return
     before, after = _by_name(came), _by_name(now)
-    for name, x in after.items() if len(after) <= _WIDE else ():
-        missing = before.get(name) is None or (id(came), name) in added
-        if missing and not isinstance(came, tuple):
-            _put(came, name, x, now)
-            added.add((id(came), name))
+    ordered = isinstance(came, (list, tuple))
+    puts = not ordered or (isinstance(came, list) and len(came) <= len(now) and _still(came, now, made, added))
+    if len(after) > _WIDE or (ordered and len(before) != len(after) and not puts):
+        return
+    for name, x in after.items():
+        if before.get(name) is None or (id(came), name) in added:
+            if puts:
+                _put(came, name, x, now)
+                added.add((id(came), name))
         elif type(x) in _PLAIN:
-            add_new(before.get(name), x, added, deep - 1)
+            add_new(before[name], x, made, added, deep - 1)
+
+
+def _still(came: list[Any], now: list[Any], made: Made, added: set[tuple[int, Any]]) -> bool:
+    """Whether a list is the one that was copied, and what was in it is where it was."""
+
+    def is_copy(copied: Any, of: Any) -> bool:
+        return copied is of or made.get(id(of), (None, None))[1] is copied
+
+    there = (x is None or (id(came), i) in added or is_copy(x, now[i]) for i, x in enumerate(came))
+    return is_copy(came, now) and all(there)
 
 
 def _by_name(of: Any) -> Mapping[Any, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning_kd.attachment.batches import add_new, as_it_comes
+from lightning_kd.attachment.batches import Made, add_new, as_it_comes
 from lightning_kd.term import how_to_give
 from lightning_kd.watching import LabelsOf
 from lightning_kd.wiring import describe
@@ -34,11 +34,12 @@ class Labels:
             asked: What may be asked for, by name.
             position: Which samples of the data set these are, if that is known.
         """
-        came = as_it_comes(batch) if self.sources.keys() & set(asked) else batch
+        made: Made = {}
+        came = as_it_comes(batch, made) if self.sources.keys() & set(asked) else batch
         added: set[tuple[int, Any]] = set()
 
         def labels(needed: Mapping[str, bool]) -> dict[str, Any]:
-            add_new(came, batch, added)
+            add_new(came, batch, made, added)
             found = labels_of(came, self.sources, needed, batch)
             return found if position is None or "position" in found else {**found, "position": position}
 

@@ -111,7 +111,7 @@ class MutualAttachment(Attachment):
         """Refuses peers that would not learn."""
         super().on_train_start(trainer, pl_module)
         for peer in self._others:
-            refuse_forgotten_peer(trainer, self._members[0].network, peer.name, peer.network)
+            refuse_forgotten_peer(trainer, peer.name, peer.network, peer.strangers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module as it was."""
@@ -256,7 +256,9 @@ class MutualAttachment(Attachment):
 
         self._patches.add(part)
         for hook in HOOKS[trainer.state.fn.value]:
-            if any(is_overridden(hook, peer.module) for peer in self._others):
+            # Each peer has the batch from before, also where the student alone has a hook.
+            modules = [peer.module for peer in (self._members if hook.endswith("batch_start") else self._others)]
+            if any(is_overridden(hook, module) for module in modules):
                 self._patches.replace(pl_module, hook, self._calling_all(getattr(pl_module, hook), hook))
 
     def _module_of(
@@ -354,7 +356,11 @@ class MutualAttachment(Attachment):
             optimizers = list(optimizers_of(result))
             if optimizers:
                 for peer in self._others:
-                    adopt_groups(optimizers, list(optimizers_of(peer.module.configure_optimizers())))
+                    theirs = list(optimizers_of(peer.module.configure_optimizers()))
+                    own = {id(p) for p in peer.module.parameters()}
+                    groups = [group["params"] for optimizer in theirs for group in optimizer.param_groups]
+                    peer.strangers = any(id(p) not in own for params in groups for p in params)
+                    adopt_groups(optimizers, theirs)
                 adopt(optimizers, [p for each in self._distillers for p in each.parameters() if p.requires_grad])
             return result
 
@@ -370,12 +376,13 @@ class MutualAttachment(Attachment):
             with without_guests(self._members[0].module):
                 result = own(*args, **kwargs)
             for peer in self._others:
-                if not is_overridden(hook, peer.module):
+                begins = hook.endswith("batch_start")
+                if not (begins or is_overridden(hook, peer.module)):
                     continue
                 theirs, named = theirs_of(peer)
                 with self._as_the_student(peer, random):
                     returned = getattr(peer.module, hook)(*theirs, **named)
-                if hook.endswith("batch_start"):
+                if begins:
                     peer.begun = batch_of(theirs, named)
                 elif hook in ENDS:
                     peer.end(hook, returned, batch_of(theirs, named))

@@ -41,6 +41,8 @@ class Peer:
     module: LightningModule
     network: nn.Module
     distiller: Distiller
+    strangers: bool = False
+    """Whether its module's ``configure_optimizers`` has returned parameters that are not the module's."""
     begun: Any = None
     """The batch that its hook has had, and that its step is to have."""
     ended: Any = None
@@ -88,23 +90,28 @@ def tied_parts(pl_module: LightningModule, student: nn.Module, name: str, peer: 
     """
 
     def parts_of(network: nn.Module) -> dict[str, Any]:
-        return {**dict(network.named_modules()), **dict(network.named_parameters()), **dict(network.named_buffers())}
+        named = (network.named_modules, network.named_parameters, network.named_buffers)
+        return {path: part for each in named for path, part in each(remove_duplicate=False) if path}
 
     parts, found = parts_of(peer), {}
-    names = {id(part): path for path, part in parts_of(student).items() if path}
+    names: dict[int, list[str]] = {}
+    for path, part in parts_of(student).items():
+        names.setdefault(id(part), []).append(path)
     inside = {id(part) for part in student.modules()}
     for path, owner in pl_module.named_modules():
         held = {**owner._modules, **owner._parameters, **owner._buffers} if id(owner) not in inside else {}
         for key, part in held.items():
-            if id(part) not in names:
+            known = names.get(id(part), [])
+            learns = not isinstance(part, nn.Module) or any(True for _ in part.parameters())
+            if not known or not learns:
                 continue
-            if names[id(part)] not in parts:
+            if not any(name in parts for name in known):
                 raise ValueError(
-                    f"{'.'.join(filter(None, (path, key)))} of {type(pl_module).__name__} is {names[id(part)]!r} of "
+                    f"{'.'.join(filter(None, (path, key)))} of {type(pl_module).__name__} is {known[0]!r} of "
                     f"the student, and {name}, a {type(peer).__name__}, has none: in its copy of the module the "
                     "student's would be there. Give a peer that has it, or let the module find it in the student."
                 )
-            found[id(part)] = parts[names[id(part)]]
+            found[id(part)] = next(parts[name] for name in known if name in parts)
     return found
 
 

@@ -114,15 +114,14 @@ def refuse_forgotten(trainer: Trainer, student: nn.Module) -> None:
         )
 
 
-def refuse_forgotten_peer(trainer: Trainer, student: nn.Module, name: str, peer: nn.Module) -> None:
-    """Refuses a peer of which an optimizer knows nothing, or less than of the student."""
+def refuse_forgotten_peer(trainer: Trainer, name: str, peer: nn.Module, strangers: bool) -> None:
+    """Refuses a peer of which no optimizer knows anything, or not all where it knows strangers in its place."""
     if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers:
         return
     known = _optimized(trainer)
     learning = [key for key, p in peer.named_parameters() if p.requires_grad]
     left = [key for key, p in peer.named_parameters() if p.requires_grad and id(p) not in known]
-    whole = all(id(p) in known for p in student.parameters() if p.requires_grad)
-    if left and (whole or len(left) == len(learning)):
+    if left and (strangers or len(left) == len(learning)):
         raise ValueError(
             f"{len(left)} of the {len(learning)} parameters of {name} are in no optimizer, {left[0]} for one, so that "
             "it would not learn as the student does. A peer runs in a copy of the LightningModule, whose "

@@ -78,7 +78,7 @@ def first_samples(trainer: Trainer, pl_module: LightningModule) -> Any:
     """Returns a small training batch on the student's device, in the format of the module's own batches.
 
     No worker is started, and no sampler of torch's that counts is asked; others are asked for one batch, and their
-    generators put back. An iterable data set gives its first batch, as does a loader that iterates in its own way.
+    generators put back. An iterable data set gives its first batch.
     """
     # The one place where Lightning keeps the loader before the loop makes it, whichever way it was given.
     loader = trainer.fit_loop._data_source.dataloader()
@@ -95,10 +95,7 @@ def _small_batch(loader: Any) -> Any:
     if isinstance(loader, (list, tuple)):
         return [_small_batch(value) for value in loader]
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        if type(loader).__iter__ is DataLoader.__iter__:
-            return _of_indices(loader)
-        with _generators_restored(loader, loader.sampler, loader.batch_sampler):
-            return next(iter(loader))  # a class that makes its own batches
+        return _of_indices(loader)
     if isinstance(loader, Iterator):
         raise ValueError(
             "The training data is an iterator, which can be read only once, and projectors need a batch of it before "
@@ -170,8 +167,10 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
 @contextmanager
 def _state_restored(module: nn.Module) -> Iterator[None]:
     """Puts BatchNorm statistics and other buffers back, training modes, and what metrics have counted."""
-    modes = [(part, part.training) for part in module.modules()]  # some networks freeze a part in their forward
-    held = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+    parts = [part for part in module.modules() if hasattr(part, "training")]  # what torch.jit.freeze made has none
+    modes = [(part, part.training) for part in parts]  # some networks freeze a part in their forward
+    buffers_of = [part._buffers for part in parts if isinstance(part._buffers, dict)]  # those of TorchScript are not
+    held = [(buffers, dict(buffers)) for buffers in buffers_of]
     saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(part, _counted(part)) for part in module.modules() if isinstance(part, Metric)]
     try:
@@ -184,7 +183,9 @@ def _state_restored(module: nn.Module) -> Iterator[None]:
                 setattr(metric, name, value)
         with torch.no_grad():
             for buffer, value in saved:
-                buffer.copy_(value)
+                # Some cannot be written into: expanded ones, and those of a file.
+                if buffer.layout != torch.strided or not torch.equal(buffer, value):
+                    buffer.copy_(value)
         for buffers, before in held:
             buffers.update(before)  # of which a forward may have made others
 

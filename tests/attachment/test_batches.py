@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_kd.attachment.batches import add_new, as_it_comes
+from lightning_kd.attachment.batches import Made, add_new, as_it_comes
 
 
 class Encoded(UserDict[str, Any]):
@@ -106,33 +106,60 @@ def test_what_is_new_goes_before_what_was_nothing() -> None:
         ({"t": {"y": y}}, lambda batch: batch["t"]),
     ]
     for batch, part in kinds:
-        came, added = as_it_comes(batch), set()  # type: ignore[var-annotated]
+        made: Made = {}
+        came, added = as_it_comes(batch, made), set()  # type: ignore[var-annotated]
         for value in (mixed, mixed + 1):
             names = vars(part(batch)) if isinstance(batch, Mixable) else part(batch)
             names["mixed"], names["y"] = value, value
-            add_new(came, batch, added)
+            add_new(came, batch, made, added)
             found = vars(part(came)) if isinstance(batch, Mixable) else part(came)
             assert found["mixed"] is value
             assert torch.equal(found["y"], y)
 
 
 def test_what_is_new_is_found_in_slots_and_lists() -> None:
-    slotted, items, growing = Slotted(torch.arange(2)), [torch.zeros(2), None], [torch.zeros(2)]
-    batch = {"slotted": slotted, "items": items, "growing": growing}
-    for part in (slotted, items, growing):
-        came, added = as_it_comes(part), set()
-        new = torch.ones(2)
-        if part is slotted:
-            slotted.mixed = new
+    for part in (Slotted(torch.arange(2)), [torch.zeros(2), None], [torch.zeros(2)]):
+        made: Made = {}
+        came, added, new = as_it_comes(part, made), set(), torch.ones(2)
+        if isinstance(part, Slotted):
+            part.mixed = new
         else:
             part[1:] = [new]
         for _ in range(2):  # who asks again finds it again
-            add_new(came, part, added)
-            assert (came.mixed if part is slotted else came[1]) is new
-    assert len(batch["growing"]) == 2
+            add_new(came, part, made, added)
+            assert (came.mixed if isinstance(came, Slotted) else came[1]) is new
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda labels: [label for label in labels if label is not None],
+        lambda labels: [torch.tensor(9), *labels],
+        lambda labels: [label for label in labels for _ in range(2)],
+        lambda labels: [torch.tensor(7)] * 3,
+    ],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_new_in_another_list_is_none_of_the_one_that_came(change: Any, in_place: bool) -> None:
+    batch: dict[str, Any] = {"y": [torch.tensor(0), None, torch.tensor(2)]}
+    made: Made = {}
+    came = as_it_comes(batch, made)
+    if in_place:
+        batch["y"][:] = change(batch["y"])
+    else:
+        batch["y"] = change(batch["y"])
+    add_new(came, batch, made, set())
+    assert came["y"] == [0, None, 2]
 
 
 def test_attributes_of_labels_come_along() -> None:
     labels = torch.arange(3)
     labels.names = ["a", "b", "c"]
     assert as_it_comes([labels])[0].names == labels.names
+
+
+def test_labels_of_different_lengths_have_copies_of_their_own() -> None:
+    jagged = torch.nested.nested_tensor_from_jagged(torch.arange(4), torch.tensor([0, 1, 4]))
+    (came,) = as_it_comes([jagged])
+    jagged.values().zero_()
+    assert came.values().tolist() == [0, 1, 2, 3]

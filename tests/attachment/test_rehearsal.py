@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from project import QUIET, Project, data, fit, hint, logged
+from project import QUIET, Project, fit, logged, net
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
@@ -188,14 +188,24 @@ def test_means_that_student_and_teacher_keep_are_as_before() -> None:
     assert all(map(torch.equal, run(None), run(nn.Linear(8, 16))))
 
 
-def test_a_loader_that_makes_its_own_batches() -> None:
-    class Named(DataLoader[Any]):
-        def __iter__(self) -> Any:
-            for x, y in super().__iter__():
-                yield {"x": x, "y": y}
+class Frozen(nn.Module):
+    """Has buffers that nobody can write into."""
 
-    class Naming(Project):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return super().training_step((batch["x"], batch["y"]), batch_idx)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 16)
+        self.register_buffer("scale", torch.ones(1).expand(16))
+        with torch.inference_mode():
+            self.register_buffer("shift", torch.zeros(16))
 
-    assert logged(fit(Naming(), hint(), batches=Named(data(), batch_size=4)))["train/hint"] > 0
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale + self.shift.clone()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what is tried
+@pytest.mark.parametrize(
+    "make", [Frozen, lambda: torch.jit.script(net(16)), lambda: torch.jit.freeze(torch.jit.script(net(16).eval()))]
+)
+def test_a_teacher_that_cannot_be_written_into_is_rehearsed(make: Any) -> None:
+    term = Term(losses.FitNet(), student="0", teacher="output")
+    assert logged(fit(Project(), Distillation(make(), {"hint": term}, student="model")))["train/hint"] > 0

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from project import Project, fit, hint, kd
+from project import Project, fit, hint, kd, logged
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,14 @@ def test_callbacks_in_another_order_do_not_resume(tmp_path: Path) -> None:
     fit(Project(), hint("a"), hint("b", width=12)).save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match="had its callbacks in the order"):
         fit(Project(), hint("b", width=12), hint("a"), max_epochs=2, resume=tmp_path / "run.ckpt")
+
+
+def test_a_network_that_is_compiled_anew_is_the_same_student() -> None:
+    class Compiled(Project):
+        def configure_model(self) -> None:
+            network = getattr(self.model, "_orig_mod", self.model)
+            self.model = torch.compile(network, backend="eager")
+
+    module, callback = Compiled(), hint()
+    for _ in range(2):
+        assert logged(fit(module, callback))["train/hint"] > 0

@@ -782,3 +782,43 @@ def test_what_the_module_has_of_the_student_elsewhere_is_the_peers_in_its_copy()
     assert copied.first is peer.body
     with pytest.raises(ValueError, match=r"out\.weight of Twofold is 'tied' of the student, and peer1, a Net, has"):
         fit(Twofold(tied(5)), mutual(Net(7)))
+
+
+def test_a_peer_may_learn_in_part_as_the_module_says() -> None:
+    class OfHeads(Lit):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            model.body.requires_grad_(False)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+
+    peer = Net(7)
+    before = copy.deepcopy(peer.state_dict())
+    fit(OfHeads(Net(5)), mutual(peer), max_epochs=1)
+    moved = {name for name, value in peer.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_a_layer_without_weights_may_have_a_second_name() -> None:
+    class Aliased(Lit):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.activation = model.body[2]
+
+    fit(Aliased(Net(5)), mutual(nn.Linear(6, 4)), max_epochs=1)
+
+
+def test_a_peer_of_another_class_gets_the_batch_before_the_students_hook() -> None:
+    class Halving(Lit):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            batch[0] = batch[0] / 2
+
+    class Seeing(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    seen: list[Tensor] = []
+    fit(Halving(Net(5)), mutual(Seeing(Net(7))), max_epochs=1)
+    assert all(torch.equal(x, batch[0]) for x, batch in zip(seen, loader(), strict=True))
