@@ -154,8 +154,8 @@ def test_what_is_new_in_another_list_is_none_of_the_one_that_came(change: Any, i
 
 def test_attributes_of_labels_come_along() -> None:
     labels = torch.arange(3)
-    labels.names = ["a", "b", "c"]
-    assert as_it_comes([labels])[0].names == labels.names
+    labels.classes = ["a", "b", "c"]
+    assert as_it_comes([labels])[0].classes == labels.classes
 
 
 def test_labels_of_different_lengths_have_copies_of_their_own() -> None:
