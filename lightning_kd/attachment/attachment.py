@@ -151,7 +151,7 @@ class Attachment(Callback):
         if other and self._has_parameters() and not self._restored:
             raise ValueError(
                 f"This {type(self).__name__} has learned with another student ({', '.join(self.distiller.terms)}), and "
-                "this one would begin with that. Make a new one for each student and for each seed."
+                "this one would begin with that. Make a new one, of new terms, for each student and for each seed."
             )
         self._steps_done = trainer.global_step
         self.distiller.teacher.begin()
@@ -273,7 +273,7 @@ class Attachment(Callback):
 
     def _get_ready(self, pl_module: LightningModule) -> None:
         if not self._ready:
-            if not self._has_parameters():
+            if not self.distiller.attached:  # as it is since configure_model, where a term had to see a sample
                 self._attach(pl_module)
             for distiller in self._distillers:  # since then the strategy may have replaced layers (sync_batchnorm)
                 distiller.refresh()

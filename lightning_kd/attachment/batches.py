@@ -145,7 +145,8 @@ def add_new(came: Any, now: Any, made: Made, added: set[tuple[int, Any]], deep: 
                 _put(came, name, x, now)
                 added.add((id(came), name))
         elif type(x) in _PLAIN:
-            add_new(before[name], x, made, added, deep - 1)
+            copied = made.get(id(x), (x, before[name]))[1]  # its own, wherever it is now
+            add_new(copied, x, made, added, deep - 1)
 
 
 def _still(came: list[Any], now: list[Any], made: Made, added: set[tuple[int, Any]]) -> bool:

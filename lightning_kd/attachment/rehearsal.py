@@ -183,11 +183,19 @@ def _state_restored(module: nn.Module) -> Iterator[None]:
                 setattr(metric, name, value)
         with torch.no_grad():
             for buffer, value in saved:
-                # Some cannot be written into: expanded ones, and those of a file.
-                if buffer.layout != torch.strided or not torch.equal(buffer, value):
+                if buffer.shape != value.shape:  # observers of quantization grow with their first input
+                    buffer.resize_(value.shape)
+                if _differ(buffer, value):  # some cannot be written into: expanded ones, and those of a file
                     buffer.copy_(value)
         for buffers, before in held:
             buffers.update(before)  # of which a forward may have made others
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    try:
+        return not torch.equal(a, b)
+    except (NotImplementedError, RuntimeError):  # sparse ones and complex32, for some, are not compared
+        return True
 
 
 def _counted(metric: Metric) -> dict[str, Any]:

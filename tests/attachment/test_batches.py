@@ -163,3 +163,14 @@ def test_labels_of_different_lengths_have_copies_of_their_own() -> None:
     (came,) = as_it_comes([jagged])
     jagged.values().zero_()
     assert came.values().tolist() == [0, 1, 2, 3]
+
+
+def test_what_is_new_in_parts_that_changed_places_is_each_ones_own() -> None:
+    batch = {"targets": [{"y": torch.tensor(i)} for i in range(3)]}
+    made: Made = {}
+    came = as_it_comes(batch, made)
+    batch["targets"].reverse()
+    for target in batch["targets"]:
+        target["late"] = target["y"] + 10
+    add_new(came, batch, made, set())
+    assert [(int(each["y"]), int(each["late"])) for each in came["targets"]] == [(0, 10), (1, 11), (2, 12)]

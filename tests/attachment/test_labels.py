@@ -247,6 +247,7 @@ def test_a_label_function_may_return_another_number_of_tensors_each_time() -> No
     assert fit(Project(), distillation, batches=loader(8)).callback_metrics["train/kd"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_labels_in_an_object_are_read_before_the_step_takes_them_out() -> None:
     class Batch:
         def __init__(self, rows: Any) -> None:

@@ -209,3 +209,19 @@ class Frozen(nn.Module):
 def test_a_teacher_that_cannot_be_written_into_is_rehearsed(make: Any) -> None:
     term = Term(losses.FitNet(), student="0", teacher="output")
     assert logged(fit(Project(), Distillation(make(), {"hint": term}, student="model")))["train/hint"] > 0
+
+
+def test_buffers_that_a_first_forward_resizes_are_as_before() -> None:
+    class Observing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("least", torch.zeros(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.least.resize_(8).copy_(x.detach().amin(0))
+            return x
+
+    module = Project()
+    module.model = nn.Sequential(nn.Linear(6, 8), Observing(), nn.Linear(8, 4))
+    term = Term(losses.FitNet(), student="0", teacher="0")
+    assert logged(fit(module, Distillation(net(16), {"hint": term}, student="model")))["train/hint"] > 0

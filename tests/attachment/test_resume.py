@@ -7,6 +7,8 @@ import pytest
 import torch
 from project import Project, fit, hint, kd, logged
 
+from lightning_kd import Distillation, Term, losses, teachers
+
 
 @pytest.mark.parametrize(
     ("before", "after", "message"),
@@ -44,7 +46,7 @@ def test_what_was_learned_with_another_student_is_no_others(tmp_path: Path) -> N
     callback = hint()
     fit(Project(), callback).save_checkpoint(tmp_path / "run.ckpt")
     fit(Project(), callback, max_epochs=2, resume=tmp_path / "run.ckpt")
-    with pytest.raises(ValueError, match="Make a new one for each student and for each seed"):
+    with pytest.raises(ValueError, match="Make a new one, of new terms, for each student"):
         fit(Project(), callback)
     without = kd()
     fit(Project(), without)
@@ -66,3 +68,17 @@ def test_a_network_that_is_compiled_anew_is_the_same_student() -> None:
     module, callback = Compiled(), hint()
     for _ in range(2):
         assert logged(fit(module, callback))["train/hint"] > 0
+
+
+@pytest.mark.parametrize("teacher", [teachers.EMA, teachers.PastSelf])
+def test_copies_of_the_student_are_resumed_with_terms_that_need_no_projector(teacher: Any, tmp_path: Path) -> None:
+    def run(epochs: int, resume: Path | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = Project()
+        terms = {"hint": Term(losses.FitNet(), student="0", teacher="0")}
+        callback = Distillation(teacher(), terms, student="model")
+        fit(module, callback, max_epochs=epochs, resume=resume).save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return [p.detach() for p in (*module.parameters(), *callback.distiller.teacher.model.parameters())]
+
+    run(1)
+    assert all(map(torch.equal, run(2, tmp_path / "1.ckpt"), run(2)))
