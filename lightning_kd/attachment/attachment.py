@@ -89,7 +89,8 @@ class Attachment(Callback):
         self._ready = False
         self._was_called = False
         self._restored = False
-        self._taught: weakref.ref[nn.Module] | None = None
+        self._pupil: weakref.ref[nn.Module] | None = None  # of this fit
+        self._taught: weakref.ref[nn.Module] | None = None  # of the last step that was made
         self._log = Log(prog_bar)
         self._moment = Moments()
         self._check = FiniteCheck()
@@ -98,7 +99,8 @@ class Attachment(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches()}
-        return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None, "_taught": None}
+        refs = {"_pupil": None, "_taught": None}
+        return {**self.__dict__, **fresh, **refs, "_ready": False, "_all": [], "_own_step": None}
 
     @property
     def state_key(self) -> str:
@@ -147,7 +149,8 @@ class Attachment(Callback):
         self._measure_run(trainer)
         student = self._student_in(pl_module)
         refuse_forgotten(trainer, student)
-        other = self._taught is not None and self._taught() is not getattr(student, "_orig_mod", student)
+        self._pupil = weakref.ref(getattr(student, "_orig_mod", student))
+        other = self._taught is not None and self._taught() is not self._pupil()
         if other and self._has_parameters() and not self._restored:
             raise ValueError(
                 f"This {type(self).__name__} has learned with another student ({', '.join(self.distiller.terms)}), and "
@@ -168,8 +171,7 @@ class Attachment(Callback):
         """Lets the teacher follow the student once per optimizer step."""
         if trainer.global_step != self._steps_done:
             self._steps_done = trainer.global_step
-            student = self._student_in(pl_module)
-            self._taught = weakref.ref(getattr(student, "_orig_mod", student))
+            self._taught = self._pupil
             self.distiller.teacher.update(self._moment(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
