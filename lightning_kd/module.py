@@ -23,7 +23,7 @@ from lightning_kd.distiller import Distiller
 from lightning_kd.meeting import introduce
 from lightning_kd.schedules import Schedule
 from lightning_kd.task import UNLABELLED, TaskAdapter
-from lightning_kd.teachers import Ensemble, Frozen, Peers, Teacher
+from lightning_kd.teachers import Cached, Ensemble, Frozen, Peers, Teacher
 from lightning_kd.teachers.base import made_by
 from lightning_kd.teachers.stillness import set_training
 from lightning_kd.term import Term
@@ -189,10 +189,11 @@ class DistillationModule(LightningModule):
         """Measures the student, and how often it agrees with the teacher."""
         batch = self._in_precision(batch)
         output = self._evaluate(batch, self.test_metrics, "test")
+        teacher = self.teacher.teacher if isinstance(self.teacher, Cached) else self.teacher
         # Of what an ensemble's models return, only the logits are left: a task that selects them finds nothing.
-        whole = not isinstance(self.teacher, Ensemble) or not self.teacher.path.selectors
-        if self.agreement is not None and whole and isinstance(self.teacher, (Ensemble, Frozen)):
-            taught = self._teacher_output(self.teacher, batch)
+        whole = not isinstance(teacher, Ensemble) or not teacher.path.selectors
+        if self.agreement is not None and whole and isinstance(teacher, (Ensemble, Frozen)):
+            taught = self._teacher_output(teacher, batch)
             self.task.update_agreement_batch(self.agreement, output, taught, batch)
 
     def _in_precision(self, batch: Any) -> Any:

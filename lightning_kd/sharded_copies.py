@@ -134,7 +134,9 @@ def shardings_of(parts: list[nn.Module]) -> list[Sharding]:
     groups = {key: _groups(state) for key, state in states.items()}
     for key, state in states.items():
         # One that holds no parameters of its own has no group.
-        group = next(iter(groups[key] or (group for own in groups.values() for group in own)))
+        group = next(iter(groups[key] or (group for own in groups.values() for group in own)), None)
+        if group is None:  # and nor has anything inside
+            continue
         settings = {"mp_policy": state._mp_policy, "offload_policy": group.offload_policy}
         made.append(Sharding(list(state._modules), group.mesh_info.mesh, settings))
     return made

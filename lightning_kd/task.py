@@ -118,7 +118,8 @@ class TaskAdapter(nn.Module, ABC):
 
     def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:
         """Updates the metrics with what ``forward`` returned."""
-        metrics.update(output, self.target(batch))
+        if len(metrics):  # without any, a batch needs no labels
+            metrics.update(output, self.target(batch))
 
     def agreement(self) -> Metric | None:
         """Returns a fresh metric of how often student and teacher agree, or None where that means nothing.

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_kd import DistillationModule, Term, losses, schedules
-from lightning_kd.teachers import Frozen
+from lightning_kd.task import TaskAdapter
+from lightning_kd.teachers import Cached, Frozen
 
 CLASSES = 3
 
@@ -193,6 +194,24 @@ def test_a_test_measures_the_agreement_with_the_teacher() -> None:
     run = trainer()
     run.test(module(), loader(), verbose=False)
     assert "test/agreement" not in run.callback_metrics
+
+
+def test_the_agreement_is_with_the_teacher_behind_a_cache(tmp_path: Path) -> None:
+    teacher = Net(8)
+    made = module(Cached(tmp_path, teacher))
+    trainer().fit(made, loader(), loader())
+    taught = DistillationModule(made.task, made.student, teacher, {"kd": Term(losses.KD())})
+    assert agreement(made) == agreement(taught)
+
+
+def test_a_task_without_metrics_needs_no_labels() -> None:
+    class Plain(TaskAdapter):
+        def loss(self, output: Tensor, batch: Any) -> Tensor:
+            return output.square().mean()
+
+    run, images = trainer(limit_val_batches=1), DataLoader(torch.randn(8, 6), batch_size=4)
+    run.fit(DistillationModule(Plain(), Net(4)), images, images)
+    assert run.callback_metrics["val/loss"] > 0
 
 
 def test_the_agreement_is_with_the_teacher_as_it_teaches() -> None:

@@ -109,6 +109,17 @@ def test_a_peer_is_sharded_where_it_has_the_students_layers(mesh: DeviceMesh) ->
     assert not isinstance(untouched, FSDPModule)
 
 
+def test_around_a_peer_nothing_is_sharded_where_nothing_learns(mesh: DeviceMesh) -> None:
+    around = nn.Sequential(nn.Linear(2, 2))
+    student, peer = around[0], nn.Linear(2, 3)
+    fully_shard(student, mesh=mesh)
+    fully_shard(around, mesh=mesh)
+    made = deep_copy(around, {id(student): peer})
+    assert made[0] is peer
+    assert made(torch.ones(1, 2)).shape == (1, 3)
+    assert not isinstance(made, FSDPModule)
+
+
 def test_what_is_sharded_otherwise_is_refused(mesh: DeviceMesh) -> None:
     inside = nn.Sequential(nn.Linear(2, 2))
     fully_shard(nn.Sequential(inside), mesh=mesh)

@@ -1,7 +1,6 @@
 """Attaches a distiller to any LightningModule for the length of a fit, and takes it off again."""
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from lightning_kd.attachment.moments import Moments
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
 from lightning_kd.attachment.patches import Patches
 from lightning_kd.attachment.positions import Positions
+from lightning_kd.attachment.pupils import forget, learned_elsewhere, learned_with, learns
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
@@ -88,9 +88,7 @@ class Attachment(Callback):
         self._steps_done = 0
         self._ready = False
         self._was_called = False
-        self._restored = False
-        self._pupil: weakref.ref[nn.Module] | None = None  # of this fit
-        self._taught: weakref.ref[nn.Module] | None = None  # of the last step that was made
+        self._taught = False
         self._log = Log(prog_bar)
         self._moment = Moments()
         self._check = FiniteCheck()
@@ -99,8 +97,7 @@ class Attachment(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches()}
-        refs = {"_pupil": None, "_taught": None}
-        return {**self.__dict__, **fresh, **refs, "_ready": False, "_all": [], "_own_step": None}
+        return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None}
 
     @property
     def state_key(self) -> str:
@@ -114,7 +111,6 @@ class Attachment(Callback):
         if stage != "fit":
             return
         self._undo_all()
-        self._restored = False
         if self is attachments_of(trainer)[0]:
             for name in [name for name in pl_module._modules if name.startswith(GUEST)]:
                 delattr(pl_module, name)  # of the fit in which this copy of a module was taken
@@ -149,14 +145,15 @@ class Attachment(Callback):
         self._measure_run(trainer)
         student = self._student_in(pl_module)
         refuse_forgotten(trainer, student)
-        self._pupil = weakref.ref(getattr(student, "_orig_mod", student))
-        other = self._taught is not None and self._taught() is not self._pupil()
-        if other and self._has_parameters() and not self._restored:
+        learned = [name for name, part in self._learning() if learned_elsewhere(student, part)]
+        if learned:
             raise ValueError(
-                f"This {type(self).__name__} has learned with another student ({', '.join(self.distiller.terms)}), and "
-                "this one would begin with that. Make a new one, of new terms, for each student and for each seed."
+                f"{type(self).__name__}: what the fit of another student taught {', '.join(dict.fromkeys(learned))} "
+                "would be what this one begins with. Make new terms, and a new callback or module of them, for each "
+                "student and for each seed."
             )
         self._steps_done = trainer.global_step
+        self._taught = False
         self.distiller.teacher.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,7 +168,9 @@ class Attachment(Callback):
         """Lets the teacher follow the student once per optimizer step."""
         if trainer.global_step != self._steps_done:
             self._steps_done = trainer.global_step
-            self._taught = self._pupil
+            if not self._taught:
+                self._taught = True
+                learned_with(self._student_in(pl_module), *(part for _, part in self._learning()))
             self.distiller.teacher.update(self._moment(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -319,7 +318,7 @@ class Attachment(Callback):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         restore(self.distiller, state)
-        self._restored = True
+        forget(*(part for _, part in self._learning()))
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guest = f"{GUEST}_{self._all.index(self)}" if self is not self._all[0] else GUEST
@@ -345,6 +344,10 @@ class Attachment(Callback):
     def _distillers(self) -> list[Distiller]:
         """What computes terms: one, unless several networks learn."""
         return [self.distiller]
+
+    def _learning(self) -> list[tuple[str, object]]:
+        """Returns what a fit changes, by what it is called in a message."""
+        return [*learns(self.distiller)]
 
     def _learners(self) -> nn.Module:
         """Returns what is trained with the module."""

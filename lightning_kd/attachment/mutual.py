@@ -18,6 +18,7 @@ from lightning_kd.attachment.guest import without_guests
 from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
 from lightning_kd.attachment.peers import ENDS, HOOKS, ArgumentsOf, Peer, arguments_of_all, log_as, tied_parts
+from lightning_kd.attachment.pupils import learned_with
 from lightning_kd.attachment.refusals import refuse_forgotten_peer, refuse_uncalled
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
@@ -123,7 +124,7 @@ class MutualAttachment(Attachment):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores that; of a run that is only evaluated, the peers."""
         if self._others and not self.distiller.attached:
-            self._restore_peers(state_dict)
+            self._restore_evaluated(state_dict)
         else:
             super().load_state_dict(state_dict)
 
@@ -131,7 +132,7 @@ class MutualAttachment(Attachment):
         """Refuses a checkpoint that has no weights for the peers."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._others and not trainer.training and self.state_key not in checkpoint.get("callbacks", {}):
-            self._restore_peers({"peers": peers_in(checkpoint)})
+            self._restore_evaluated({"peers": peers_in(checkpoint)})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the terms learned, and the peers' modules with what their terms learned."""
@@ -148,6 +149,11 @@ class MutualAttachment(Attachment):
         self._restore_peers(state)
         for peer in self._others:
             restore(peer.distiller, state["peers"][peer.name])
+
+    def _restore_evaluated(self, state: Mapping[str, Any]) -> None:
+        """Restores the peers beside a student that is only evaluated; they are for the fit of no other."""
+        self._restore_peers(state)
+        learned_with(self._members[0].network, self)
 
     def _restore_peers(self, state: Mapping[str, Any]) -> None:
         was = state.get("peers", {})
@@ -185,6 +191,9 @@ class MutualAttachment(Attachment):
             peer.distiller.attach(peer.network)
             self._patches.add(peer.distiller.detach)
         return student
+
+    def _learning(self) -> list[tuple[str, object]]:
+        return [*super()._learning(), ("its peers", self)]
 
     def _learners(self) -> nn.Module:
         return nn.ModuleList([*self._distillers, *(peer.module for peer in self._others)])

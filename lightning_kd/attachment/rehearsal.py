@@ -199,4 +199,6 @@ def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _counted(metric: Metric) -> dict[str, Any]:
-    return {name: copy.deepcopy(getattr(metric, name)) for name in (*metric._defaults, "_update_count", "_computed")}
+    own = [name for name, value in vars(metric).items() if isinstance(value, torch.Tensor)]  # of some wrappers
+    names = (*metric._defaults, *own, "_update_count", "_computed")
+    return {name: copy.deepcopy(getattr(metric, name)) for name in names}

@@ -136,8 +136,9 @@ def _explains_itself(error: Exception) -> bool:
 
     # OSError: a file or folder that cannot be read or written; FloatingPointError: a term that is not finite.
     told = (UsageError, MisconfigurationException, OSError, ModuleNotFoundError, ValueError, TypeError)
-    if type(error) is RuntimeError:  # torch's, of a checkpoint of another network, and Lightning's
-        return str(error).startswith(("Error(s) in loading state_dict", "Early stopping conditioned on metric"))
+    if type(error) is RuntimeError:  # torch's, of a checkpoint of another network, Lightning's, and what has our notes
+        told_by_others = ("Error(s) in loading state_dict", "Early stopping conditioned on metric")
+        return str(error).startswith(told_by_others) or bool(getattr(error, "__notes__", ()))
     if isinstance(error, UserWarning):
         return re.match(NO_LAST, str(error)) is not None
     return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
@@ -170,7 +171,7 @@ def _told(error: BaseException) -> str:
         key = re.match(r'Parser key "([^"]+)"', str(error))
         where = where or (f"{key[1]}: " if key else "")
         error = error.__cause__
-    told = str(error)
+    told = " ".join([str(error), *getattr(error, "__notes__", ())])
     while tried := alternatives(told):
         for key in re.findall(r'Parser key "([^"]+)"', told.partition("Errors:")[0]):
             where += "" if f"{key}: " in where else f"{key}: "

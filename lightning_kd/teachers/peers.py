@@ -43,8 +43,8 @@ class Peers(Teacher):
     def __init__(self, peers: Sequence[nn.Module], imitate: Imitate = "each") -> None:
         super().__init__()
         given: object = peers
-        if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList):
-            raise TypeError(f"peers is a list of networks, got one {type(given).__name__}: write peers=[network].")
+        if not isinstance(given, (Sequence, nn.ModuleList)):
+            raise TypeError(f"peers is a list of networks, got a {type(given).__name__}: write peers=[network].")
         for peer in peers:
             if not isinstance(peer, nn.Module):
                 raise TypeError(f"A peer is a network, an nn.Module; got {peer!r}.")

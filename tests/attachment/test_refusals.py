@@ -243,13 +243,44 @@ def test_an_error_in_the_teacher_is_said_to_be_there() -> None:
     assert "teacher_input=" in error.value.__notes__[0]
 
 
-def test_a_callback_that_learned_for_another_student_says_so() -> None:
-    callback = hint()
-    fit(Project(), callback)
-    other = Project()
-    other.model = net(5)
-    with pytest.raises(ValueError, match=r"This Distillation has learned with another student \(hint\)"):
-        fit(other, callback)
+@pytest.mark.parametrize("shared", ["callback", "terms", "loss", "projector"])
+def test_what_learned_with_another_student_is_not_for_this_one(shared: str) -> None:
+    """As in a loop over seeds, above which it was made."""
+    above = hint(), {"hint": Term(losses.FitNet(), student="0", teacher="0")}, losses.VID(), nn.Linear(8, 16)
+
+    def made() -> Distillation:
+        callback, terms, loss, projector = above
+        if shared == "callback":
+            return callback
+        anew = {
+            "loss": {"hint": Term(loss, student="0", teacher="0")},
+            "projector": {"hint": Term(losses.FitNet(), student="0", teacher="0", projector=projector)},
+        }
+        return Distillation(net(16), anew.get(shared, terms), student="model")
+
+    project = Project()
+    fit(project, made())
+    fit(project, made())  # the same goes on
+    with pytest.raises(ValueError, match=r"what the fit of another student taught hint would be what this one begins"):
+        fit(Project(), made())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_terms_are_for_one_student_in_the_module_door_too() -> None:
+    terms = {"hint": Term(losses.FitNet(), student="0", teacher="0")}
+
+    def distil() -> None:
+        fit(DistillationModule(Classification(num_classes=4), net(), net(16), terms))
+
+    distil()
+    with pytest.raises(ValueError, match="another student taught hint"):
+        distil()
+
+
+def test_terms_that_learn_nothing_are_for_every_student() -> None:
+    terms = {"kd": Term(losses.KD())}
+    runs = [fit(Project(), Distillation(net(16), terms, student="model")) for _ in range(2)]
+    assert all(logged(run)["train/kd"] > 0 for run in runs)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what is tried

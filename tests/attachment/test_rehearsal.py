@@ -5,9 +5,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from project import QUIET, Project, fit, logged, net
+from project import QUIET, Project, fit, hint, logged, net
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.wrappers import MinMaxMetric
 
 from lightning_kd import Distillation, Term, losses, teachers
 from lightning_kd.attachment.rehearsal import _small_batch, first_samples
@@ -209,6 +211,20 @@ class Frozen(nn.Module):
 def test_a_teacher_that_cannot_be_written_into_is_rehearsed(make: Any) -> None:
     term = Term(losses.FitNet(), student="0", teacher="output")
     assert logged(fit(Project(), Distillation(make(), {"hint": term}, student="model")))["train/hint"] > 0
+
+
+def test_what_a_metric_has_seen_does_not_count_the_rehearsal() -> None:
+    class Measuring(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extremes = MinMaxMetric(MulticlassAccuracy(4))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert self.extremes.min_val.isinf() or batch_idx
+            self.extremes(batch[0][:, :4], batch[1])
+            return super().training_step(batch, batch_idx)
+
+    assert fit(Measuring(), hint()).global_step == 4
 
 
 def test_buffers_that_a_first_forward_resizes_are_as_before() -> None:

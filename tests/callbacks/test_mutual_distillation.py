@@ -482,6 +482,17 @@ def test_after_a_test_of_a_checkpoint_a_fit_goes_on_from_what_is_there(tmp_path:
     same(state_of(callback.distiller.terms), before)
 
 
+def test_peers_of_another_students_run_are_not_for_this_one(tmp_path: Path) -> None:
+    _, callback, file = saved(tmp_path, Net(7))
+    with pytest.raises(ValueError, match="another student taught its peers"):
+        fit(Lit(), callback)
+    evaluated, module = mutual(Net(7)), Lit()
+    trainer(evaluated).test(module, loader(32), ckpt_path=file, verbose=False, weights_only=True)
+    with pytest.raises(ValueError, match="another student taught its peers"):
+        fit(Lit(), evaluated)
+    trainer(evaluated, max_epochs=3).fit(Lit(), loader(), loader(32), ckpt_path=file, weights_only=True)
+
+
 def test_a_second_fit_and_a_test_go_on_with_the_peers_and_their_modules() -> None:
     module, callback = Lit(), mutual()
     run = fit(module, callback, max_epochs=1)

@@ -572,6 +572,21 @@ def test_bad_input_is_told_with_exit_code_2(
     assert "Traceback" not in error
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_loss_that_gets_no_projector_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        "model: {terms: {mse: {loss: {class_path: torch.nn.MSELoss}, student: layer3, teacher: layer3}}}"
+    )
+    assert main(["fit", "--config", "digits_kd", "--config", "mine.yaml"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "The student's 'layer3' is" in error
+    assert "MSELoss gets no projector where these differ. Take a loss that does" in error
+    assert error.endswith("This happened in the distillation term 'mse'.")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

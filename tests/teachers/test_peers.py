@@ -171,7 +171,8 @@ def test_different_paths_change_sides_with_the_direction() -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: teachers.Peers(Net(3)), TypeError, r"peers is a list of networks, got one Net"),
+        (lambda: teachers.Peers(Net(3)), TypeError, r"peers is a list of networks, got a Net: write"),
+        (lambda: teachers.Peers(2), TypeError, r"peers is a list of networks, got a int: write"),
         (lambda: teachers.Peers(["net.pt"]), TypeError, r"A peer is a network, an nn\.Module; got 'net\.pt'"),
         (lambda: teachers.Peers([]), ValueError, "one or more different networks beside the student; got 0"),
         (lambda: teachers.Peers([net := Net(3), net]), ValueError, "one or more different networks"),
