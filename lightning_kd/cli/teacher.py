@@ -307,13 +307,21 @@ def check(path: Path, settings: dict[str, Any]) -> None:
         ) from error
     then, now = _flat(before), _flat(settings)
     counting = [k for k in sorted(then | now) if not (k.startswith("data.") and k.rpartition(".")[2] in LOADING)]
-    differ = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in counting if then.get(k) != now.get(k)]
-    if not differ:
+    changed = [(k, then.get(k), now.get(k)) for k in counting if then.get(k) != now.get(k)]
+    if not changed:
         return
+    for key, was, given in changed:
+        if _exists(was) and isinstance(given, str) and not _exists(given):
+            raise UsageError(f"{key}: there is no {given} (looked from {os.getcwd()!r})")
+    differ = [f"{key}: {was} then, {given} now" for key, was, given in changed]
     raise UsageError(
         f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train again, "
         "name another checkpoint in the configuration, or take it as it is with --teacher_fit null"
     )
+
+
+def _exists(path: Any) -> bool:
+    return isinstance(path, str) and os.path.exists(path)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -314,6 +314,16 @@ def test_without_a_checkpoint_it_is_said_which_weights_are_measured(
     assert "without --ckpt_path" not in capsys.readouterr().err
 
 
+def test_a_mistyped_folder_is_not_another_teacher(tmp_path: Path) -> None:
+    file, data = tmp_path / "teacher.ckpt", tmp_path / "images"
+    data.mkdir()
+    (tmp_path / "teacher.ckpt.json").write_text(json.dumps({"data": {"folder": str(data)}}))
+    with pytest.raises(UsageError, match=r"data\.folder: there is no .*imagse \(looked from"):
+        teacher.check(file, {"data": {"folder": str(tmp_path / "imagse")}})
+    with pytest.raises(UsageError, match="was trained with other settings"):
+        teacher.check(file, {"data": {"folder": str(tmp_path)}})
+
+
 def test_a_record_of_a_teacher_that_is_broken_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt.json").write_text("{")
     with pytest.raises(UsageError, match=r"a\.ckpt\.json, the record of how the teacher was trained, cannot be read"):
