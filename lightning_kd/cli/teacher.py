@@ -248,8 +248,6 @@ def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
     """Train with those settings; the checkpoint appears at ``path`` when it is whole."""
-    from lightning_kd.cli.command import DistillationCLI  # noqa: PLC0415 - which imports this
-
     trainer = plain(cli.own_config["trainer"])
     quiet = {k: trainer[k] for k in QUIET if trainer.get(k) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +256,7 @@ def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
         file = folder / "teacher.json"
         root = {"default_root_dir": str(folder), "logger": False, "enable_checkpointing": False}
         file.write_text(json.dumps(settings | {"trainer": quiet | settings["trainer"] | root}))
-        run = DistillationCLI(["fit", "--config", str(file)])
+        run = type(cli)(["fit", "--config", str(file)])
         if run.trainer.is_global_zero:
             (path.parent / f"{path.name}.json").write_text(json.dumps(settings, indent=1))
         run.trainer.save_checkpoint(folder / path.name, weights_only=True)
