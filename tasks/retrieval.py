@@ -48,6 +48,8 @@ class Retrieval(TaskAdapter):
         cosine: Whether embeddings are compared by their angle alone, or else by their inner product.
         index: A factory string of faiss, ``"HNSW32"`` say: metrics are then of what this index finds. Exact unless
             given.
+        dims: Lengths to which embeddings are cut for the metrics once more, ``recall@1_dim16`` and so on: of a student
+            that was taught to be cut short (``losses.Matryoshka``).
 
     Raises:
         ValueError: If the arguments contradict each other, or what a model or the data gives has another shape.
@@ -71,12 +73,15 @@ class Retrieval(TaskAdapter):
         recall_at: Sequence[int] | None = None,
         cosine: bool = True,
         index: str | None = None,
+        dims: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if relevance not in ("labels", "judgments"):
             raise ValueError(f"relevance is 'labels' or 'judgments', got {relevance!r}.")
         if recall_at is not None and not (recall_at and all(k >= 1 for k in recall_at)):
             raise ValueError(f"recall_at are positive numbers, at least one; got {list(recall_at)}.")
+        if len(set(dims)) < len(dims) or not all(dim >= 1 for dim in dims):
+            raise ValueError(f"dims are different positive lengths of embeddings; got {list(dims)}.")
         if miner is not None and criterion is None:
             raise ValueError(
                 "A miner chooses pairs for a criterion, and criterion=None has none: give both or neither."
@@ -93,6 +98,7 @@ class Retrieval(TaskAdapter):
         self.recall_at = recall_at
         self.cosine = cosine
         self.index_kind = index
+        self.dims = tuple(dims)
         self.taught = False
         self.main_metric = f"recall@{recall_at[0] if recall_at else 1}" if relevance == "labels" else "ndcg@10"
 
@@ -140,12 +146,13 @@ class Retrieval(TaskAdapter):
         return loss
 
     def metrics(self) -> MetricCollection:
-        """Returns the quality of the retrieval."""
-        return MetricCollection({"retrieval": self._quality()})
+        """Returns the quality of the retrieval, by whole embeddings and by those that are cut."""
+        cut = {f"retrieval_dim{dim}": self._quality(dim=dim) for dim in self.dims}
+        return MetricCollection({"retrieval": self._quality(), **cut}, compute_groups=False)
 
-    def _quality(self, prefix: str = "") -> RetrievalQuality:
+    def _quality(self, prefix: str = "", dim: int | None = None) -> RetrievalQuality:
         return RetrievalQuality(
-            self.relevance, self.recall_at, cosine=self.cosine, index=self.index_kind, prefix=prefix
+            self.relevance, self.recall_at, cosine=self.cosine, index=self.index_kind, prefix=prefix, dim=dim
         )
 
     def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:

@@ -74,6 +74,10 @@ class RetrievalQuality(Metric):
         cosine: Whether embeddings are scaled to length 1.
         index: A factory string of faiss for the search; exact unless given.
         prefix: Put before the names.
+        dim: Length to which embeddings are cut first, with which the names end then: ``recall@1_dim16``.
+
+    Raises:
+        ValueError: If an embedding is shorter than that.
 
     Source:
         mAP@R: Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505, section 3.2.
@@ -101,8 +105,10 @@ class RetrievalQuality(Metric):
         cosine: bool = True,
         index: str | None = None,
         prefix: str = "",
+        dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.judged = relevance == "judgments"
         self.recall_at = tuple(recall_at or ((100,) if self.judged else (1, 5)))
         self.cutoff = cutoff
@@ -132,7 +138,9 @@ class RetrievalQuality(Metric):
             self.relevant.append(relevant)
 
     def _scaled(self, embeddings: Tensor) -> Tensor:
-        embeddings = embeddings.detach().float()
+        if self.dim is not None and embeddings.shape[1] < self.dim:
+            raise ValueError(f"embeddings {tuple(embeddings.shape)} cannot be cut to {self.dim}: lower dims.")
+        embeddings = embeddings.detach()[:, : self.dim].float()
         return F.normalize(embeddings) if self.cosine else embeddings
 
     def compute(self) -> dict[str, Tensor]:
@@ -143,7 +151,8 @@ class RetrievalQuality(Metric):
             values = self._of_judgments(queries, items, labels, dim_zero_cat(self.relevant))
         else:
             values = self._of_labels(queries, items, labels)
-        return {f"{self.prefix}{name}": value for name, value in values.items()}
+        suffix = "" if self.dim is None else f"_dim{self.dim}"
+        return {f"{self.prefix}{name}{suffix}": value for name, value in values.items()}
 
     def _of_labels(self, queries: Tensor, items: Tensor, labels: Tensor) -> dict[str, Tensor]:
         _, of_class, counts = torch.unique(labels, return_inverse=True, return_counts=True)

@@ -51,6 +51,15 @@ def test_real_digits_as_pytorch_metric_learning_measures_them() -> None:
     assert found["recall@1"] < found["recall@5"] < 1
 
 
+def test_embeddings_that_are_cut_are_measured_as_shorter_ones() -> None:
+    whole, labels = embeddings(), torch.arange(40) % 7
+    cut, short = (
+        measured(RetrievalQuality(dim=3), (whole, labels)),
+        measured(RetrievalQuality(), (whole[:, :3], labels)),
+    )
+    assert cut == {f"{name}_dim3": value for name, value in short.items()}
+
+
 def test_queries_of_one_model_in_the_index_of_another() -> None:
     queries, items, labels = embeddings(), embeddings(), torch.arange(40) % 7
     similar = F.normalize(queries) @ F.normalize(items).T

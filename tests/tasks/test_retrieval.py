@@ -38,6 +38,8 @@ def terms() -> dict[str, Term]:
         ({"relevance": "classes"}, "relevance is 'labels' or 'judgments'"),
         ({"recall_at": []}, "recall_at are positive numbers"),
         ({"recall_at": [0]}, "recall_at are positive numbers"),
+        ({"dims": [0]}, "dims are different positive lengths"),
+        ({"dims": [16, 16]}, "dims are different positive lengths"),
         ({"miner": MultiSimilarityMiner()}, "A miner chooses pairs for a criterion"),
         ({"criterion": ArcFaceLoss(num_classes=3, embedding_size=4)}, "ArcFaceLoss has parameters of its own"),
     ],
@@ -139,6 +141,16 @@ def test_a_fit_and_its_test_in_the_teachers_index(digits: UnseenDigits) -> None:
     for name in names:
         assert same[f"test/asymmetric_{name}"] == pytest.approx(same[f"test/{name}"], abs=1e-6)
         assert same[f"test/{name}"] == pytest.approx(found[f"test/{name}"], abs=1e-6)
+
+
+def test_embeddings_are_measured_as_they_are_cut(digits: UnseenDigits) -> None:
+    task = Retrieval(MultiSimilarityLoss(), recall_at=(1,), dims=(2, 4))
+    module = DistillationModule(task, net(), net(8), terms())
+    (found,) = Trainer(**QUIET).test(module, datamodule=digits, verbose=False)
+    assert {f"test/{name}_dim{dim}" for name in ("recall@1", "map@r") for dim in (2, 4)} < found.keys()
+    assert found["test/recall@1_dim2"] < found["test/recall@1"]
+    with pytest.raises(ValueError, match=r"cannot be cut to 999: lower dims"):
+        Trainer(**QUIET).test(DistillationModule(Retrieval(None, dims=(999,)), net()), datamodule=digits, verbose=False)
 
 
 def test_embeddings_of_another_length_are_not_searched_in_the_teachers_index(digits: UnseenDigits) -> None:
