@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -48,6 +48,31 @@ def rehearse(
     Returns:
         The student's first call, or none if the step made none.
     """
+
+    def first_call() -> list[Call]:
+        return _first_call(trainer, pl_module, training_step, student, distiller, labels)
+
+    with suppress(Exception):
+        return first_call()
+    try:
+        with _optimizers(trainer):  # some steps ask for them before they call the student
+            return first_call()
+    except Exception as error:
+        error.add_note(
+            "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
+            "projectors have to bridge. A term whose projector= is given needs none."
+        )
+        raise
+
+
+def _first_call(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    training_step: Callable[..., Any],
+    student: nn.Module,
+    distiller: Distiller,
+    labels: Callable[[Any], LabelsOf],
+) -> list[Call]:
     calls: list[Call] = []
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
@@ -57,21 +82,25 @@ def rehearse(
         # Hooks that a compiled module meets only later would never fire.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(student.register_forward_hook(_end_rehearsal).remove)
-        try:
-            batch = first_samples(trainer, pl_module)
-            stack.enter_context(trainer.precision_plugin.train_step_context())
-            calls = stack.enter_context(distiller.watch(labels(batch)))
-            with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+        batch = first_samples(trainer, pl_module)
+        stack.enter_context(trainer.precision_plugin.train_step_context())
+        calls = stack.enter_context(distiller.watch(labels(batch)))
+        with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+        with suppress(_RehearsalEndedError):
             training_step(batch, *([0] if with_index else []))
-        except _RehearsalEndedError:
-            pass
-        except Exception as error:
-            error.add_note(
-                "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
-                "projectors have to bridge. A term whose projector= is given needs none."
-            )
-            raise
     return calls
+
+
+@contextmanager
+def _optimizers(trainer: Trainer) -> Iterator[None]:
+    """Makes the optimizers and schedulers for a while, as Lightning does after this."""
+    strategy = trainer.strategy
+    before = strategy.optimizers, strategy.lr_scheduler_configs
+    try:
+        strategy.setup_optimizers(trainer)
+        yield
+    finally:
+        strategy.optimizers, strategy.lr_scheduler_configs = before
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule) -> Any:

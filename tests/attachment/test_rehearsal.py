@@ -213,6 +213,23 @@ def test_a_teacher_that_cannot_be_written_into_is_rehearsed(make: Any) -> None:
     assert logged(fit(Project(), Distillation(make(), {"hint": term}, student="model")))["train/hint"] > 0
 
 
+def test_a_step_may_ask_for_its_optimizer_before_it_calls_the_student() -> None:
+    class Asking(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("lr", self.optimizers().param_groups[0]["lr"] + self.lr_schedulers().get_last_lr()[0])
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    module = Asking()
+    run = fit(module, hint(), max_epochs=2)
+    assert logged(run)["lr"] == pytest.approx(2 * 0.05)
+    assert len(run.optimizers) == len(run.lr_scheduler_configs) == 1
+    assert {id(p) for p in module.parameters()} < {id(p) for p in run.optimizers[0].param_groups[0]["params"]}
+
+
 def test_what_a_metric_has_seen_does_not_count_the_rehearsal() -> None:
     class Measuring(Project):
         def __init__(self) -> None:
