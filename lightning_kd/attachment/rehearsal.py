@@ -50,7 +50,22 @@ def rehearse(
     """
 
     def first_call() -> list[Call]:
-        return _first_call(trainer, pl_module, training_step, student, distiller, labels)
+        calls: list[Call] = []
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng())
+            stack.enter_context(_state_restored(pl_module))
+            stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
+            stack.enter_context(_silent(pl_module))
+            # Hooks that a compiled module meets only later would never fire.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(student.register_forward_hook(_end_rehearsal).remove)
+            batch = first_samples(trainer, pl_module)
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            calls = stack.enter_context(distiller.watch(labels(batch)))
+            with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+            with suppress(_RehearsalEndedError):
+                training_step(batch, *([0] if with_index else []))
+        return calls
 
     with suppress(Exception):
         return first_call()
@@ -63,32 +78,6 @@ def rehearse(
             "projectors have to bridge. A term whose projector= is given needs none."
         )
         raise
-
-
-def _first_call(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    training_step: Callable[..., Any],
-    student: nn.Module,
-    distiller: Distiller,
-    labels: Callable[[Any], LabelsOf],
-) -> list[Call]:
-    calls: list[Call] = []
-    with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        stack.enter_context(_state_restored(pl_module))
-        stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
-        stack.enter_context(_silent(pl_module))
-        # Hooks that a compiled module meets only later would never fire.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(student.register_forward_hook(_end_rehearsal).remove)
-        batch = first_samples(trainer, pl_module)
-        stack.enter_context(trainer.precision_plugin.train_step_context())
-        calls = stack.enter_context(distiller.watch(labels(batch)))
-        with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
-        with suppress(_RehearsalEndedError):
-            training_step(batch, *([0] if with_index else []))
-    return calls
 
 
 @contextmanager
