@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
+import json
 import re
 import sys
 from functools import partial
@@ -124,6 +126,16 @@ class DistillationCLI(LightningCLI):
         """The parsed configuration, of the subcommand if there is one."""
         return self.config.get(str(self.subcommand), self.config)
 
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The same as plain types, whole: what is null may override a default (`encoder_weights` downloads nothing)."""
+        parser = self._parser(self.subcommand)
+        # With what is linked, too: data that do not say a number of classes leave the one that was given.
+        whole = {"skip_unset" if "skip_unset" in inspect.signature(parser.dump).parameters else "skip_none": False}
+        dumped = parser.dump(self.own_config, format="json", skip_validation=True, skip_link_targets=False, **whole)
+        loaded: dict[str, Any] = json.loads(dumped)
+        return loaded
+
     def before_instantiate_classes(self) -> None:
         """Train the teacher first, if it was not trained before; what is predicted is written, and not kept."""
         teacher.refuse_untrained(self.own_config)
@@ -144,7 +156,7 @@ class DistillationCLI(LightningCLI):
                 self.rehearse()
                 # What cannot be written is told before the teacher is trained.
                 Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
-            teacher.ensure(self)
+            teacher.ensure(self.plain_config, type(self))
         if missing:
             self._set_seed()  # the student starts alike, whether or not its teacher was trained before it
 

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         load_weights(clis[0].model.student, path)
     output.mkdir(parents=True, exist_ok=True)
     for cli in clis:
-        teacher.ensure(cli)
+        teacher.ensure(cli.plain_config, DistillationCLI)
     configs = {name: settings_of(cli) for name, cli in zip(names, clis, strict=True)}
     tasks = {name: teacher.own_task(cli.own_config) for name, cli in zip(names, clis, strict=True)}
     rows, tested = compare(configs, tasks, options.seeds, students, output)
@@ -121,7 +121,7 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
 
 def settings_of(cli: DistillationCLI) -> Settings:
     """What decides a run."""
-    settings = teacher.plain_config(cli)
+    settings = cli.plain_config
     return {k: v for k, v in settings.items() if k in ("seed_everything", "trainer", "data", "model")}
 
 

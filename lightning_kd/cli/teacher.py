@@ -9,22 +9,20 @@ import os
 import pydoc
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, ReduceLROnPlateau
 from torch.optim import AdamW, lr_scheduler
 
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import plain
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Teacher
-
-if TYPE_CHECKING:
-    from lightning_kd.cli.command import DistillationCLI
 
 DECIDING = ("limit_train_batches", "gradient_clip_val")
 """What of the trainer, besides the epochs, decides how well a teacher learns."""
@@ -163,16 +161,19 @@ def _as_long(config: Any) -> bool:
     return trainer.get("max_epochs") == config["teacher_fit"]["max_epochs"] and not stopped and not accumulated
 
 
-def ensure(cli: DistillationCLI) -> None:
+def ensure(config: dict[str, Any], run: Callable[[list[str]], LightningCLI]) -> None:
     """Train the teachers of a configuration and save them where the configuration says, unless they are there.
 
     Beside the checkpoint lies a ``.json`` with all that decided it. A checkpoint that was trained otherwise is
     never used and never overwritten.
 
+    Args:
+        config: The configuration, as plain types.
+        run: Runs a command line, of its arguments.
+
     Raises:
         UsageError: If the checkpoint that is there was trained with other settings.
     """
-    config = plain_config(cli)
     how: Any = config.get("teacher_fit")
     for number, one in enumerate(trained(config["model"]) if how else []):
         settings = own_training(config, one["model"], how["seed"] + number)
@@ -186,19 +187,8 @@ def ensure(cli: DistillationCLI) -> None:
                 f"the teacher's checkpoint: expected a file, received the folder {path}; name a file in it"
             )
         print(f"teacher: no checkpoint at {path}; it is trained first ({how['max_epochs']} epochs)")
-        fit(cli, settings, path)
+        fit(config, settings, path, run)
         print(f"teacher: saved to {path}\n")
-
-
-def plain_config(cli: DistillationCLI) -> dict[str, Any]:
-    """The parsed configuration as plain types."""
-    parser = cli._parser(cli.subcommand)
-    # With what is null, which may override a default: `encoder_weights: null` downloads nothing. With what is linked,
-    # too: data that do not say a number of classes leave the one that was given.
-    whole = {"skip_unset" if "skip_unset" in inspect.signature(parser.dump).parameters else "skip_none": False}
-    dumped = parser.dump(cli.own_config, format="json", skip_validation=True, skip_link_targets=False, **whole)
-    loaded: dict[str, Any] = json.loads(dumped)
-    return loaded
 
 
 def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, Any]:
@@ -246,20 +236,19 @@ def _replace(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
     return spec | {"init_args": arguments | {k: v for k, v in values.items() if k in arguments}}
 
 
-def fit(cli: DistillationCLI, settings: dict[str, Any], path: Path) -> None:
+def fit(config: dict[str, Any], settings: dict[str, Any], path: Path, run: Callable[[list[str]], LightningCLI]) -> None:
     """Train with those settings; the checkpoint appears at ``path`` when it is whole."""
-    trainer = plain(cli.own_config["trainer"])
-    quiet = {k: trainer[k] for k in QUIET if trainer.get(k) is not None}
+    quiet = {k: config["trainer"][k] for k in QUIET if config["trainer"].get(k) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
     try:
         file = folder / "teacher.json"
         root = {"default_root_dir": str(folder), "logger": False, "enable_checkpointing": False}
         file.write_text(json.dumps(settings | {"trainer": quiet | settings["trainer"] | root}))
-        run = type(cli)(["fit", "--config", str(file)])
-        if run.trainer.is_global_zero:
+        done = run(["fit", "--config", str(file)])
+        if done.trainer.is_global_zero:
             (path.parent / f"{path.name}.json").write_text(json.dumps(settings, indent=1))
-        run.trainer.save_checkpoint(folder / path.name, weights_only=True)
+        done.trainer.save_checkpoint(folder / path.name, weights_only=True)
         _move(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

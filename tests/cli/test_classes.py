@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_kd.cli import main, teacher
+from lightning_kd.cli import main
 from lightning_kd.cli.command import DistillationCLI
 
 ALONE = {"task": {"class_path": "lightning_kd.tasks.Classification", "init_args": {"num_classes": 3}}}
@@ -18,7 +18,7 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 
 def parsed(*arguments: str) -> Any:
     """The whole configuration, as it would be run and printed."""
-    return teacher.plain_config(DistillationCLI(list(arguments), run=False, make=False))
+    return DistillationCLI(list(arguments), run=False, make=False).plain_config
 
 
 def written(folder: Path, content: Any) -> str:

@@ -38,7 +38,7 @@ def test_a_number_of_classes_that_the_data_do_not_say_is_kept() -> None:
     cli = DistillationCLI(
         ["--config", "digits_kd", "--model.student.init_args.num_classes", "7"], run=False, make=False
     )
-    assert teacher.plain_config(cli)["model"]["student"]["init_args"]["num_classes"] == 7
+    assert cli.plain_config["model"]["student"]["init_args"]["num_classes"] == 7
 
 
 def test_a_teacher_may_learn_a_task_of_its_own() -> None:

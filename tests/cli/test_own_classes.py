@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_kd.cli import compare, examples, main, plot, teacher
+from lightning_kd.cli import compare, examples, main, plot
 from lightning_kd.cli.command import DistillationCLI
 
 NET = {"class_path": "lightning_kd.models.CifarResNet", "init_args": {"depth": 8, "in_channels": 1, "num_classes": 5}}
@@ -108,7 +108,7 @@ def test_where_the_data_say_it_nothing_is_printed_that_nobody_wrote(capsys: pyte
 
 def test_the_record_of_a_teacher_has_nothing_that_nobody_wrote() -> None:
     cli = DistillationCLI(["--config", "digits_kd"], run=False, make=False)
-    network = teacher.plain_config(cli)["model"]["teacher"]["init_args"]["model"]
+    network = cli.plain_config["model"]["teacher"]["init_args"]["model"]
     assert "num_classes" not in network["init_args"]
 
 
@@ -129,7 +129,7 @@ def test_one_callback_alone_is_a_list_of_one(project: str, monkeypatch: pytest.M
     Path("one.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": ONE}}))
     for given in (options, ["--config", "one.yaml"]):
         cli = DistillationCLI(["--config", project, *given], run=False, make=False)
-        (callback,) = teacher.plain_config(cli)["trainer"]["callbacks"]
+        (callback,) = cli.plain_config["trainer"]["callbacks"]
         assert callback["class_path"] == ONE["class_path"]
 
 

@@ -100,7 +100,7 @@ def test_without_an_optimizer_the_teachers_is_adamw_at_its_rate() -> None:
     made = teacher.own_training(config(None), "net", seed=0)["model"]["optimizer"]
     named = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.init_args.lr", "0.01"]
     cli = DistillationCLI(["--config", "digits_kd", *named], run=False, make=False)
-    assert made == teacher.plain_config(cli)["model"]["optimizer"]
+    assert made == cli.plain_config["model"]["optimizer"]
 
 
 @pytest.mark.parametrize("command", ["fit", "compare"])
