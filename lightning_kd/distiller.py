@@ -169,7 +169,12 @@ class Distiller(nn.Module):
     @property
     def attached(self) -> bool:
         """Whether a student is watched."""
-        return self._watcher is not None
+        return self.student is not None
+
+    @property
+    def student(self) -> nn.Module | None:
+        """The model whose calls are watched."""
+        return self._watcher.student if self._watcher is not None else None
 
     def attach(self, student: nn.Module) -> None:
         """Resolves every path and puts the hooks in place.
@@ -279,10 +284,12 @@ class Distiller(nn.Module):
         Raises:
             ValueError: If the shapes of a term cannot be bridged.
         """
+        assert self.student is not None
+        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), None)
         for name, term in self.named_terms():
             with _naming(name):
                 if term.needs_sample:
-                    term.build(*term.pairs(*self._captured(name, call))[0])
+                    term.build(*term.pairs(*self._captured(name, call))[0], dtype)
 
     def imitated_shapes(self, calls: Sequence[Call]) -> dict[str, set[tuple[int, ...]]]:
         """Returns the shapes of what each term's student side is to imitate in those calls."""
@@ -312,7 +319,14 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: If the student was never called.
             ValueError: If a term's two sides do not fit; the message names the term.
+            TypeError: If a label is given that no loss can ask for: a name that is misspelt.
         """
+        asked = {"target", "index", *self.labels_of_losses}
+        if labels.keys() - asked:
+            raise TypeError(
+                f"no loss of these terms asks for {', '.join(sorted(labels.keys() - asked))}; what can be given is "
+                f"{', '.join(sorted(asked))}."
+            )
         if not calls:
             raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
         losses = {}

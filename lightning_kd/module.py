@@ -257,13 +257,23 @@ class DistillationModule(LightningModule):
                 f"lr_scheduler={schedule!r} asks how long the run is, which is not said in units of lr_interval="
                 f"{self.lr_interval!r}. Set max_epochs, or with max_steps lr_interval='step'."
             )
-        return LambdaLR(optimizer, lambda done: schedule(done / total))
+
+        def factor(done: int) -> float:
+            value = float(schedule(min(done / total, 1.0)))
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(
+                    f"lr_scheduler={schedule!r} gave {value} at {done / total:.1%} of the run. The learning rate is "
+                    "multiplied by it: give a schedule that stays finite, and does not fall below 0."
+                )
+            return value
+
+        return LambdaLR(optimizer, factor)
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> Any:
         output = self.task(self.student, batch)
         loss = self.task.loss(output, batch)
         if loss is not None:
-            self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+            self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         try:
             self.task.update(metrics, output, batch)
         except Exception as error:

@@ -175,7 +175,8 @@ def check_given(number: int | None, name: str = "num_classes") -> None:
     if number is None:
         raise TypeError(
             f"{name} is missing. On the command line the task takes it from the data: set the attribute {name}, an "
-            "integer, in your LightningDataModule: in its __init__ or on the class, since setup() runs later."
+            "integer, in your LightningDataModule: in its __init__ or on the class, since setup() runs later. Of data "
+            f"that are not yours say --model.task.init_args.{name}."
         )
     if not is_whole(number):
         raise TypeError(f"{name} is a whole number, got {number!r}.")

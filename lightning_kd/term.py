@@ -158,12 +158,13 @@ class Term(nn.Module):
             values["weight"] = self.current_weight
         return {**values, **{name: getattr(self.loss, name) for name in self.schedules}}
 
-    def build(self, student: Selected, teacher: Selected) -> None:
+    def build(self, student: Selected, teacher: Selected, dtype: torch.dtype | None = None) -> None:
         """Makes the projector, and the loss's own parameters, for the shapes of a sample.
 
         Args:
             student: A sample of the student's tensor, or of each of its levels.
             teacher: A sample of the teacher's tensor, or of each of its levels.
+            dtype: Of the student's parameters, and so of the projector's; float32 unless given.
 
         Raises:
             ValueError: If the shapes cannot be bridged.
@@ -176,7 +177,7 @@ class Term(nn.Module):
                 self.projector, self.teacher_side = (PerLevel(side) for side in zip(*bridges, strict=True))
             else:
                 ((self.projector, self.teacher_side),) = bridges
-            self.projector.to(device)
+            self.projector.to(device=device, dtype=dtype)
             self._bridged = True
         if hasattr(self.loss, "build"):
             with torch.no_grad():

@@ -17,6 +17,7 @@ from torchmetrics.classification import (
 from lightning_kd.drawing import Drawing, enlarged
 from lightning_kd.numbers import is_number
 from lightning_kd.task import UNLABELLED, TaskAdapter, check_given, checked_names
+from lightning_kd.wiring import describe
 
 
 class Classification(TaskAdapter):
@@ -70,6 +71,11 @@ class Classification(TaskAdapter):
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Returns the cross-entropy, of the softmax or of each label's sigmoid; the class -100 is left out of it."""
         logits, target = self._checked(output), self.target(batch)
+        if not isinstance(target, Tensor):
+            raise ValueError(
+                f"Classification wants batches (inputs, labels) with a tensor of labels, got {describe(target)}. Say "
+                "where they are by overriding target(batch) of the task."
+            )
         if self.multilabel:
             if target.shape != logits.shape:
                 raise ValueError(
@@ -98,7 +104,7 @@ class Classification(TaskAdapter):
         if target.device.type != "cpu" or torch.compiler.is_compiling() or not target.numel():
             return
         low, high = float(target.min()), float(total.max())
-        if low < 0.0 or high > 1.0 + 0.01:  # what float16 and bfloat16 round
+        if not (low >= 0.0 and high <= 1.0 + 0.01):  # what float16 and bfloat16 round; not a number is neither
             one = "each label" if self.multilabel else "the classes together"
             remedy = "If a sample can have several classes at once, it is multilabel=True."
             if self.multilabel:

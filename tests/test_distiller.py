@@ -254,6 +254,8 @@ def test_every_term_gets_its_labels() -> None:
     torch.testing.assert_close(distiller(calls, target=target)["a"], (student(x).logsumexp(1) * target).mean())
     with pytest.raises(ValueError, match="Term 'a': Labelled needs 'target'"):
         distiller(calls)
+    with pytest.raises(TypeError, match=r"no loss of these terms asks for targets; what can be given is .*target"):
+        distiller(calls, targets=target)
 
 
 def test_weights_follow_their_schedules() -> None:
@@ -285,6 +287,18 @@ def test_build_makes_what_is_missing_once() -> None:
     assert all(dict(distiller.named_parameters())[name] is p for name, p in made.items())
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert set(distiller(calls)) == {"kd", "hint", "own"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_projector_is_of_the_students_precision(dtype: torch.dtype) -> None:
+    distiller = Distiller({"hint": hint()}, Net(8))
+    student = Net(4).to(dtype)
+    distiller.attach(student)
+    with distiller.watch() as calls:
+        student(torch.randn(2, 6, dtype=dtype))
+    distiller.build(calls[0])
+    assert {p.dtype for p in distiller.parameters()} == {dtype}
+    assert distiller(calls)["hint"] > 0
 
 
 def test_a_projector_made_after_the_optimizer_is_an_error() -> None:
@@ -348,6 +362,14 @@ def test_a_teacher_that_is_no_network_answers_paths_of_its_own() -> None:
     with distiller.watch() as calls:
         student(torch.randn(2, 4))
     assert distiller(calls)["kd"] > 0
+
+
+def test_a_teacher_that_remembers_takes_it_back() -> None:
+    with pytest.raises(TypeError, match=r"Forgetful says in memory .* has no recall\(memory\)"):
+
+        class Forgetful(Teacher):
+            def memory(self) -> dict[str, Any]:
+                return {"steps": 3}
 
 
 def test_a_class_is_not_a_teacher() -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import Logger
 from lightning_kd.tasks import Classification
+from processes import run_script
 from project import QUIET
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
@@ -174,6 +175,27 @@ def test_evaluation_is_of_the_student_alone() -> None:
     assert float(run.callback_metrics["val/loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
+HALVES = """
+import torch
+from test_module import Net, loader, module, trainer
+from torch import nn
+
+made = module(Net(8))
+run = trainer(limit_val_batches=1.0, strategy="ddp", devices=2)
+run.validate(made, loader(), verbose=False)
+x, target = loader().dataset.tensors
+with torch.no_grad():
+    whole = nn.functional.cross_entropy(made.student.eval()(x), target)
+torch.testing.assert_close(run.callback_metrics["val/loss"], whole)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_validation_loss(tmp_path: Path) -> None:
+    """By which a scheduler, or a callback, of each process decides."""
+    run_script(HALVES, folder=tmp_path, ranks=2)
+
+
 def agreement(made: DistillationModule, **kwargs: Any) -> float:
     run = trainer(**kwargs)
     run.test(made, loader(), verbose=False)
@@ -288,6 +310,11 @@ def test_a_schedule_of_the_learning_rate_ends_with_the_run(interval: str, rates:
     run.fit(fitted, loader(), loader())
     assert seen == rates
     assert run.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_a_learning_rate_below_zero_is_told() -> None:
+    with pytest.raises(ValueError, match=r"lr_scheduler=Linear\(.*gave -1.0 at 100.0% of the run"):
+        trainer(limit_train_batches=2).fit(module(lr_scheduler=schedules.Linear(1.0, -1.0)), loader(), loader())
 
 
 def test_cosine_of_the_learning_rate_is_torchs_cosine_annealing() -> None:

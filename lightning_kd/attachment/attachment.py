@@ -18,7 +18,7 @@ from lightning_kd.attachment.moments import Moments
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
 from lightning_kd.attachment.patches import Patches
 from lightning_kd.attachment.positions import Positions
-from lightning_kd.attachment.pupils import forget, learned_elsewhere, learned_with, learns
+from lightning_kd.attachment.pupils import learned_elsewhere, learned_with, learns
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
@@ -31,6 +31,7 @@ from lightning_kd.attachment.refusals import (
     refuse_strategy,
     refuse_two_swaps,
     refuse_uncalled,
+    refuse_unlearned,
 )
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
@@ -170,7 +171,7 @@ class Attachment(Callback):
             self._steps_done = trainer.global_step
             if not self._taught:
                 self._taught = True
-                learned_with(self._student_in(pl_module), *(part for _, part in self._learning()))
+                self._note_pupil(self._student_in(pl_module))
             self.distiller.teacher.update(self._moment(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -318,7 +319,8 @@ class Attachment(Callback):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         restore(self.distiller, state)
-        forget(*(part for _, part in self._learning()))
+        assert self.distiller.student is not None
+        self._note_pupil(self.distiller.student)
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guest = f"{GUEST}_{self._all.index(self)}" if self is not self._all[0] else GUEST
@@ -344,6 +346,9 @@ class Attachment(Callback):
     def _distillers(self) -> list[Distiller]:
         """What computes terms: one, unless several networks learn."""
         return [self.distiller]
+
+    def _note_pupil(self, student: nn.Module) -> None:
+        learned_with(student, [part for _, part in self._learning()])
 
     def _learning(self) -> list[tuple[str, object]]:
         """Returns what a fit changes, by what it is called in a message."""
@@ -438,6 +443,8 @@ class Attachment(Callback):
         moment = self._moment(trainer)
         distiller.at(moment)
         losses = distiller(calls, **labels())
+        if not self._was_called:
+            refuse_unlearned(trainer, distiller, losses)
         named = {name + key: loss for key, loss in losses.items()}
         self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)), task_loss)
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight

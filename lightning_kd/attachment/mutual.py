@@ -153,7 +153,7 @@ class MutualAttachment(Attachment):
     def _restore_evaluated(self, state: Mapping[str, Any]) -> None:
         """Restores the peers beside a student that is only evaluated; they are for the fit of no other."""
         self._restore_peers(state)
-        learned_with(self._members[0].network, self)
+        learned_with(self._members[0].network, [self])
 
     def _restore_peers(self, state: Mapping[str, Any]) -> None:
         was = state.get("peers", {})

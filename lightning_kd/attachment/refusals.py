@@ -1,11 +1,12 @@
 """What cannot be distilled by a callback, and what to do instead."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.distiller import Distiller
@@ -128,6 +129,38 @@ def refuse_forgotten_peer(trainer: Trainer, name: str, peer: nn.Module, stranger
             "configure_optimizers is called, too: let that ask self for the parameters, self.model.parameters(), and "
             "not an optimizer, a list or a network from before."
         )
+
+
+def refuse_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, Tensor]) -> None:
+    """Refuses a term whose gradient reaches nothing in an optimizer but its own projector."""
+    if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers:
+        return
+    known = _optimized(trainer) - {id(p) for p in distiller.parameters()}
+    for name, term in distiller.named_terms():
+        reached = _reached(losses[name])
+        if reached is not None and not reached & known:
+            raise ValueError(
+                f"Term {name!r} would teach nothing: of the parameters that the student's {term.student.text!r} is "
+                "computed with none is in an optimizer. Give them to one in configure_optimizers, or name a layer that "
+                "learns."
+            )
+
+
+def _reached(loss: Tensor) -> set[int] | None:
+    """Returns the ids of the tensors that a gradient gets to; None where functions of others may hide some."""
+    found, seen, left = set(), set(), [loss.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        written_in = getattr(getattr(node, "_forward_cls", None), "__module__", "lightning_kd")
+        if not written_in.startswith(("lightning_kd", "torch._functorch")):  # a checkpoint, for one
+            return None
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        left += [following for following, _ in node.next_functions]
+    return found
 
 
 def _optimized(trainer: Trainer) -> set[int]:

@@ -233,7 +233,8 @@ class DistillationCLI(LightningCLI):
             names = [target.removeprefix(prefix) for target in targets if target.startswith(prefix)]
             own = [name for name in names if "." not in name]  # not what is inside of an argument
             if value is not None and own:
-                recipe["init_args"] |= dict.fromkeys(filter(partial(accepts, recipe["class_path"]), own), value)
+                accepted = filter(partial(accepts, recipe["class_path"]), own)
+                recipe.setdefault("init_args", {}).update(dict.fromkeys(accepted, value))  # a class may have none
         return recipe
 
     def deployed(self) -> dict[str, Recipe | None] | None:

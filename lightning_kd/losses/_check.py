@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.numbers import is_number
+from lightning_kd.wiring import describe
 
 
 def positive(name: str, value: float) -> float:
@@ -158,6 +159,12 @@ def class_target(target: Tensor | None, logits: Tensor, bounded: bool = True, re
     """
     if target is None:
         raise ValueError("this loss needs the class indices as `target`, got None.")
+    given: object = target  # what the batch has in that place
+    if not isinstance(given, Tensor):
+        raise ValueError(
+            f"target must be a tensor of class indices, got {describe(given)}. Say where in the batch they are: "
+            "target=lambda batch: batch[1]['labels'], or target(batch) of a task adapter."
+        )
     if target.is_floating_point() or target.is_complex():
         raise ValueError(
             f"target must hold integer class indices, got {target.dtype} of shape {tuple(target.shape)}. {remedy}"

@@ -57,6 +57,7 @@ def total(here: Tensor) -> Tensor:
 
 def class_target(target: Tensor | None, x: Tensor) -> Tensor:
     """Return class indices (B, H, W) as int64 at the resolution of a map (B, C, h, w), or raise ``ValueError``."""
-    if target is not None and target.ndim == 3 and x.ndim == 4:
-        target = resized(target, (x.shape[2], x.shape[3]))
+    given: object = target  # what the batch has in that place
+    if isinstance(given, Tensor) and given.ndim == 3 and x.ndim == 4:
+        target = resized(given, (x.shape[2], x.shape[3]))
     return _check.class_target(target, x, bounded=False)

@@ -38,6 +38,14 @@ class Teacher(nn.Module, ABC):
     labels: Mapping[str, bool] = {}
     """What ``look`` and ``losses`` read of a batch, by name, and whether they cannot do without; see ``order``, too."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.memory is not Teacher.memory and cls.recall is Teacher.recall:
+            raise TypeError(
+                f"{cls.__name__} says in memory what a checkpoint must hold of it, and has no recall(memory) that "
+                "takes it back: a resumed run would begin anew, in silence. Write both."
+            )
+
     def __init__(self) -> None:
         super().__init__()
         self.learner = None  # not on the class, where it would hide the submodule of this name

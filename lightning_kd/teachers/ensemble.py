@@ -233,7 +233,7 @@ class Ensemble(Teacher):
             raise ValueError(
                 f"Teacher {k} of the ensemble has at {self.path.text!r} {describe(logits)}, and logits with "
                 f"{size or 'the'} classes in dimension {self.dim} are expected. Say where they are, "
-                "logits='output.logits', and which classes it knows: classes=[[...], ...]."
+                "logits='output.logits'; and if not all know all classes, which each does: classes=[[...], ...]."
             )
         return upcast(logits).movedim(self.dim, 1)
 

@@ -1,6 +1,8 @@
 """What a callback cannot distil, and what it says to do instead."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from lightning_kd.callbacks import EMATeacher
 from lightning_kd.tasks import Classification
 from project import Project, fit, hint, kd, loader, logged, net
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, teachers
 
@@ -243,23 +246,29 @@ def test_an_error_in_the_teacher_is_said_to_be_there() -> None:
     assert "teacher_input=" in error.value.__notes__[0]
 
 
-@pytest.mark.parametrize("shared", ["callback", "terms", "loss", "projector"])
+@pytest.mark.parametrize("shared", ["callback", "terms", "loss", "projector", "a layer", "a copy", "a saved copy"])
 def test_what_learned_with_another_student_is_not_for_this_one(shared: str) -> None:
     """As in a loop over seeds, above which it was made."""
     above = hint(), {"hint": Term(losses.FitNet(), student="0", teacher="0")}, losses.VID(), nn.Linear(8, 16)
 
     def made() -> Distillation:
         callback, terms, loss, projector = above
-        if shared == "callback":
-            return callback
+        copied = {"callback": lambda: callback, "a copy": lambda: copy.deepcopy(callback)}
+        if shared in copied:
+            return copied[shared]()
+        if shared == "a saved copy":
+            return pickle.loads(pickle.dumps(callback))
         anew = {
             "loss": {"hint": Term(loss, student="0", teacher="0")},
             "projector": {"hint": Term(losses.FitNet(), student="0", teacher="0", projector=projector)},
+            "a layer": {
+                "hint": Term(losses.FitNet(), student="0", teacher="0", projector=nn.Sequential(nn.ReLU(), projector))
+            },
         }
         return Distillation(net(16), anew.get(shared, terms), student="model")
 
     project = Project()
-    fit(project, made())
+    fit(project, above[0] if "cop" in shared else made())
     fit(project, made())  # the same goes on
     with pytest.raises(ValueError, match=r"what the fit of another student taught hint would be what this one begins"):
         fit(Project(), made())
@@ -281,6 +290,30 @@ def test_terms_that_learn_nothing_are_for_every_student() -> None:
     terms = {"kd": Term(losses.KD())}
     runs = [fit(Project(), Distillation(net(16), terms, student="model")) for _ in range(2)]
     assert all(logged(run)["train/kd"] > 0 for run in runs)
+
+
+def test_a_term_of_layers_that_no_optimizer_has_is_told() -> None:
+    class OfTheHead(Project):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.model[2].parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match=r"Term 'hint' would teach nothing: of the parameters that the student's '0'"):
+        fit(OfTheHead(), hint())
+    assert logged(fit(OfTheHead(), kd()))["train/kd"] > 0
+
+
+def test_what_the_graph_hides_is_not_told() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inside, x.requires_grad_(), use_reentrant=True)
+
+    module = Project()
+    module.model = Checkpointed()
+    assert logged(fit(module, kd()))["train/kd"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what is tried

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from project import Project, fit, hint, kd, logged
+from project import Project, fit, hint, kd, logged, net
+from torch import nn
 
 from lightning_kd import Distillation, Term, losses, teachers
 
@@ -51,6 +52,28 @@ def test_what_was_learned_with_another_student_is_no_others(tmp_path: Path) -> N
     without = kd()
     fit(Project(), without)
     fit(Project(), without)  # which learns nothing
+
+
+def test_a_finished_run_that_is_resumed_has_learned_with_its_student(tmp_path: Path) -> None:
+    fit(Project(), hint()).save_checkpoint(tmp_path / "run.ckpt")
+    callback = hint()
+    fit(Project(), callback, resume=tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="the fit of another student taught hint"):
+        fit(Project(), callback)
+
+
+def test_a_loss_that_only_looks_at_shapes_is_for_every_student(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def build(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+            self.scale = 1.0 / student.shape[1]
+
+        def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+            return self.scale * (student - teacher).square().mean()
+
+    callback = Distillation(net(16), {"scaled": Term(Scaled())}, student="model")
+    fit(Project(), callback).save_checkpoint(tmp_path / "run.ckpt")
+    run = fit(Project(), callback, max_epochs=2, resume=tmp_path / "run.ckpt")
+    assert logged(run)["train/scaled"] > 0
 
 
 def test_callbacks_in_another_order_do_not_resume(tmp_path: Path) -> None:

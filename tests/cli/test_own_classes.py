@@ -106,6 +106,24 @@ def test_where_the_data_say_it_nothing_is_printed_that_nobody_wrote(capsys: pyte
     assert "num_classes" not in printed["model"]["student"]["init_args"]
 
 
+def test_classes_without_arguments_are_trained_and_measured(project: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = next(NAMES)
+    Path(f"{module}.py").write_text(
+        "from torch import nn\n"
+        "class Plain(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    plain = f"{module}.Plain"
+    frozen = {"class_path": "lightning_kd.teachers.Frozen"}
+    teacher = frozen | {"init_args": {"model": {"class_path": plain}, "checkpoint": "teacher.ckpt"}}
+    Path("plain.yaml").write_text(yaml.safe_dump({"model": {"student": {"class_path": plain}, "teacher": teacher}}))
+    short = ["--trainer.max_epochs=1", "--teacher_fit.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config", "digits_kd", "--config", "plain.yaml", *short]) == 0
+    (saved,) = Path("runs").rglob("*.ckpt")
+    assert main(["test", "--config", "digits_kd", "--config", "plain.yaml", "--ckpt_path", str(saved)]) == 0
+
+
 def test_the_record_of_a_teacher_has_nothing_that_nobody_wrote() -> None:
     cli = DistillationCLI(["--config", "digits_kd"], run=False, make=False)
     network = cli.plain_config["model"]["teacher"]["init_args"]["model"]

@@ -535,6 +535,9 @@ def test_labels_must_be_class_indices(name: str):
     several = nn.functional.one_hot(y, s.shape[1]) + nn.functional.one_hot(y.flip(0), s.shape[1])
     with pytest.raises(ValueError, match=f"integer class indices.*{remedy}"):
         loss(s, t, several.float())
+    for wrong in ({"labels": y}, ["a"] * len(s)):
+        with pytest.raises(ValueError, match=r"target must be a tensor of class indices, got a (dict|list)"):
+            loss(s, t, wrong)
     for wrong in (several, several > 0, y[:, None]):
         with pytest.raises(ValueError, match=rf"must have shape \(8,\).*{remedy}"):
             loss(s, t, wrong)

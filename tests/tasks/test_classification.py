@@ -175,12 +175,20 @@ def test_a_label_of_no_class_is_refused(label: int) -> None:
     [
         (True, torch.tensor([[-1, 1, 1]]), "from -1 to 1. Map -1 and 1 to 0 and 1"),
         (True, torch.tensor([[-100.0, 1.0, 0.0]]), "from -100 to 1"),
+        (True, torch.tensor([[torch.nan, 1.0, 0.0]]), "from nan to nan"),
+        (False, torch.tensor([[torch.nan, 1.0, 0.0]]), "from nan to nan"),
         (False, torch.tensor([[1.0, 1.0, 0.0]]), "from 0 to 2. If a sample can have several .* multilabel=True"),
     ],
 )
 def test_targets_that_are_no_probabilities_are_refused(multilabel: bool, target: Tensor, told: str) -> None:
     with pytest.raises(ValueError, match=f"Targets are probabilities, from 0 to 1 for .*; got {told}"):
         Classification(3, multilabel=multilabel).loss(torch.zeros(1, 3), (None, target))
+
+
+@pytest.mark.parametrize("labels", [{"labels": torch.tensor([0])}, ["cat"]])
+def test_labels_that_are_no_tensor_are_refused(labels: object) -> None:
+    with pytest.raises(ValueError, match=r"with a tensor of labels, got a (dict|list)"):
+        Classification(3).loss(torch.zeros(1, 3), (None, labels))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
