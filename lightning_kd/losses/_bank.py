@@ -81,8 +81,9 @@ class Banks(nn.Module):
             got = None if index is None else f"{index.dtype} {tuple(index.shape)}"
             raise ValueError(
                 f"CRD with memory needs `index`, integers of shape {tuple(student.shape[:1])}: the samples' "
-                f"place in the training set, got {got}. Let the data set return it, or use CRD() "
-                "without memory."
+                f"place in the training set, got {got}. Let the data set return it and pass index=... to "
+                "the callback, a function of the batch, its key or its index; a task adapter says it in labels(). Or "
+                "use CRD() without memory."
             )
         label = None if target is None else _check.class_target(target, student, bounded=False, remedy=NO_LABELS)
         samples = self.label.shape[0]

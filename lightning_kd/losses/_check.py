@@ -3,17 +3,34 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_kd.numbers import is_number
+from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.wiring import describe
+
+
+def module(loss: object) -> None:
+    """Raise ``TypeError`` if what is given as a loss is a class, a function or a name."""
+    if not isinstance(loss, nn.Module):
+        hint = f" Did you mean {loss.__name__}()?" if isinstance(loss, type) else ""
+        raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {loss!r}.{hint}")
 
 
 def positive(name: str, value: float) -> float:
     """Return ``value`` if it is a positive finite number, else raise ``ValueError``."""
     if not (is_number(value) and value > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
+        hint = ""
+        if name == "temperature" and callable(value):
+            hint = " That of a term's loss follows a schedule by callbacks.TemperatureScheduler(term, schedule)."
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}.{hint}")
     return value
+
+
+def dimension(dim: int) -> int:
+    """Return ``dim`` if it is the number of a dimension, else raise ``ValueError``."""
+    if not is_whole(dim):
+        raise ValueError(f"dim is the number of a dimension, 1 for (B, C, ...), -1 for (B, N, C); got {dim!r}.")
+    return dim
 
 
 def temperature(value: float | Tensor) -> None:
@@ -146,8 +163,13 @@ OTHER_SAMPLES = (
 )
 
 
+NOT_THE_LABELS = (
+    "The logits are of so many classes: are there more in the data, or are these not the labels? target= says which "
+    "part of the batch they are."
+)
 _IGNORED = (
-    "Losses know no ignore_index: leave such samples out, and pixels of a map by a mask and losses.Pixelwise(...)."
+    f"{NOT_THE_LABELS} Losses know no ignore_index: leave such samples out, and pixels of a map by a mask and "
+    "losses.Pixelwise(...)."
 )
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_kd.losses import _check
+
 
 class Wrapped(nn.Module):
     """Holds a loss and calls it, with the labels if it takes them.
@@ -14,11 +16,13 @@ class Wrapped(nn.Module):
         tempers: Whether the temperature of the loss is to be set in each call.
 
     Raises:
+        TypeError: If the loss is not a module.
         ValueError: If its temperature is to be set and it has none, or if it follows the run and would not be told.
     """
 
     def __init__(self, loss: nn.Module, tempers: bool = False) -> None:
         super().__init__()
+        _check.module(loss)
         if tempers and not hasattr(loss, "temperature"):
             raise ValueError(
                 f"{type(self).__name__} sets the temperature of the loss that it wraps, and {type(loss).__name__} has "

@@ -121,7 +121,7 @@ class KD(nn.Module):
         self.divergence: Divergence = divergence
         self.activation: Activation = activation
         self.beta = beta
-        self.dim = dim
+        self.dim = _check.dimension(dim)
         self.align: Literal["none", "map"] = "map" if dim == 1 else "none"
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

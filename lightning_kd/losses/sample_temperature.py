@@ -75,7 +75,7 @@ class SampleTemperature(Wrapped):
         self.per_sample = False  # from here on it is the teacher who says
         self.spread = _check.positive("spread", spread)
         self.by: Confidence = by
-        self.dim = dim
+        self.dim = _check.dimension(dim)
         self.values: dict[str, Tensor] = {}
         """The mean temperature of the last call; logged, and read by nothing else."""
 

@@ -57,7 +57,7 @@ class Standardized(Wrapped):
 
     def __init__(self, loss: nn.Module, dim: int = 1) -> None:
         super().__init__(loss)
-        self.dim = dim
+        self.dim = _check.dimension(dim)
 
     temperature = temperature_of_the_loss
 

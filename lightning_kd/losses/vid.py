@@ -74,13 +74,18 @@ class VID(nn.Module):
         if not (is_number(variance) and variance > EPS):
             raise ValueError(f"variance must be finite and above {EPS}, got {variance!r}.")
         self.variance = variance
-        self.dim = dim
+        self.dim = _check.dimension(dim)
         self.regressor = None
         self.register_parameter("rho", None)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Create the regressor and the variances for these channels; values and batch size do not matter."""
         _check.samples(student, teacher, 1, "there is nothing to regress.")
+        if not all(-x.ndim <= self.dim < x.ndim for x in (student, teacher)):
+            raise ValueError(
+                f"expected channels in dimension {self.dim}, got student {tuple(student.shape)} and teacher "
+                f"{tuple(teacher.shape)}. Maps and vectors have them in dim=1, tokens (B, N, C) in dim=-1."
+            )
         inner, outer = student.shape[self.dim], teacher.shape[self.dim]
         self.regressor = nn.Sequential(
             nn.Linear(inner, outer, bias=False),

@@ -8,12 +8,14 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_kd import functional, losses, schedules
+from lightning_kd.losses._wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -411,7 +413,7 @@ def test_labels_out_of_range_are_refused(name: str, value: int):
         return
     case = CASES[name]
     student, teacher, target = _inputs(case)
-    with pytest.raises(ValueError, match=r"must be in \[0, 10\), got values from"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 10\), got values from.*(target= says|num_classes counts)"):
         _call(_built(case, student, teacher), student, teacher, torch.full_like(target, value))
 
 
@@ -649,6 +651,16 @@ def test_wrappers_refuse_masks_that_what_they_wrap_would_ignore(name: str):
     inside = f"{name}(Pixelwise(DKD()))" if name == "CTKD" else f"Pixelwise({name}(DKD()))"
     with pytest.raises(ValueError, match=f"DKD takes no mask.*use {re.escape(inside)}"):
         CASES[name].make()(s, t, y, y > 0)
+
+
+@those(lambda case: isinstance(case.make(), Wrapped))
+@pytest.mark.parametrize("loss", [losses.KD, "KD"])
+def test_wrappers_want_a_loss(name: str, loss: Any):
+    arguments = {"dims": [2]} if name == "Matryoshka" else {}
+    with pytest.raises(
+        TypeError, match=r"Did you mean KD\(\)\?" if loss is losses.KD else "loss is a module.*got 'KD'"
+    ):
+        getattr(losses, name)(loss, **arguments)
 
 
 @pytest.mark.parametrize("name", MASKED)

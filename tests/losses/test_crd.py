@@ -252,7 +252,7 @@ def test_bfloat16_weights():
 
 def test_errors_give_the_remedy():
     loss, s, t, _ = _memory()
-    with pytest.raises(ValueError, match=r"needs `index`.*CRD\(\) without memory"):
+    with pytest.raises(ValueError, match=r"needs `index`.*pass index=\.\.\. to the callback.*CRD\(\) without memory"):
         loss(s, t)
     with pytest.raises(ValueError, match="momentum"):
         losses.CRD(momentum=1.0)

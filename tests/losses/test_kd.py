@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torchdistill.losses.mid_level import KDLoss
 
-from lightning_kd import losses
+from lightning_kd import losses, schedules
 from lightning_kd.functional import kd
 
 
@@ -133,6 +133,11 @@ def test_errors_give_the_remedy():
     for wrong in ({"divergence": "kl"}, {"activation": "tanh"}, {"beta": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             losses.KD(**wrong)
+    with pytest.raises(ValueError, match=r"dim is the number of a dimension.*got 'x'"):
+        losses.KD(dim="x")
+    for schedule in (schedules.Linear(8.0, 1.0), lambda progress: 8 - progress):
+        with pytest.raises(ValueError, match=r"temperature must be a positive .* callbacks\.TemperatureScheduler"):
+            losses.KD(temperature=schedule)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])

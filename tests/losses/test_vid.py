@@ -29,6 +29,11 @@ def test_a_variance_that_is_none(variance):
         losses.VID(variance=variance)
 
 
+def test_a_dimension_that_is_not_there():
+    with pytest.raises(ValueError, match=r"channels in dimension 99, got student \(2, 4\) and teacher \(2, 6\)"):
+        losses.VID(dim=99).build(torch.zeros(2, 4), torch.zeros(2, 6))
+
+
 def test_variance_learns_the_error():
     """The likelihood is stationary where the variance is the mean squared error of the channel."""
     torch.manual_seed(0)
