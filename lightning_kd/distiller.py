@@ -185,7 +185,11 @@ class Distiller(nn.Module):
         Raises:
             ValueError: If a path is unknown, of which the message names the term and lists the closest names; or if
                 the student is TorchScript.
+            TypeError: If the student is not a module.
         """
+        given: object = student  # what a caller without a type checker may pass
+        if not isinstance(given, nn.Module):
+            raise TypeError(f"the student that is attached is the module itself, got {given!r}.")
         self.detach()
         if isinstance(student, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]  # torch's own gap
             raise ValueError(
@@ -361,7 +365,11 @@ class Distiller(nn.Module):
 
     def weights(self) -> dict[str, float]:
         """Returns every term's weight as of now: at the run's begin, or where ``at`` set it."""
-        return {name: term.current_weight for name, term in self.named_terms()}
+        weights = {}
+        for name, term in self.named_terms():
+            with _naming(name):
+                weights[name] = term.current_weight
+        return weights
 
     def values(self) -> dict[str, Tensor | float]:
         """Returns what changes over the run, as of now: ``{"kd/temperature": 4.0}``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.counts import COUNTS
+from lightning_kd.losses import _check
 from lightning_kd.projectors import Align, PerLevel, bridge, follow
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
@@ -58,11 +59,8 @@ class Term(nn.Module):
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        given: object = loss  # what a caller without a type checker may pass
-        if not isinstance(given, nn.Module):
-            hint = f" Did you mean {given.__name__}()?" if isinstance(given, type) else ""
-            raise TypeError(f"loss is a module, loss(student, teacher) -> scalar; got {given!r}.{hint}")
-        bridge_given: object = projector
+        _check.module(loss)
+        bridge_given: object = projector  # what a caller without a type checker may pass
         if bridge_given is not None and not isinstance(bridge_given, nn.Module):
             raise TypeError(f"projector is a module that maps the student's tensor, or None; got {bridge_given!r}.")
         align: object = getattr(loss, "align", "none")
@@ -143,6 +141,7 @@ class Term(nn.Module):
     def current_weight(self) -> float:
         """The weight as of now: at the run's begin, or at the moment that ``at`` was told."""
         if not isinstance(self.weight, Schedule):
+            factor("weight", self.weight)  # refuses what was assigned since
             return float(self.weight)
         weight = float(self.weight.at(self._moment))
         if not 0.0 <= weight < math.inf:

@@ -75,6 +75,7 @@ class Path:
             if isinstance(value, Tensor) and not isinstance(selector, str):
                 part = f"{_spelled(selector)} of {describe(value)}"
                 raise KeyError(f"{self.text!r}: {part} would be a part of the batch.")
+            whole = value
             try:
                 if isinstance(selector, slice):
                     value = Levels(list(value.values() if isinstance(value, Mapping) else value)[selector])
@@ -84,6 +85,8 @@ class Path:
                     value = value[selector]
             except (AttributeError, KeyError, IndexError, TypeError) as error:
                 raise KeyError(f"{self.text!r}: {_spelled(selector)} is not in {describe(value)}.") from error
+            if isinstance(selector, slice) and not value:
+                raise KeyError(f"{self.text!r}: {_spelled(selector)} selects nothing of {describe(whole)}.")
         return value
 
 
@@ -107,6 +110,8 @@ def describe(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, nn.Module):
+        return f"a module ({type(value).__name__})"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
     if isinstance(value, (tuple, list)):

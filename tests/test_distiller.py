@@ -229,6 +229,19 @@ def test_without_a_call_there_is_nothing_to_distil() -> None:
         distiller(calls)
 
 
+def test_a_module_is_attached() -> None:
+    distiller = Distiller({"it": Term(nn.MSELoss())}, Net(4))
+    with pytest.raises(TypeError, match="the student that is attached is the module itself, got 'model'"):
+        distiller.attach("model")  # type: ignore[arg-type]  # the mistake
+
+
+def test_a_weight_that_is_wrong_is_told_with_its_term() -> None:
+    distiller = Distiller({"it": Term(nn.MSELoss())}, Net(4))
+    distiller.terms["it"].weight = -1.0
+    with pytest.raises(ValueError, match="Term 'it': weight is a finite number"):
+        distiller.weights()
+
+
 def test_an_error_in_the_teacher_is_the_users_to_see() -> None:
     distiller = Distiller({"it": Term(nn.MSELoss())}, nn.Linear(7, 4))
     student = Net(4)

@@ -189,6 +189,7 @@ def test_slices_select_levels(text: str, value: Any, levels: list[int] | None) -
         ("output.a.b", {"a": torch.zeros(2, 3)}, r"'b' is not in a tensor of shape \(2, 3\)"),
         ("output[0]", 3, r"\[0\] is not in a int"),
         ("output[1:]", 3, r"\[1:\] is not in a int"),
+        ("neck[2:]", (1, 2), r"\[2:\] selects nothing of a tuple of 2 items"),
     ],
 )
 def test_a_selector_that_finds_nothing_says_what_there_is(text: str, value: Any, said: str) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_kd.attachment.attachment import attachments_of
 from lightning_kd.schedules import ByEpoch, Custom, Schedule
 from lightning_kd.term import Term
+from lightning_kd.wiring import describe
 
 By = Literal["step", "epoch"]
 
@@ -33,6 +34,11 @@ class Scheduler(Callback, ABC):
         super().__init__()
         if by not in ("step", "epoch"):
             raise ValueError(f"by is 'step' or 'epoch', got {by!r}.")
+        given: object = term  # what a caller without a type checker may pass
+        if not isinstance(given, str):
+            raise TypeError(
+                f"{type(self).__name__} takes the name of a term, 'kd', and a schedule; got {describe(given)}."
+            )
         own = schedule if isinstance(schedule, Schedule) else Custom(schedule)
         ends = own(0.0), own(1.0)
         if not all(self._fits(end) and end < math.inf for end in ends):

@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> None:
     if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
         raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
     output: Path = options.output or Path("comparisons", "+".join(names))
+    if output.is_file():
+        raise UsageError(f"--output: expected a folder for the results, received the file {output}")
     files = [find(given) for given in options.config]
     clis = [read(file, options.teacher, overrides) for file in files]
     students = [Path(path) for path in options.student_ckpt]

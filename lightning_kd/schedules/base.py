@@ -85,9 +85,10 @@ def factor(name: str, given: Any) -> float | Schedule:
     weight = Custom(given) if callable(given) and not isinstance(given, (Schedule, type)) else given
     ends = (weight(0.0), weight(1.0)) if isinstance(weight, Schedule) else (weight,)
     if not all(is_number(end) and end >= 0.0 for end in ends):
+        goes = f", which goes from {ends[0]} to {ends[-1]}" if isinstance(weight, Schedule) else ""
         raise ValueError(
             f"{name} is a finite number that is not negative, one of schedules.*, or a function of the fraction of the "
-            f"run; got {given!r}."
+            f"run; got {weight!r}{goes}."
         )
     checked: float | Schedule = weight
     return checked

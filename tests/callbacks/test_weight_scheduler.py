@@ -54,6 +54,12 @@ def test_a_term_has_one_schedule_of_its_weight() -> None:
         fit(schedules.Constant(1.0), WeightScheduler("kd", schedules.Linear(1.0, 0.0)))
 
 
+@pytest.mark.parametrize("term", [None, Term(losses.KD())])
+def test_a_term_is_named(term: Any) -> None:
+    with pytest.raises(TypeError, match="WeightScheduler takes the name of a term, 'kd', and a schedule; got a "):
+        WeightScheduler(term, schedules.Linear(1.0, 0.0))
+
+
 def test_any_term_has_a_weight() -> None:
     assert WeightScheduler("hint", schedules.Linear(1.0, 0.0)).schedule(1.0) == 0.0
     with pytest.raises(ValueError, match=r"A weight cannot follow.*it goes from 1.0 to -1.0"):

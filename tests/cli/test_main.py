@@ -686,6 +686,12 @@ def test_an_output_that_cannot_be_written_is_told(trained: Path, tmp_path: Path)
             TorchFile().open(Path(output))
 
 
+def test_a_comparison_is_saved_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["compare", "--config", "digits_kd", "--output", str(tmp_path / "file")]) == 2
+    assert "--output: expected a folder for the results, received the file" in capsys.readouterr().err
+
+
 def test_a_configuration_that_is_no_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "digits_kdd.yaml"]) == 2
     told = capsys.readouterr().err
