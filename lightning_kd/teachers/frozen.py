@@ -1,7 +1,7 @@
 """Frozen: a trained model that stands still."""
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Self
 
@@ -17,6 +17,7 @@ from lightning_kd.teachers.base import Teacher, in_type_of, made_by, own_type
 from lightning_kd.teachers.precision import Precision, checked, context, convert, type_of_weights
 from lightning_kd.teachers.stillness import Shared, refuse_restless, set_training
 from lightning_kd.teachers.weights import load_weights
+from lightning_kd.wiring import describe
 
 
 class Frozen(Teacher):
@@ -41,6 +42,7 @@ class Frozen(Teacher):
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
+        TypeError: If the model is no network, the checkpoint no file, or compile neither a bool nor a dict.
         ValueError: If the checkpoint's keys do not fit the model, or there is no such mode or precision.
 
     Example:
@@ -62,6 +64,12 @@ class Frozen(Teacher):
         compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__()
+        given: object = model  # what a caller without a type checker may pass
+        hint = f" Did you mean {given.__name__}(...)?" if isinstance(given, type) else ""
+        if isinstance(given, Teacher):
+            hint = " That is a teacher already: give it as it is, without Frozen."
+        if hint or not isinstance(given, nn.Module):
+            raise TypeError(f"Frozen holds a trained network, got {describe(given)}.{hint}")
         if mode not in ("eval", "train"):
             raise ValueError(f"mode is 'eval' or 'train', got {mode!r}.")
         if isinstance(model, LightningModule) and type(model).forward is LightningModule.forward:
@@ -69,6 +77,12 @@ class Frozen(Teacher):
             raise ValueError(
                 f"The teacher {type(model).__name__} has no forward() to call. Pass the network inside of it, one of "
                 f"{', '.join(f'teacher.{name}' for name in parts) or 'its submodules'}."
+            )
+        options: object = compile
+        if not isinstance(options, (bool, Mapping)):
+            raise TypeError(
+                "compile is True, False or a dict of what torch.compile takes, {'mode': 'max-autotune'} say; got "
+                f"{options!r}."
             )
         self.model = model
         self.mode = mode

@@ -22,8 +22,15 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
 
     Raises:
         FileNotFoundError: If there is no such file.
+        TypeError: If the checkpoint is not the name of a file.
         ValueError: If it cannot be read, holds no state dict or no such peer, or if keys or shapes do not fit.
     """
+    given: object = checkpoint  # what a caller without a type checker may pass
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(
+            f"a checkpoint is the name of a file, got a {type(given).__name__}. What is loaded already goes into the "
+            "model: model.load_state_dict(...)."
+        )
     content = read_checkpoint(checkpoint)
     if peer:
         content = peers_in(content).get(f"peer{peer}")

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_kd import Distiller, Term, losses
-from lightning_kd.teachers import Frozen, Teacher, load_weights
+from lightning_kd.teachers import EMA, Frozen, Teacher, load_weights
 
 
 class Net(nn.Module):
@@ -92,6 +92,31 @@ def test_in_mode_train_it_uses_and_updates_the_statistics_of_the_batch() -> None
 def test_mode_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="'eval' or 'train', got 'frozen'"):
         Frozen(Net(), mode="frozen")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (EMA(), r"got a module \(EMA\). That is a teacher already"),
+        (Frozen(Net()), "That is a teacher already"),
+        (Net, r"got the class Net. Did you mean Net\(\.\.\.\)"),
+        ("net", "got a str"),
+    ],
+)
+def test_it_holds_a_network(model: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=f"Frozen holds a trained network, {said}" if said[:3] == "got" else said):
+        Frozen(model)
+
+
+@pytest.mark.parametrize("options", ["max-autotune", None, 1])
+def test_compile_is_a_bool_or_options(options: Any) -> None:
+    with pytest.raises(TypeError, match="compile is True, False or a dict of what"):
+        Frozen(Net(), compile=options)
+
+
+def test_a_checkpoint_is_a_file() -> None:
+    with pytest.raises(TypeError, match=r"a checkpoint is the name of a file, got a OrderedDict.*load_state_dict"):
+        Frozen(Net(), checkpoint=Net().state_dict())
 
 
 def test_it_runs_only_as_far_as_it_is_read() -> None:
