@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -289,11 +290,11 @@ class Distiller(nn.Module):
             ValueError: If the shapes of a term cannot be bridged.
         """
         assert self.student is not None
-        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), None)
+        dtypes = {p.dtype for p in self.student.parameters()}
         for name, term in self.named_terms():
             with _naming(name):
                 if term.needs_sample:
-                    term.build(*term.pairs(*self._captured(name, call))[0], dtype)
+                    term.build(*term.pairs(*self._captured(name, call))[0], dtypes)
 
     def imitated_shapes(self, calls: Sequence[Call]) -> dict[str, set[tuple[int, ...]]]:
         """Returns the shapes of what each term's student side is to imitate in those calls."""
@@ -323,14 +324,12 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: If the student was never called.
             ValueError: If a term's two sides do not fit; the message names the term.
-            TypeError: If a label is given that no loss can ask for: a name that is misspelt.
+            TypeError: If a label's name is misspelt; those that no loss asks for are left out.
         """
-        asked = {"target", "index", *self.labels_of_losses}
-        if labels.keys() - asked:
-            raise TypeError(
-                f"no loss of these terms asks for {', '.join(sorted(labels.keys() - asked))}; what can be given is "
-                f"{', '.join(sorted(asked))}."
-            )
+        asked = {"target", "index", *self.labels}
+        for label in labels.keys() - asked:
+            if close := get_close_matches(label, asked, n=1):
+                raise TypeError(f"no loss of these terms asks for {label}. Did you mean {close[0]}=...?")
         if not calls:
             raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
         losses = {}

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -157,18 +157,19 @@ class Term(nn.Module):
             values["weight"] = self.current_weight
         return {**values, **{name: getattr(self.loss, name) for name in self.schedules}}
 
-    def build(self, student: Selected, teacher: Selected, dtype: torch.dtype | None = None) -> None:
+    def build(self, student: Selected, teacher: Selected, dtypes: Collection[torch.dtype] = ()) -> None:
         """Makes the projector, and the loss's own parameters, for the shapes of a sample.
 
         Args:
             student: A sample of the student's tensor, or of each of its levels.
             teacher: A sample of the teacher's tensor, or of each of its levels.
-            dtype: Of the student's parameters, and so of the projector's; float32 unless given.
+            dtypes: Of the student's parameters. The projector has the sample's, unless that comes from autocast.
 
         Raises:
             ValueError: If the shapes cannot be bridged.
         """
-        device = next(_each(student)).device
+        sample = next(_each(student))
+        device, dtype = sample.device, sample.dtype if sample.dtype in dtypes else None
         if self.projector is None:
             align: Align = getattr(self.loss, "align", "none")
             bridges = [bridge(s, t, align) for s, t in self._levels(student, teacher)]

@@ -267,8 +267,9 @@ def test_every_term_gets_its_labels() -> None:
     torch.testing.assert_close(distiller(calls, target=target)["a"], (student(x).logsumexp(1) * target).mean())
     with pytest.raises(ValueError, match="Term 'a': Labelled needs 'target'"):
         distiller(calls)
-    with pytest.raises(TypeError, match=r"no loss of these terms asks for targets; what can be given is .*target"):
+    with pytest.raises(TypeError, match=r"no loss of these terms asks for targets\. Did you mean target=\.\.\.\?"):
         distiller(calls, targets=target)
+    assert distiller(calls, target=target, boxes=None, lam=0.3).keys() == {"a", "b"}  # of other terms, of views
 
 
 def test_weights_follow_their_schedules() -> None:
@@ -312,6 +313,21 @@ def test_a_projector_is_of_the_students_precision(dtype: torch.dtype) -> None:
     distiller.build(calls[0])
     assert {p.dtype for p in distiller.parameters()} == {dtype}
     assert distiller(calls)["hint"] > 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_projector_is_of_its_layers_precision(autocast: bool) -> None:
+    class Mixed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x.bfloat16()).float())
+
+    student = Mixed(nn.Linear(6, 5).bfloat16(), nn.Linear(5, 4))
+    distiller = Distiller({"hint": hint(student="1")}, Net(8))
+    distiller.attach(student)
+    with distiller.watch() as calls, torch.autocast("cpu", torch.float16, enabled=autocast):
+        student(torch.randn(2, 6))
+    distiller.build(calls[0])
+    assert {p.dtype for p in distiller.parameters()} == {torch.float32}
 
 
 def test_a_projector_made_after_the_optimizer_is_an_error() -> None:

@@ -18,7 +18,7 @@ from lightning_kd.attachment.moments import Moments
 from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, optimizers_of
 from lightning_kd.attachment.patches import Patches
 from lightning_kd.attachment.positions import Positions
-from lightning_kd.attachment.pupils import learned_elsewhere, learned_with, learns
+from lightning_kd.attachment.pupils import has_learned, learned_elsewhere, learned_with, learns
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
@@ -31,7 +31,7 @@ from lightning_kd.attachment.refusals import (
     refuse_strategy,
     refuse_two_swaps,
     refuse_uncalled,
-    refuse_unlearned,
+    warn_unlearned,
 )
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import refuse_other_order, refuse_other_run, restore, saved, state_of
@@ -213,7 +213,7 @@ class Attachment(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the terms learned and what the teacher remembers; nothing of a frozen one."""
-        return saved(self.distiller) if self._pending is None else self._pending
+        return self._with_freshness(saved(self.distiller)) if self._pending is None else self._pending
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores that, as soon as what it is restored to exists."""
@@ -319,8 +319,7 @@ class Attachment(Callback):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         restore(self.distiller, state)
-        assert self.distiller.student is not None
-        self._note_pupil(self.distiller.student)
+        self._note_pupil(None if state.get("fresh") else self.distiller.student)
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         guest = f"{GUEST}_{self._all.index(self)}" if self is not self._all[0] else GUEST
@@ -347,8 +346,14 @@ class Attachment(Callback):
         """What computes terms: one, unless several networks learn."""
         return [self.distiller]
 
-    def _note_pupil(self, student: nn.Module) -> None:
+    def _note_pupil(self, student: nn.Module | None) -> None:
         learned_with(student, [part for _, part in self._learning()])
+
+    def _with_freshness(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Says in a state that is saved before the first step, by the tuner for one, that nothing was learned yet."""
+        if state and not any(has_learned(part) for _, part in self._learning()):
+            state["fresh"] = True
+        return state
 
     def _learning(self) -> list[tuple[str, object]]:
         """Returns what a fit changes, by what it is called in a message."""
@@ -444,7 +449,7 @@ class Attachment(Callback):
         distiller.at(moment)
         losses = distiller(calls, **labels())
         if not self._was_called:
-            refuse_unlearned(trainer, distiller, losses)
+            warn_unlearned(trainer, distiller, losses)
         named = {name + key: loss for key, loss in losses.items()}
         self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)), task_loss)
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight

@@ -142,6 +142,7 @@ class MutualAttachment(Attachment):
                 peer.name: {"state_dict": whole(peer.module.state_dict()), **saved(peer.distiller)}
                 for peer in self._others
             }
+            return self._with_freshness(state)
         return state
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -1,16 +1,35 @@
 """With which student something learned: it is for no other one, which would begin with that in silence."""
 
-import uuid
+from __future__ import annotations
+
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
 from lightning_kd.distiller import Distiller
 
-_NAMES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-_PUPIL = "_learned_with"
-"""An attribute, which copies of what has learned have, too; as a file has it."""
+_MARK = "_learned_with"
+
+
+class _Pupil:
+    """A student, as what learned with it knows it: in a copy of both it is the copied one, too. A file has none."""
+
+    def __init__(self, *students: nn.Module) -> None:
+        self.students = weakref.WeakSet(students)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Pupil:
+        made = _Pupil(*self.students)
+        for student in self.students:
+            with suppress(Exception):  # some cannot be copied
+                made.students.add(copy.deepcopy(student, memo))  # once, and to be forgotten where nobody else has it
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 def learns(distiller: Distiller) -> Iterator[tuple[str, nn.Module]]:
@@ -29,16 +48,22 @@ def _changing(part: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def learned_with(student: nn.Module, parts: Iterable[object]) -> None:
-    """Notes with which student parts have learned."""
+def learned_with(student: nn.Module | None, parts: Iterable[object]) -> None:
+    """Notes with which student parts have learned; None for those that have learned nothing."""
     for part in parts:
-        setattr(part, _PUPIL, _name(student))
+        setattr(part, _MARK, _Pupil(_uncompiled(student)) if student is not None else None)
+
+
+def has_learned(part: object) -> bool:
+    """Returns whether a part has learned with some student."""
+    return getattr(part, _MARK, None) is not None
 
 
 def learned_elsewhere(student: nn.Module, part: object) -> bool:
     """Returns whether a part has learned with another student than that."""
-    return getattr(part, _PUPIL, None) not in (None, _name(student))
+    return has_learned(part) and _uncompiled(student) not in getattr(part, _MARK).students
 
 
-def _name(student: nn.Module) -> str:
-    return _NAMES.setdefault(getattr(student, "_orig_mod", student), uuid.uuid4().hex)
+def _uncompiled(student: nn.Module) -> nn.Module:
+    plain: nn.Module = getattr(student, "_orig_mod", student)
+    return plain

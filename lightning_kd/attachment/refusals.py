@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
@@ -131,18 +132,19 @@ def refuse_forgotten_peer(trainer: Trainer, name: str, peer: nn.Module, stranger
         )
 
 
-def refuse_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, Tensor]) -> None:
-    """Refuses a term whose gradient reaches nothing in an optimizer but its own projector."""
-    if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers:
+def warn_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, Tensor]) -> None:
+    """Warns of a term whose gradient reaches nothing in an optimizer but its own projector."""
+    later = any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
+    if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers or later:
         return
     known = _optimized(trainer) - {id(p) for p in distiller.parameters()}
     for name, term in distiller.named_terms():
         reached = _reached(losses[name])
-        if reached is not None and not reached & known:
-            raise ValueError(
-                f"Term {name!r} would teach nothing: of the parameters that the student's {term.student.text!r} is "
+        if term.weight and reached is not None and not reached & known:
+            rank_zero_warn(
+                f"Term {name!r} teaches nothing: of the parameters that the student's {term.student.text!r} is "
                 "computed with none is in an optimizer. Give them to one in configure_optimizers, or name a layer that "
-                "learns."
+                "learns; if they are added to it later, there is nothing to mind."
             )
 
 
@@ -167,9 +169,14 @@ def _optimized(trainer: Trainer) -> set[int]:
     return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
+def accumulates_by_schedule(trainer: Trainer) -> bool:
+    """Returns whether the number of batches in a step changes over the run."""
+    return any(isinstance(each, GradientAccumulationScheduler) for each in callbacks_of(trainer))
+
+
 def refuse_changing_accumulation(trainer: Trainer) -> None:
     """Refuses a schedule over a run whose length is not known before."""
-    if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks_of(trainer)):
+    if accumulates_by_schedule(trainer):
         raise ValueError(
             "A schedule is over the run, and with GradientAccumulationScheduler its length is not known before. "
             "Accumulate the same number of batches throughout: Trainer(accumulate_grad_batches=...)."

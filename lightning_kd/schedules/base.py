@@ -13,7 +13,7 @@ class Moment:
     """Where in a run a step is.
 
     Args:
-        progress: Fraction of the run that is done, from 0 to 1.
+        progress: Fraction of the run that is done, from 0 to 1; NaN where the run does not say how long it is.
         step: Optimizer steps that were made.
         epoch: The current epoch.
         epoch_progress: Fraction of the run that was done when the current epoch began; NaN where the run does not

@@ -40,7 +40,7 @@ class Teacher(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.memory is not Teacher.memory and cls.recall is Teacher.recall:
+        if callable(cls.memory) and cls.memory is not Teacher.memory and cls.recall is Teacher.recall:
             raise TypeError(
                 f"{cls.__name__} says in memory what a checkpoint must hold of it, and has no recall(memory) that "
                 "takes it back: a resumed run would begin anew, in silence. Write both."

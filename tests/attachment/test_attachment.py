@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_kd.callbacks import EMATeacher, MutualDistillation
-from project import QUIET, Project, loader, net
+from project import QUIET, Project, fit, kd, loader, net
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import Distillation, Term, losses, teachers
+from lightning_kd import Distillation, Term, losses, schedules, teachers
 
 
 class Validated(Project):
@@ -281,3 +282,32 @@ class OfBytes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.positions = (torch.arange(600) / 600).unique().numel()
         return self.net(x / 255)
+
+
+@pytest.mark.parametrize(("ends", "told"), [(True, [0.125 * i for i in range(1, 9)]), (False, [math.nan] * 3)])
+def test_a_teacher_is_told_how_far_the_run_is(ends: bool, told: list[float]) -> None:
+    class Fading(teachers.Teacher):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: list[float] = []
+
+        def bind(self, student: nn.Module, paths: Any) -> None:
+            pass
+
+        def unbind(self) -> None:
+            pass
+
+        def update(self, moment: schedules.Moment) -> None:
+            self.told.append(moment.progress)
+
+        def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
+            return {"output": [x.new_zeros(len(x), 4)]}
+
+    teacher = Fading()
+
+    class Stopping(Project):
+        def on_train_batch_end(self, *args: object) -> None:
+            self.trainer.should_stop = not ends and self.global_step == 3
+
+    fit(Stopping(), kd(teacher=teacher), max_epochs=2 if ends else -1)
+    assert teacher.told == pytest.approx(told, nan_ok=True)

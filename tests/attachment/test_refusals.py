@@ -3,14 +3,17 @@
 import copy
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_kd.callbacks import EMATeacher
 from lightning_kd.tasks import Classification
-from project import Project, fit, hint, kd, loader, logged, net
+from project import QUIET, Project, fit, hint, kd, loader, logged, net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -246,7 +249,7 @@ def test_an_error_in_the_teacher_is_said_to_be_there() -> None:
     assert "teacher_input=" in error.value.__notes__[0]
 
 
-@pytest.mark.parametrize("shared", ["callback", "terms", "loss", "projector", "a layer", "a copy", "a saved copy"])
+@pytest.mark.parametrize("shared", ["callback", "terms", "loss", "projector", "a layer", "a copy"])
 def test_what_learned_with_another_student_is_not_for_this_one(shared: str) -> None:
     """As in a loop over seeds, above which it was made."""
     above = hint(), {"hint": Term(losses.FitNet(), student="0", teacher="0")}, losses.VID(), nn.Linear(8, 16)
@@ -256,8 +259,6 @@ def test_what_learned_with_another_student_is_not_for_this_one(shared: str) -> N
         copied = {"callback": lambda: callback, "a copy": lambda: copy.deepcopy(callback)}
         if shared in copied:
             return copied[shared]()
-        if shared == "a saved copy":
-            return pickle.loads(pickle.dumps(callback))
         anew = {
             "loss": {"hint": Term(loss, student="0", teacher="0")},
             "projector": {"hint": Term(losses.FitNet(), student="0", teacher="0", projector=projector)},
@@ -286,6 +287,36 @@ def test_terms_are_for_one_student_in_the_module_door_too() -> None:
         distil()
 
 
+@pytest.mark.parametrize("how", ["copied", "saved"])
+def test_what_is_copied_with_its_student_goes_on(how: str) -> None:
+    pair = Project(), hint()
+    fit(*pair)
+    again = copy.deepcopy(pair) if how == "copied" else pickle.loads(pickle.dumps(pair))
+    before = again[1].distiller.terms["hint"].projector.weight.clone()
+    fit(*again)
+    assert not torch.equal(again[1].distiller.terms["hint"].projector.weight, before)
+    fit(*pair)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_was_only_tuned_has_learned_nothing(anew: bool, tmp_path: Path) -> None:
+    class Late(Project):
+        def setup(self, stage: str) -> None:
+            self.lr, self.model = 0.1, net()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    module, callback = Late(), hint()
+    module.lr = 0.1
+    run = Trainer(callbacks=[callback], **QUIET | {"default_root_dir": tmp_path, "enable_checkpointing": True})
+    Tuner(run).lr_find(module, loader(), num_training=3, early_stop_threshold=None)
+    run.fit(Late() if anew else module, loader())
+    assert logged(run)["train/hint"] > 0
+    with pytest.raises(ValueError, match="another student taught hint"):
+        fit(Project(), callback)
+
+
 def test_terms_that_learn_nothing_are_for_every_student() -> None:
     terms = {"kd": Term(losses.KD())}
     runs = [fit(Project(), Distillation(net(16), terms, student="model")) for _ in range(2)]
@@ -297,9 +328,12 @@ def test_a_term_of_layers_that_no_optimizer_has_is_told() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.model[2].parameters(), lr=0.1)
 
-    with pytest.raises(ValueError, match=r"Term 'hint' would teach nothing: of the parameters that the student's '0'"):
+    with pytest.warns(UserWarning, match=r"Term 'hint' teaches nothing: of the parameters that the student's '0'"):
         fit(OfTheHead(), hint())
     assert logged(fit(OfTheHead(), kd()))["train/kd"] > 0
+    weightless = hint()
+    weightless.distiller.terms["hint"].weight = 0.0
+    fit(OfTheHead(), weightless)  # is only watched
 
 
 def test_what_the_graph_hides_is_not_told() -> None:
