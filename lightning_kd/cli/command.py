@@ -156,7 +156,7 @@ class DistillationCLI(LightningCLI):
                 self.rehearse()
                 # What cannot be written is told before the teacher is trained.
                 Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
-            teacher.ensure(self.plain_config, type(self))
+            teacher.ensure(self.plain_config, DistillationCLI)
         if missing:
             self._set_seed()  # the student starts alike, whether or not its teacher was trained before it
 
