@@ -1,5 +1,6 @@
 """The engine: turns what a student and its teacher computed for the same call into losses."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
@@ -121,6 +122,13 @@ class Distiller(nn.Module):
 
     def set_teacher(self, teacher: Teacher) -> None:
         """Gives it a teacher, before it is attached: past nn.Module's registration, so that it is no submodule."""
+        for name, method in vars(Teacher).items():
+            if inspect.isfunction(method) and not callable(getattr(teacher, name)):
+                hidden = type(getattr(teacher, name)).__name__
+                raise TypeError(
+                    f"{type(teacher).__name__}.{name} is a {hidden}, and hides the method of that name that every "
+                    "teacher has. Call the attribute something else."
+                )
         object.__setattr__(self, "teacher", teacher)
 
     def mirrored(self, teacher: Teacher) -> "Distiller":
@@ -328,7 +336,7 @@ class Distiller(nn.Module):
         """
         asked = {"target", "index", *self.labels}
         for label in labels.keys() - asked:
-            if close := get_close_matches(label, asked, n=1):
+            if close := get_close_matches(label, asked - labels.keys(), n=1, cutoff=0.85):
                 raise TypeError(f"no loss of these terms asks for {label}. Did you mean {close[0]}=...?")
         if not calls:
             raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")

@@ -269,7 +269,10 @@ def test_every_term_gets_its_labels() -> None:
         distiller(calls)
     with pytest.raises(TypeError, match=r"no loss of these terms asks for targets\. Did you mean target=\.\.\.\?"):
         distiller(calls, targets=target)
-    assert distiller(calls, target=target, boxes=None, lam=0.3).keys() == {"a", "b"}  # of other terms, of views
+    assert distiller(calls, target=target, boxes=None, points=None, target_weight=0.3).keys() == {
+        "a",
+        "b",
+    }  # of other terms, of views
 
 
 def test_weights_follow_their_schedules() -> None:
@@ -399,6 +402,16 @@ def test_a_teacher_that_remembers_takes_it_back() -> None:
         class Forgetful(Teacher):
             def memory(self) -> dict[str, Any]:
                 return {"steps": 3}
+
+
+def test_an_attribute_that_hides_a_method_of_a_teacher_is_told() -> None:
+    class Ramp(Itself):
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = 3  # type: ignore[assignment,method-assign]
+
+    with pytest.raises(TypeError, match=r"Ramp\.end is a int, and hides the method"):
+        Distiller({"hint": hint()}, Ramp())
 
 
 def test_a_class_is_not_a_teacher() -> None:

@@ -262,6 +262,11 @@ class Attachment(Callback):
         refuse_strategy(trainer, self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher))
         if self._has_parameters():
             refuse_earlier_average(trainer, self)
+            if self.student is None and isinstance(self.distiller.teacher, CopyTeacher):
+                raise ValueError(
+                    f"{type(self).__name__}: the student is all of {type(pl_module).__name__}, whose copy teaches, and "
+                    "terms that learn something would be a part of it. Say which network in it learns: student='model'."
+                )
         attached = attachments_of(trainer)
         refuse_two_swaps(trainer, [each for each in attached if each.distiller.teacher.evaluated])
         distillers = [each.distiller for each in attached]

@@ -317,6 +317,19 @@ def test_what_was_only_tuned_has_learned_nothing(anew: bool, tmp_path: Path) -> 
         fit(Project(), callback)
 
 
+def test_a_copy_of_the_whole_module_is_not_taught_with_terms_that_learn() -> None:
+    class Whole(Project):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match=r"the student is all of Whole, whose copy teaches.*student='model'"):
+        fit(Whole(), EMATeacher({"vid": Term(losses.VID(), student="model.0", teacher="model.0")}))
+    assert "train/kd" in logged(fit(Whole(), EMATeacher({"kd": Term(losses.KD())})))
+
+
 def test_terms_that_learn_nothing_are_for_every_student() -> None:
     terms = {"kd": Term(losses.KD())}
     runs = [fit(Project(), Distillation(net(16), terms, student="model")) for _ in range(2)]
