@@ -20,12 +20,12 @@ from torchvision.transforms import v2
 
 from lightning_kd import DistillationModule, schedules
 from lightning_kd.cli import main
+from lightning_kd.cli.configs import find
 from lightning_kd.data import KeypointCsv
 from lightning_kd.models import PartExperts, PoseNet
 
-CONFIG = yaml.safe_load((Path(__file__).parents[1] / "configs" / "face68_pose_simcc.yaml").read_text(encoding="utf-8"))
-# The configuration's own, made.
-TURNED = [v2.RandomAffine(degrees=15.0, translate=(0.06, 0.06), scale=(0.85, 1.15))]
+CONFIG = yaml.safe_load(Path(find("face68_pose_simcc")).read_text(encoding="utf-8"))
+TURNED = [v2.RandomAffine(**spec["init_args"]) for spec in CONFIG["data"]["init_args"]["transforms"]]
 PARTS = {
     "outline": [*range(17)],
     "eyes": [*range(17, 27), *range(36, 48)],

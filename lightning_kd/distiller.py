@@ -23,6 +23,9 @@ from lightning_kd.wiring import OUTPUT, Path, describe, find_module
 Knowledge = Callable[[nn.Module], Mapping[str, str]]
 """Names that a task offers for paths of a model, such as ``{"logits": "output"}``."""
 
+_USUAL = frozenset({"target", "index"})
+"""Labels that any loop may give."""
+
 
 class Distiller(nn.Module):
     """Holds terms and a teacher, watches a student at work, and computes the terms' losses.
@@ -334,10 +337,8 @@ class Distiller(nn.Module):
             ValueError: If a term's two sides do not fit; the message names the term.
             TypeError: If a label's name is misspelt; those that no loss asks for are left out.
         """
-        asked = {"target", "index", *self.labels}
-        for label in labels.keys() - asked:
-            if close := get_close_matches(label, asked - labels.keys(), n=1, cutoff=0.85):
-                raise TypeError(f"no loss of these terms asks for {label}. Did you mean {close[0]}=...?")
+        if labels.keys() - _USUAL:  # few losses ask for others, and this is every step
+            self._refuse_misspelt(labels)
         if not calls:
             raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
         losses = {}
@@ -347,6 +348,12 @@ class Distiller(nn.Module):
                 values = [term(*self._captured(name, call), labels) for call in calls]
                 losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
         return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
+
+    def _refuse_misspelt(self, labels: Mapping[str, Any]) -> None:
+        asked = {*_USUAL, *self.labels}
+        for label in labels.keys() - asked:
+            if close := get_close_matches(label, asked - labels.keys(), n=1, cutoff=0.85):
+                raise TypeError(f"no loss of these terms asks for {label}. Did you mean {close[0]}=...?")
 
     def _check_answers(self, name: str, term: Term, calls: Sequence[Call]) -> None:
         """Refuses what was overwritten between the teacher's answer and now, if it is read; and what is one tensor."""

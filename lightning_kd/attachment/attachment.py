@@ -22,6 +22,7 @@ from lightning_kd.attachment.pupils import has_learned, learned_elsewhere, learn
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
+    refuse_copy_of_terms,
     refuse_earlier_average,
     refuse_forgotten,
     refuse_iterator,
@@ -262,11 +263,8 @@ class Attachment(Callback):
         refuse_strategy(trainer, self._has_parameters() or isinstance(self.distiller.teacher, CopyTeacher))
         if self._has_parameters():
             refuse_earlier_average(trainer, self)
-            if self.student is None and isinstance(self.distiller.teacher, CopyTeacher):
-                raise ValueError(
-                    f"{type(self).__name__}: the student is all of {type(pl_module).__name__}, whose copy teaches, and "
-                    "terms that learn something would be a part of it. Say which network in it learns: student='model'."
-                )
+            if self.student is None:
+                refuse_copy_of_terms(pl_module, self, self.distiller.teacher)
         attached = attachments_of(trainer)
         refuse_two_swaps(trainer, [each for each in attached if each.distiller.teacher.evaluated])
         distillers = [each.distiller for each in attached]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.distiller import Distiller
+from lightning_kd.teachers.copies import CopyTeacher
 from lightning_kd.watching import Call
 
 WRAPPING = ("FSDPStrategy", "DeepSpeedStrategy")
@@ -66,6 +67,15 @@ def refuse_earlier_average(trainer: Trainer, callback: Callback) -> None:
                 f"{type(earlier).__name__} comes before {type(callback).__name__} in the Trainer's callbacks, so that "
                 "its copy of the module would lack the projectors. Put it after."
             )
+
+
+def refuse_copy_of_terms(pl_module: LightningModule, callback: Callback, teacher: nn.Module) -> None:
+    """Refuses terms that learn, where the student is the whole module and its copy teaches: they would be in it."""
+    if isinstance(teacher, CopyTeacher):
+        raise ValueError(
+            f"{type(callback).__name__}: the student is all of {type(pl_module).__name__}, whose copy teaches, and "
+            "terms that learn something would be a part of it. Say which network in it learns: student='model'."
+        )
 
 
 def refuse_two_swaps(trainer: Trainer, evaluated: Sequence[Callback]) -> None:

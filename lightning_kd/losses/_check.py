@@ -167,6 +167,7 @@ NOT_THE_LABELS = (
     "The logits are of so many classes: are there more in the data, or are these not the labels? target= says which "
     "part of the batch they are."
 )
+BY_MASK = f"{NOT_THE_LABELS} Leave other labels out by a mask: target != 255."
 _IGNORED = (
     f"{NOT_THE_LABELS} Losses know no ignore_index: leave such samples out, and pixels of a map by a mask and "
     "losses.Pixelwise(...)."

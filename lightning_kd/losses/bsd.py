@@ -22,8 +22,7 @@ def bsd(
     if here is None:
         here = torch.ones_like(label, dtype=torch.bool)
     label = label.where(here, 0)
-    remedy = f"{_check.NOT_THE_LABELS} Leave other labels out by a mask: target != 255."
-    _check.in_range("target", label, student.shape[1], remedy)
+    _check.in_range("target", label, student.shape[1], _check.BY_MASK)
     with torch.no_grad():
         of_student, of_teacher = (F.cross_entropy(upcast(x), label, reduction="none") for x in (student, teacher))
         # asked this way round, what is not a number is not left out in silence

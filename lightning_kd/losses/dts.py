@@ -78,8 +78,7 @@ class DTS(Wrapped):
         label = _mask.class_target(target, student)
         if here is not None:
             label = label.where(here, 0)
-        remedy = f"{_check.NOT_THE_LABELS} Leave other labels out by a mask: target != 255."
-        _check.in_range("target", label, student.shape[1], remedy)
+        _check.in_range("target", label, student.shape[1], _check.BY_MASK)
         with torch.no_grad():
             gap = _cross_entropy(student, label, here) - _cross_entropy(teacher, label, here)
             temperature = gap_temperature(gap, self.low, self.high)

@@ -13,7 +13,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_kd.callbacks import EMATeacher
 from lightning_kd.tasks import Classification
-from project import QUIET, Project, fit, hint, kd, loader, logged, net
+from project import QUIET, Direct, Project, fit, hint, kd, loader, logged, net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -318,16 +318,9 @@ def test_what_was_only_tuned_has_learned_nothing(anew: bool, tmp_path: Path) -> 
 
 
 def test_a_copy_of_the_whole_module_is_not_taught_with_terms_that_learn() -> None:
-    class Whole(Project):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(x)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    with pytest.raises(ValueError, match=r"the student is all of Whole, whose copy teaches.*student='model'"):
-        fit(Whole(), EMATeacher({"vid": Term(losses.VID(), student="model.0", teacher="model.0")}))
-    assert "train/kd" in logged(fit(Whole(), EMATeacher({"kd": Term(losses.KD())})))
+    with pytest.raises(ValueError, match=r"the student is all of Direct, whose copy teaches.*student='model'"):
+        fit(Direct(), EMATeacher({"vid": Term(losses.VID(), student="model.0", teacher="model.0")}))
+    assert "train/kd" in logged(fit(Direct(), EMATeacher({"kd": Term(losses.KD())})))
 
 
 def test_terms_that_learn_nothing_are_for_every_student() -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_kd.callbacks import EMATeacher
-from project import QUIET, Project, data, fit, hint, kd, loader, logged, net
+from project import QUIET, Direct, Project, data, fit, hint, kd, loader, logged, net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 
@@ -147,13 +147,6 @@ def test_networks_made_late(hook: str, callback: Callable[[], Distillation]) -> 
 
 
 def test_the_module_itself_is_the_student_by_default() -> None:
-    class Direct(Project):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(x)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
     term = Term(losses.FitNet(), student="model.0", teacher="0")
     run = fit(Direct(), Distillation(net(16), {"hint": term}))
     assert logged(run)["train/hint"] > 0
