@@ -301,7 +301,8 @@ class Distiller(nn.Module):
             ValueError: If the shapes of a term cannot be bridged.
         """
         assert self.student is not None
-        dtypes = {p.dtype for p in self.student.parameters()}
+        # Under autocast what stands still, in half the memory, may share its precision by chance.
+        dtypes = {p.dtype for p in self.student.parameters() if p.requires_grad or call.autocast is None}
         for name, term in self.named_terms():
             with _naming(name):
                 if term.needs_sample:
@@ -342,12 +343,13 @@ class Distiller(nn.Module):
         if not calls:
             raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
         losses = {}
-        for name, term in self.named_terms():
-            with _naming(name):
-                self._check_answers(name, term, calls)
-                values = [term(*self._captured(name, call), labels) for call in calls]
-                losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
-        return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
+        with calls[0].precision():
+            for name, term in self.named_terms():
+                with _naming(name):
+                    self._check_answers(name, term, calls)
+                    values = [term(*self._captured(name, call), labels) for call in calls]
+                    losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
+            return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
 
     def _refuse_misspelt(self, labels: Mapping[str, Any]) -> None:
         asked = {*_USUAL, *self.labels}

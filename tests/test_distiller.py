@@ -333,6 +333,36 @@ def test_a_projector_is_of_its_layers_precision(autocast: bool) -> None:
     assert {p.dtype for p in distiller.parameters()} == {torch.float32}
 
 
+def test_what_stands_still_in_half_the_memory_does_not_decide_a_projectors_precision_under_autocast() -> None:
+    distiller = Distiller({"hint": hint()}, Net(8))
+    student = Net(4)
+    student.standing = nn.Linear(1, 1).bfloat16().requires_grad_(False)
+    distiller.attach(student)
+    with torch.autocast("cpu", torch.bfloat16):
+        with distiller.watch() as calls:
+            student(torch.randn(2, 6))
+        distiller.build(calls[0])
+    assert {p.dtype for p in distiller.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("loss", [losses.FitNet(), losses.VID(), losses.MGD()], ids=lambda loss: type(loss).__name__)
+def test_terms_compute_as_a_student_whose_autocast_is_over(loss: nn.Module) -> None:
+    of_image, of_teacher = (nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU()) for width in (4, 8))
+    distiller = Distiller({"it": Term(loss, student="0", teacher="0")}, of_teacher)
+    distiller.attach(of_image)
+    with distiller.watch() as calls, torch.autocast("cpu", torch.bfloat16):
+        of_image(torch.randn(2, 3, 4, 4))
+    distiller.build(calls[0])
+    torch.manual_seed(0)
+    outside = distiller(calls)["it"]
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distiller(calls)["it"] == outside
+    outside.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in of_image.parameters())
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_a_projector_made_after_the_optimizer_is_an_error() -> None:
     distiller = Distiller({"hint": hint()}, Net(8))
     calls = watched(distiller, Net(4), torch.randn(5, 6))

@@ -165,6 +165,7 @@ def compare(
                 taught = taught | {"model": taught["model"] | own}
                 title = f"teacher{_number(teachers)}"
                 teachers[key] = row(title, "teacher", {0: Tested(taught, checkpoint and Path(checkpoint), runs)})
+                teachers[key].itself = len(standing) == 1
         seeded = seeds or [settings["seed_everything"]]
         single = teacher.alone(settings)
         # What agrees with a teacher is measured with it; teachers that learn with the student are not there any more.

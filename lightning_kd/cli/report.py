@@ -30,6 +30,7 @@ class Row:
         main: The metric that counts most; the first unless said.
         higher: Of metrics, whether more is better; None, or not there, where that is not known.
         fraction: Of metrics, whether they may be fractions by their bounds; likewise.
+        itself: Whether the teacher with which it agrees is itself.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     main: str = ""
     higher: dict[str, bool | None] = field(default_factory=dict)
     fraction: dict[str, bool | None] = field(default_factory=dict)
+    itself: bool = False
 
     def values(self, metric: str) -> list[float]:
         """The metric under each seed, where it was measured."""
@@ -90,7 +92,7 @@ def markdown(rows: Sequence[Row]) -> str:
     head = ["", *(f"{n.replace('_', ' ')}{', %' if n in percent else ''}" for n in names)]
     lines = [[*head, *(title for title, _, _ in COSTS.values())]]
     perfect = 0.0 if higher_is_better(rows, "agreement") is False else 1.0
-    itself = [row.name for row in rows if row.role == "teacher" and row.values("agreement") == [perfect]]
+    itself = [row.name for row in rows if row.itself and row.values("agreement") == [perfect]]
     for row in rows:
         metrics = [_spread(row.values(n), 100 if n in percent else 1, 2 if n in percent else 4) for n in names]
         metrics = ["" if n == "agreement" and row.name in itself else m for n, m in zip(names, metrics, strict=True)]

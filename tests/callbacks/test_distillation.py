@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning_kd.callbacks import EMATeacher
+from lightning_kd.callbacks import EMATeacher, MutualDistillation
 from project import QUIET, Direct, Project, data, fit, hint, kd, loader, logged, net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
@@ -144,6 +144,19 @@ def test_networks_made_late(hook: str, callback: Callable[[], Distillation]) -> 
     run = fit(module, callback())
     assert min(logged(run).values()) > 0
     assert list(module._modules) == ["model"]
+
+
+@pytest.mark.parametrize("kind", [Distillation, MutualDistillation])
+def test_a_step_may_have_an_autocast_of_its_own(kind: Any) -> None:
+    class Own(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = self.model(batch[0])
+            return nn.functional.cross_entropy(out.float(), batch[1])
+
+    terms = {"hint": Term(losses.FitNet(), student="0", teacher="0")}
+    others = net(16) if kind is Distillation else [net(16)]
+    assert logged(fit(Own(), kind(others, terms, student="model")))["train/hint"] > 0
 
 
 def test_the_module_itself_is_the_student_by_default() -> None:

@@ -12,7 +12,9 @@ def rows(distilled: list[float]) -> list[Row]:
 
     higher = {"accuracy": True, "agreement": True}
     return [
-        Row("teacher", "teacher", {0: {"accuracy": 0.95, "agreement": 1.0}}, main="accuracy", higher=higher),
+        Row(
+            "teacher", "teacher", {0: {"accuracy": 0.95, "agreement": 1.0}}, main="accuracy", higher=higher, itself=True
+        ),
         Row("student alone", "alone", metrics([0.90, 0.91, 0.92])),
         Row("kd", "distilled", metrics(distilled), baseline="student alone", costs={"parameters": 1234.0}),
     ]
@@ -44,10 +46,13 @@ def test_the_table_has_mean_and_sample_deviation() -> None:
 
 
 def test_a_teacher_agrees_with_an_ensemble_and_not_with_itself() -> None:
-    member = Row("teacher 2", "teacher", {0: {"accuracy": 0.94, "agreement": 0.975}})
-    itself, among = markdown([*rows([0.9]), member]).splitlines()[2::3][:2]
+    members = [
+        Row(f"teacher {i}", "teacher", {0: {"accuracy": 0.94, "agreement": often}}) for i, often in ((2, 0.975), (3, 1))
+    ]
+    itself, _, _, one, other = markdown([*rows([0.9]), *members]).splitlines()[2:7]
     assert "100.00" not in itself
-    assert "97.50" in among
+    assert "97.50" in one
+    assert "100.00" in other
 
 
 def test_the_csv_files_hold_rows_and_runs(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ def test_a_correlation_is_no_fraction() -> None:
 
 def test_a_teacher_has_no_error_to_itself() -> None:
     about = {"agreement": False}
-    itself = Row("teacher", "teacher", {0: {"mae": 0.5, "agreement": 0.0}}, higher=about)
+    itself = Row("teacher", "teacher", {0: {"mae": 0.5, "agreement": 0.0}}, higher=about, itself=True)
     table = markdown([itself, Row("student alone", "alone", {0: {"mae": 0.6, "agreement": 0.25}}, higher=about)])
     assert "agreement, %" not in table
     assert "0.0000" not in table
