@@ -56,6 +56,7 @@ def rehearse(
             stack.enter_context(_state_restored(pl_module))
             stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
             stack.enter_context(_silent(pl_module))
+            stack.enter_context(_data_made_later(trainer))
             # Hooks that a compiled module meets only later would never fire.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(student.register_forward_hook(_end_rehearsal).remove)
@@ -78,6 +79,17 @@ def rehearse(
             "projectors have to bridge. A term whose projector= is given needs none."
         )
         raise
+
+
+@contextmanager
+def _data_made_later(trainer: Trainer) -> Iterator[None]:
+    """Lets the loop forget data that a step has made it prepare, by ``estimated_stepping_batches``, say."""
+    loop = trainer.fit_loop
+    before = loop._combined_loader
+    try:
+        yield
+    finally:
+        loop._combined_loader = before  # or the run would lack the random numbers that the data takes
 
 
 @contextmanager

@@ -3,11 +3,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from project import QUIET, Project, fit, hint, logged, net
+from project import QUIET, Project, data, fit, hint, logged, net
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    random_split,
+)
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import MinMaxMetric
 
@@ -228,6 +237,30 @@ def test_a_step_may_ask_for_its_optimizer_before_it_calls_the_student() -> None:
     assert logged(run)["lr"] == pytest.approx(2 * 0.05)
     assert len(run.optimizers) == len(run.lr_scheduler_configs) == 1
     assert {id(p) for p in module.parameters()} < {id(p) for p in run.optimizers[0].param_groups[0]["params"]}
+
+
+def test_a_step_may_ask_how_long_the_run_is_before_it_calls_the_student() -> None:
+    class Asking(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            one, other = random_split(data(), [8, 8])
+            return DataLoader(ConcatDataset([other, one]), batch_size=4, shuffle=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert self.trainer.estimated_stepping_batches == 8
+            self.seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    def order(*callbacks: Callback) -> Tensor:
+        module = Asking()
+        torch.manual_seed(3)
+        Trainer(callbacks=list(callbacks), **QUIET | {"max_epochs": 2}).fit(module)
+        return torch.stack(module.seen[-8:])
+
+    assert torch.equal(order(), order(hint()))
 
 
 def test_what_a_metric_has_seen_does_not_count_the_rehearsal() -> None:
