@@ -317,6 +317,11 @@ class Distiller(nn.Module):
 
     def _captured(self, name: str, call: Call) -> tuple[list[Any], list[Any]]:
         student, teacher = self._student_paths[name], self._teacher_paths[name]
+        if teacher.module not in call.teacher:
+            raise RuntimeError(
+                f"the teacher gave no {teacher.module!r}: another Distiller that was attached since has the same one. "
+                "Give each a teachers.Frozen of its own, of one model."
+            )
         return (
             [student.select(value) for value in call.student[student.module]],
             [teacher.select(value) for value in call.teacher[teacher.module]],

@@ -25,7 +25,7 @@ from lightning_kd.schedules import Schedule
 from lightning_kd.task import UNLABELLED, TaskAdapter
 from lightning_kd.teachers import Cached, Ensemble, Frozen, Peers, Teacher
 from lightning_kd.teachers.base import made_by
-from lightning_kd.teachers.stillness import set_training
+from lightning_kd.teachers.stillness import remember_modes, set_training
 from lightning_kd.term import Term
 from lightning_kd.wiring import OUTPUT, describe
 
@@ -210,6 +210,7 @@ class DistillationModule(LightningModule):
         def as_in_training(module: nn.Module, args: Any, kwargs: Any) -> Any:
             return teacher.arguments(*made_by(makes, args, kwargs, self._labels(batch)))
 
+        restore = remember_modes(teacher.model.modules())
         handle = teacher.model.register_forward_pre_hook(as_in_training, with_kwargs=True)
         try:
             with teacher.context():
@@ -217,6 +218,7 @@ class DistillationModule(LightningModule):
                 return self.task(teacher.model, batch)
         finally:
             handle.remove()
+            restore()
 
     def _labels(self, batch: Any) -> dict[str, Any]:
         assert self.attachment is not None

@@ -85,6 +85,8 @@ class Term(nn.Module):
         self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind not in variadic}
         self._built = self.projector is not None and not hasattr(loss, "build")
         self._bridged = False
+        self.unfreezes = False
+        """Whether layers that the student's tensor is computed with may be frozen yet, and are told to learn later."""
         self.at(Moment())
 
     def meet(self, teacher: nn.Module | None) -> None:
@@ -208,11 +210,13 @@ class Term(nn.Module):
             The loss, the sum over the levels and the mean over the calls of the tapped modules.
         """
         pairs = self.pairs(student, teacher)
-        if torch.is_grad_enabled() and not all(level.requires_grad for s, _ in pairs for level in _each(s)):
+        teaches = torch.is_grad_enabled() and all(level.requires_grad for s, _ in pairs for level in _each(s))
+        if torch.is_grad_enabled() and not (teaches or self.unfreezes or self.current_weight == 0):
             raise ValueError(
                 f"the student's {self.student.text!r} carries no gradient, so the term would teach nothing. It was "
                 "computed under no_grad, by frozen layers, or inside a checkpoint with use_reentrant=True; tap a "
-                "layer that learns, or use use_reentrant=False."
+                "layer that learns, or use use_reentrant=False. If it is unfrozen later, give the term a weight that "
+                "is 0 until then: weight=schedules.Piecewise([(0.0, 0.0), (0.5, 1.0)], interpolate=False)."
             )
         if not self._built:
             before = {id(p) for p in self.parameters()}
@@ -236,7 +240,9 @@ class Term(nn.Module):
         try:
             overlooked = COUNTS.keys() - self.labels.keys()
             counts = {name: labels[name] for name in overlooked if labels.get(name) is not None}
-            losses = [self._of_call(*pair, _part(arguments, i, len(pairs)), counts) for i, pair in enumerate(pairs)]
+            losses = [
+                self._of_call(*pair, _part(arguments, i, len(pairs)), counts, teaches) for i, pair in enumerate(pairs)
+            ]
         except RuntimeError as error:
             s, t = pairs[0]
             error.add_note(
@@ -255,7 +261,12 @@ class Term(nn.Module):
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def _of_call(
-        self, student: Selected, teacher: Selected, labels: Mapping[str, Any], overlooked: Mapping[str, Tensor]
+        self,
+        student: Selected,
+        teacher: Selected,
+        labels: Mapping[str, Any],
+        overlooked: Mapping[str, Tensor],
+        teaches: bool,
     ) -> Tensor:
         """Returns the loss of one call of the tapped modules, the sum over the levels."""
         levels = self._compared(student, teacher)
@@ -273,7 +284,7 @@ class Term(nn.Module):
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise ValueError(f"{type(self.loss).__name__} returned {describe(loss)} and not a scalar; reduce it.")
-            if torch.is_grad_enabled() and not loss.requires_grad:
+            if teaches and not loss.requires_grad:
                 raise ValueError(
                     f"{type(self.loss).__name__} returned a value without a gradient, so the term would teach nothing. "
                     "Something between the student's tensor and it detaches, counts or compares; the projector, say."

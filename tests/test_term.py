@@ -307,6 +307,15 @@ def test_a_student_without_gradient_teaches_nothing() -> None:
         assert term([student], [teacher], {}) > 0
 
 
+def test_a_student_without_gradient_may_wait_while_the_weight_is_zero() -> None:
+    later = schedules.Piecewise([(0.0, 0.0), (0.5, 1.0)], interpolate=False)
+    term, student, teacher = Term(nn.MSELoss(), weight=later), torch.randn(2, 3), torch.randn(2, 3)
+    assert term([student], [teacher], {}) > 0
+    term.at(schedules.Moment(progress=0.5))
+    with pytest.raises(ValueError, match=r"carries no gradient.*a weight that is 0 until then"):
+        term([student], [teacher], {})
+
+
 def test_of_several_calls_the_mean() -> None:
     students, teachers = zip(*((s[0], t[0]) for s, t in (pair(2, 3), pair(5, 3))), strict=True)
     value = Term(nn.MSELoss())(students, teachers, {})

@@ -32,6 +32,7 @@ from lightning_kd.attachment.refusals import (
     refuse_strategy,
     refuse_two_swaps,
     refuse_uncalled,
+    unfreezes_later,
     warn_unlearned,
 )
 from lightning_kd.attachment.rehearsal import rehearse
@@ -151,8 +152,8 @@ class Attachment(Callback):
         if learned:
             raise ValueError(
                 f"{type(self).__name__}: what the fit of another student taught {', '.join(dict.fromkeys(learned))} "
-                "would be what this one begins with. Make new terms, and a new callback or module of them, for each "
-                "student and for each seed."
+                "would be what this one begins with. Make new losses and terms, and a new callback or module of them, "
+                "for each student and for each seed."
             )
         self._steps_done = trainer.global_step
         self._taught = False
@@ -282,6 +283,8 @@ class Attachment(Callback):
                 self._attach(pl_module)
             for distiller in self._distillers:  # since then the strategy may have replaced layers (sync_batchnorm)
                 distiller.refresh()
+                for _, term in distiller.named_terms():
+                    term.unfreezes = unfreezes_later(pl_module.trainer)
             self._move_teacher(pl_module.device)
             self._ready = True
 

@@ -142,15 +142,28 @@ def refuse_forgotten_peer(trainer: Trainer, name: str, peer: nn.Module, stranger
         )
 
 
+def unfreezes_later(trainer: Trainer) -> bool:
+    """Returns whether a callback of Lightning's lets layers learn that are frozen when a fit begins."""
+    return any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
+
+
 def warn_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, Tensor]) -> None:
     """Warns of a term whose gradient reaches nothing in an optimizer but its own projector."""
-    later = any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
-    if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers or later:
+    if type(trainer.strategy).__name__ not in PLAIN or not trainer.optimizers:
         return
-    known = _optimized(trainer) - {id(p) for p in distiller.parameters()}
+    own = {id(p) for p in distiller.parameters()}
+    known = _optimized(trainer) - own
     for name, term in distiller.named_terms():
         reached = _reached(losses[name])
-        if term.weight and reached is not None and not reached & known:
+        if not term.weight or reached is None:
+            continue
+        if unfreezes_later(trainer):
+            if not reached - own:
+                rank_zero_warn(
+                    f"Term {name!r} teaches nothing yet: all that the student's {term.student.text!r} is computed with "
+                    "is frozen. It begins to when that is unfrozen."
+                )
+        elif not reached & known:
             rank_zero_warn(
                 f"Term {name!r} teaches nothing: of the parameters that the student's {term.student.text!r} is "
                 "computed with none is in an optimizer. Give them to one in configure_optimizers, or name a layer that "

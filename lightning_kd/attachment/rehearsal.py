@@ -22,6 +22,7 @@ from torch.utils.data import (
 from torchmetrics import Metric
 
 from lightning_kd.distiller import Distiller
+from lightning_kd.teachers.stillness import remember_modes
 from lightning_kd.watching import Call, LabelsOf
 
 
@@ -49,7 +50,7 @@ def rehearse(
         The student's first call, or none if the step made none.
     """
 
-    def first_call() -> list[Call]:
+    def first_call(prepared: bool) -> list[Call]:
         calls: list[Call] = []
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())
@@ -57,6 +58,9 @@ def rehearse(
             stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
             stack.enter_context(_silent(pl_module))
             stack.enter_context(_data_made_later(trainer))
+            if prepared:  # some steps ask for what Lightning makes after this
+                stack.enter_context(_optimizers(trainer))
+                trainer.fit_loop.setup_data()
             # Hooks that a compiled module meets only later would never fire.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(student.register_forward_hook(_end_rehearsal).remove)
@@ -69,10 +73,9 @@ def rehearse(
         return calls
 
     with suppress(Exception):
-        return first_call()
+        return first_call(prepared=False)
     try:
-        with _optimizers(trainer):  # some steps ask for them before they call the student
-            return first_call()
+        return first_call(prepared=True)
     except Exception as error:
         error.add_note(
             "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
@@ -197,17 +200,15 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
 @contextmanager
 def _state_restored(module: nn.Module) -> Iterator[None]:
     """Puts BatchNorm statistics and other buffers back, training modes, and what metrics have counted."""
-    parts = [part for part in module.modules() if hasattr(part, "training")]  # what torch.jit.freeze made has none
-    modes = [(part, part.training) for part in parts]  # some networks freeze a part in their forward
-    buffers_of = [part._buffers for part in parts if isinstance(part._buffers, dict)]  # those of TorchScript are not
+    restore_modes = remember_modes(module.modules())  # some networks freeze a part in their forward
+    buffers_of = [part._buffers for part in module.modules() if isinstance(part._buffers, dict)]  # not TorchScript's
     held = [(buffers, dict(buffers)) for buffers in buffers_of]
     saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(part, _counted(part)) for part in module.modules() if isinstance(part, Metric)]
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        restore_modes()
         for metric, counted in metrics:
             for name, value in counted.items():
                 setattr(metric, name, value)

@@ -45,8 +45,8 @@ class LD(nn.Module):
     not the paper's regions**, and without boxes all of them.
 
     The divergence is the paper's, with T^2 as in the authors' code. That sums over positions and divides by the number
-    of bins; this is the mean, weighted by the regions, so that 0.25 of theirs is about ``0.25 / 17`` for each position
-    that counts in a level and a sample.
+    of bins; this is the mean, weighted by the regions (whose weights count as 1 in sum if they are less), so that 0.25
+    of theirs is about ``0.25 / 17`` for each position that counts in a level and a sample.
 
     Args:
         bins: Distances per edge: ``reg_max + 1``.

@@ -15,7 +15,7 @@ from lightning_kd.sharding import is_sharded
 from lightning_kd.taps import Record, Taps
 from lightning_kd.teachers.base import Teacher, in_type_of, made_by, own_type
 from lightning_kd.teachers.precision import Precision, checked, context, convert, type_of_weights
-from lightning_kd.teachers.stillness import Shared, refuse_restless, set_training
+from lightning_kd.teachers.stillness import Shared, refuse_restless, remember_modes, set_training
 from lightning_kd.teachers.weights import load_weights
 from lightning_kd.wiring import describe
 
@@ -96,6 +96,7 @@ class Frozen(Teacher):
         self._compiled = False
         self._prepared = False
         self._shared: Shared | None = None
+        self._restore: Callable[[], None] | None = None
         self._called = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -103,7 +104,7 @@ class Frozen(Teacher):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None, "_compiled": False, "_shared": None}
+        return {**self.__dict__, "_taps": None, "_compiled": False, "_shared": None, "_restore": None}
 
     @property
     def still(self) -> nn.Module:
@@ -126,6 +127,8 @@ class Frozen(Teacher):
         if self.mode == "train":
             unshare(self.model)
         self.unbind()
+        shared = set(self._shared.modules)
+        self._restore = remember_modes(part for part in self.model.modules() if part not in shared)
         self._prepare()
         if self.compile_options is not False and self.model._compiled_call_impl is None:
             self.model.compile(**self.compile_options)  # before the hooks, with which it is compiled then
@@ -156,21 +159,27 @@ class Frozen(Teacher):
         self._prepared = True
 
     def unbind(self) -> None:
-        """Removes the hooks from the model."""
+        """Removes the hooks from the model, and puts its training modes back."""
         if self._taps is not None:
             self._taps.detach()
             self._taps = None
         if self._compiled:
             self.model._compiled_call_impl = None
             self._compiled = False
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Record:
         """Runs the model without gradient, in the floating-point type of its own weights."""
         if self._taps is None or self._shared is None:
-            raise RuntimeError("The teacher is not bound: call bind(student, paths) first.")
+            raise RuntimeError(
+                "The teacher is not bound: call bind(student, paths) first. If another Distiller had the same teacher, "
+                "it has ended that: give each a Frozen of its own, of one model."
+            )
         if self._called:  # the first call may be a rehearsal, before a user's hooks say what is in which mode
             self._shared.check()
-        modes = [(part, part.training) for part in self._shared.modules]
+        restore = remember_modes(self._shared.modules)  # a dropout or an augmentation that the student has, too
         set_training(self.model, self.mode == "train")
         try:
             with torch.no_grad(), self.context():
@@ -181,8 +190,7 @@ class Frozen(Teacher):
             self._called = True
             return record
         finally:
-            for part, training in modes:  # a dropout or an augmentation that the student has, too
-                part.training = training
+            restore()
 
     def context(self) -> AbstractContextManager[object]:
         """Returns the context in which the model is called: its precision."""

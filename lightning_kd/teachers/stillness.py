@@ -1,5 +1,6 @@
 """Stillness: what would move a frozen teacher, and how it is told."""
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -16,6 +17,19 @@ def set_training(model: nn.Module, training: bool) -> None:
             raise
         for part in model.modules():
             part.training = False
+
+
+def remember_modes(parts: Iterable[nn.Module]) -> Callable[[], None]:
+    """Returns a function that puts training modes back as they are now."""
+    modes = [
+        (part, part.training) for part in parts if hasattr(part, "training")
+    ]  # what torch.jit.freeze made has none
+
+    def restore() -> None:
+        for part, training in modes:
+            part.training = training
+
+    return restore
 
 
 def refuse_restless(model: nn.Module) -> None:

@@ -3,12 +3,14 @@
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_kd.callbacks import EMATeacher
@@ -321,6 +323,42 @@ def test_a_copy_of_the_whole_module_is_not_taught_with_terms_that_learn() -> Non
     with pytest.raises(ValueError, match=r"the student is all of Direct, whose copy teaches.*student='model'"):
         fit(Direct(), EMATeacher({"vid": Term(losses.VID(), student="model.0", teacher="model.0")}))
     assert "train/kd" in logged(fit(Direct(), EMATeacher({"kd": Term(losses.KD())})))
+
+
+@pytest.mark.parametrize("loss", [losses.RKD(), losses.FitNet()], ids=["RKD", "FitNet"])
+def test_a_backbone_may_be_unfrozen_later(loss: nn.Module) -> None:
+    class Backboned(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = self.model[0], self.model[2]
+            del self.model
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    class Steps(Callback):
+        def __init__(self) -> None:
+            self.gradients: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            grad = pl_module.backbone.weight.grad
+            self.gradients.append(0.0 if grad is None else float(grad.norm()))
+
+    def gradients(weight: float) -> list[float]:
+        term = Term(copy.deepcopy(loss), weight, student="output", teacher="0")
+        steps = Steps()
+        unfreezing = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        callback = Distillation(net(16), {"it": term}, student="backbone")
+        with pytest.warns(UserWarning, match="teaches nothing yet") if weight else nullcontext():
+            fit(Backboned(), unfreezing, callback, steps, max_epochs=2)
+        return steps.gradients
+
+    alone, taught = gradients(0.0), gradients(5.0)
+    assert alone[:4] == taught[:4] == [0.0] * 4
+    assert all(a > 0 and a != b for a, b in zip(alone[4:], taught[4:], strict=True))
 
 
 def test_terms_that_learn_nothing_are_for_every_student() -> None:

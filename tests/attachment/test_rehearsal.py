@@ -250,7 +250,7 @@ def test_a_step_may_ask_how_long_the_run_is_before_it_calls_the_student() -> Non
             return DataLoader(ConcatDataset([other, one]), batch_size=4, shuffle=True)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            assert self.trainer.estimated_stepping_batches == 8
+            assert self.trainer.estimated_stepping_batches == 2 * len(self.trainer.train_dataloader) == 8
             self.seen.append(batch[0])
             return super().training_step(batch, batch_idx)
 

@@ -215,6 +215,34 @@ def test_it_answers_only_when_bound() -> None:
         teacher(torch.zeros(2, 3))
 
 
+def test_it_goes_back_to_the_mode_that_it_came_from() -> None:
+    model = Net()
+    model.head.eval()
+    modes = {name: part.training for name, part in model.named_modules()}
+    teacher = Frozen(model)
+    for _ in range(2):
+        teacher.bind(Net(), ["head"])
+        teacher(torch.zeros(2, 3))
+        assert not any(part.training for part in model.modules())
+        teacher.unbind()
+        assert {name: part.training for name, part in model.named_modules()} == modes
+
+
+def test_two_distillers_cannot_have_one_at_once() -> None:
+    teacher, x = Frozen(Net()), torch.zeros(2, 3)
+    one, other = (Distiller({"it": Term(losses.FitNet(), student=at, teacher=at)}, teacher) for at in ("stem", "head"))
+    student = Net()
+    one.attach(student)
+    other.attach(Net())
+    with one.watch() as calls:
+        student(x)
+    with pytest.raises(RuntimeError, match="the teacher gave no 'stem': another Distiller that was attached since"):
+        one(calls)
+    other.detach()
+    with pytest.raises(RuntimeError, match=r"not bound.*If another Distiller had the same teacher"), one.watch():
+        student(x)
+
+
 def test_an_unknown_path_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the teacher \(Net\) has no module 'sten'.*'stem'"):
         Frozen(Net()).bind(Net(), ["sten"])
