@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import Inputs, inputs_of, random_inputs, read
-from lightning_kd.cli.teacher import fingerprint
+from lightning_kd.cli.teacher import contents, fingerprint
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import load_weights
 from lightning_kd.teachers.weights import peers_in
@@ -74,7 +74,7 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
         the configuration has a ModelCheckpoint, the best ones by what that monitors, else the last.
     """
     saving = _saving(settings)
-    key = fingerprint(settings | ({"measured": "best"} if saving else {}))
+    key = fingerprint(settings | ({"measured": "best"} if saving else {}) | _taught(settings))
     checkpoint = folder / f"{key}.ckpt"
     if checkpoint.is_file():
         print(f"{say}: trained before")
@@ -129,7 +129,7 @@ class Tested:
         quiet = ALL_IN_ONE | {"enable_progress_bar": False}
         self.settings = settings | {"trainer": settings["trainer"] | quiet}
         self.weights = weights
-        key = fingerprint(settings | {"weights": _which(weights)})
+        key = fingerprint(settings | {"weights": _which(weights)} | _taught(settings))
         self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
         content = _read(kept)
         if content is None:
@@ -185,6 +185,12 @@ def _read(kept: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(content, dict) and {"metrics", "inputs", "main", "higher", "fraction"} <= content.keys()
     return content if whole and content["metrics"] else None
+
+
+def _taught(settings: Settings) -> dict[str, Any]:
+    """Which teacher decides what is learned, and with whom a student agrees: its settings name files, not weights."""
+    found = contents(settings["model"].get("teacher"))
+    return {"teacher": found} if found else {}
 
 
 def _which(weights: Path | None) -> list[Any]:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import plain
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Teacher
+from lightning_kd.teachers.cached import FILE
 
 DECIDING = ("limit_train_batches", "gradient_clip_val")
 """What of the trainer, besides the epochs, decides how well a teacher learns."""
@@ -96,6 +98,29 @@ def standing(model: Any) -> list[Any]:
 def trained(model: Any) -> list[Any]:
     """Of these, those with a checkpoint; the others bring their weights with their network."""
     return [one for one in standing(model) if one.get("checkpoint")]
+
+
+def contents(config: Any) -> dict[str, str]:
+    """What is in the files that a teacher's configuration names, and in what tells its cache from another, by file.
+
+    A file that is written again under its name, by another training, is another teacher.
+    """
+    if isinstance(config, list):
+        return {file: content for one in config for file, content in contents(one).items()}
+    if isinstance(config, dict):
+        if config.get("teacher") is None and isinstance(folder := config.get("folder"), str):  # of a Cached
+            config = config | {"folder": str(Path(folder, FILE))}
+        return contents(list(config.values()))
+    if not isinstance(config, str) or not os.path.isfile(config):
+        return {}
+    written = os.stat(config)
+    return {config: _content(os.path.abspath(config), written.st_size, written.st_mtime_ns)}
+
+
+@lru_cache
+def _content(file: str, size: int, written: int) -> str:  # read again only after it was written again
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def refuse_untrained(config: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection, PearsonCorrCoef, R2Score
 from torchmetrics.classification import BinaryAccuracy
 
-from lightning_kd.cli import main, runs
+from lightning_kd.cli import compare, main, runs
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.compare import read, settings_of
 from lightning_kd.models import CifarResNet
@@ -149,3 +149,58 @@ def test_an_agreement_is_what_its_metric_says(
     own = {"loss": False, "mse": False, "right": True}
     assert runs._asked(task, logged, runs._higher) == own | dict.fromkeys(names, higher)
     assert runs._asked(task, logged, runs._fraction) == own | dict.fromkeys(names, fraction)
+
+
+def frozen(file: Path | None) -> dict[str, Any]:
+    arguments = {"model": "net", "checkpoint": file and str(file)}
+    return {"class_path": "lightning_kd.teachers.Frozen", "init_args": arguments}
+
+
+def test_a_member_of_an_ensemble_or_a_cache_that_is_another_now_is_another_teacher(tmp_path: Path) -> None:
+    one, two, folder = tmp_path / "1.ckpt", tmp_path / "2.ckpt", tmp_path / "cache"
+    for file in (one, two, folder / "cache.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("before")
+    cached = {"class_path": "lightning_kd.teachers.Cached", "init_args": {"folder": str(folder), "teacher": None}}
+    filling = cached | {"init_args": cached["init_args"] | {"teacher": frozen(one)}}  # what it writes decides nothing
+    several = {"init_args": {"teachers": [frozen(one), frozen(None), frozen(two)]}}
+    teachers = {"one": frozen(one), "several": several, "cached": cached, "filling": filling}
+
+    def change(file: Path) -> set[str]:
+        then = {name: runs._taught({"model": {"teacher": each}}) for name, each in teachers.items()}
+        file.write_text("now")
+        return {name for name, each in teachers.items() if runs._taught({"model": {"teacher": each}}) != then[name]}
+
+    assert change(two) == {"several"}
+    assert change(two) == set()
+    assert change(one) == {"one", "several", "filling"}
+    assert change(folder / "cache.json") == {"cached"}
+    assert runs._taught({"model": {"teacher": frozen(None)}}) == runs._taught({"model": {}}) == {}
+
+
+def test_students_of_an_earlier_teacher_are_not_found_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "_add_costs", lambda *_: None)
+    monkeypatch.setattr(compare, "_draw", lambda *_: False)
+    given = ["--trainer.limit_test_batches", "1", "--model.teacher.init_args.checkpoint", "my.ckpt"]
+
+    def trained(*how: str) -> tuple[list[str], str]:
+        """Which students were trained, and what was measured of them."""
+        assert main(["compare", "--config", "digits_kd", *SHORT, *given, *how, "--output", "out", "--traceback"]) == 0
+        lines = [line.partition(": training") for line in capsys.readouterr().out.splitlines()]
+        return [name for name, training, _ in lines if training], Path("out", "runs.csv").read_text()
+
+    measured = []
+    for seed, students in ((0, ["digits_kd, seed 0", "student alone, seed 0"]), (1, ["digits_kd, seed 0"]), (1, [])):
+        torch.manual_seed(seed)
+        torch.save(CifarResNet(depth=14, width=16, in_channels=1).state_dict(), "my.ckpt")
+        found, numbers = trained("--teacher_fit", "null")
+        assert found == students
+        measured.append(numbers.splitlines())
+    assert measured[0][1] != measured[1][1]  # the teacher, and how often the student alone agrees with it
+    assert measured[0][2] != measured[1][2]
+    assert measured[1] == measured[2]
+    Path("my.ckpt").unlink()
+    assert trained("--teacher_fit.max_epochs", "1")[0] == ["digits_kd, seed 0"]
