@@ -22,6 +22,7 @@ from torch.optim import AdamW, lr_scheduler
 
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import plain
+from lightning_kd.paths import expand_path
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Teacher
 from lightning_kd.teachers.cached import FILE
@@ -111,10 +112,10 @@ def contents(config: Any) -> dict[str, str]:
         if config.get("teacher") is None and isinstance(folder := config.get("folder"), str):  # of a Cached
             config = config | {"folder": str(Path(folder, FILE))}
         return contents(list(config.values()))
-    if not isinstance(config, str) or not os.path.isfile(config):
+    if not isinstance(config, str) or not os.path.isfile(file := expand_path(config)):
         return {}
-    written = os.stat(config)
-    return {config: _content(os.path.abspath(config), written.st_size, written.st_mtime_ns)}
+    written = os.stat(file)
+    return {config: _content(os.path.abspath(file), written.st_size, written.st_mtime_ns)}
 
 
 @lru_cache

@@ -156,14 +156,17 @@ def frozen(file: Path | None) -> dict[str, Any]:
     return {"class_path": "lightning_kd.teachers.Frozen", "init_args": arguments}
 
 
-def test_a_member_of_an_ensemble_or_a_cache_that_is_another_now_is_another_teacher(tmp_path: Path) -> None:
+def test_a_member_of_an_ensemble_or_a_cache_that_is_another_now_is_another_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_KD_DATA", str(tmp_path))
     one, two, folder = tmp_path / "1.ckpt", tmp_path / "2.ckpt", tmp_path / "cache"
     for file in (one, two, folder / "cache.json"):
         file.parent.mkdir(exist_ok=True)
         file.write_text("before")
     cached = {"class_path": "lightning_kd.teachers.Cached", "init_args": {"folder": str(folder), "teacher": None}}
     filling = cached | {"init_args": cached["init_args"] | {"teacher": frozen(one)}}  # what it writes decides nothing
-    several = {"init_args": {"teachers": [frozen(one), frozen(None), frozen(two)]}}
+    several = {"init_args": {"teachers": [frozen(one), frozen(None), frozen(Path("$LIGHTNING_KD_DATA", two.name))]}}
     teachers = {"one": frozen(one), "several": several, "cached": cached, "filling": filling}
 
     def change(file: Path) -> set[str]:
