@@ -2,20 +2,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning_kd.callbacks import Distillation
-from lightning_kd.tasks import Retrieval
+from lightning_kd.tasks import Classification, Retrieval
 from project import QUIET
 from pytorch_metric_learning.losses import ArcFaceLoss, MultiSimilarityLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
+from scipy.special import softmax
+from scipy.stats import entropy, zscore
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import DistillationModule, Term, losses
+from lightning_kd import DistillationModule, Term, losses, teachers
 from lightning_kd.cli import main
 from lightning_kd.data import UnseenDigits
 from lightning_kd.models import Embedder, SmallEmbedder
@@ -201,6 +204,148 @@ def test_a_backbone_of_timm_offers_its_stages() -> None:
     trainer.fit(module, loader, loader)
     assert trainer.callback_metrics["train/at"] > 0
     torch.testing.assert_close(student.eval()(images).norm(dim=1), torch.ones(4))
+
+
+# Embeddings and images of another size
+
+
+def batches(images: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(images, torch.arange(len(images)) // 2), batch_size=8)
+
+
+def fast(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def test_a_projector_aligns_embeddings_of_another_length() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(16, 1, 8, 8)
+    student, teacher = net(dim=32), net(8, dim=8)
+    fitnet = Term(losses.FitNet(), student="embedding", teacher="embedding")
+    module = DistillationModule(Retrieval(None), student, teacher, {"fitnet": fitnet}, optimizer=fast)
+    trainer = Trainer(limit_val_batches=0, num_sanity_val_steps=0, **QUIET | {"max_epochs": 40})
+    trainer.fit(module, batches(images), batches(images))
+    # Nearer than the best that is the same for every image, which is what a student of which nothing is read says.
+    assert trainer.callback_metrics["train/fitnet"] < 0.5 * teacher(images).var(0).mean()
+    assert all(key.startswith("student.") for key in module.state_dict())
+    assert student(images).shape == (16, 32)
+    (found,) = Trainer(**QUIET).test(module, batches(images), verbose=False)
+    assert found.keys() == {"test/recall@1", "test/recall@5", "test/map@r"}  # 32 numbers do not search an index of 8
+
+
+def test_what_is_to_search_the_teachers_index_has_its_length() -> None:
+    module = DistillationModule(Retrieval(None), net(dim=32), net(8, dim=8), terms())
+    loader = batches(torch.randn(8, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"'leaf': student \(8, 32\) and teacher \(8, 8\) must be embeddings"):
+        Trainer(num_sanity_val_steps=0, **QUIET).fit(module, loader, loader)
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_pooled_images_may_have_any_size(size: int) -> None:
+    module = DistillationModule(Retrieval(None), net(), net(8), terms())
+    loader = batches(torch.randn(8, 1, size, size))
+    trainer = Trainer(num_sanity_val_steps=0, **QUIET)
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["train/leaf"] > 0
+
+
+def test_a_network_of_one_size_says_so_of_images_of_another() -> None:
+    teacher = Embedder("vit_tiny_patch16_224", 16, 1, options={"img_size": 32, "depth": 1})
+    module = DistillationModule(Retrieval(None), net(), teacher, terms())
+    loader = batches(torch.randn(8, 1, 48, 48))
+    with pytest.raises(AssertionError, match=r"Input height \(48\) doesn't match model \(32\)"):
+        Trainer(num_sanity_val_steps=0, **QUIET).fit(module, loader, loader)
+
+
+# Teachers that score pairs
+
+
+class TwoTower(nn.Module):
+    """Scores of a query's candidates: the products of embeddings of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asks, self.answers = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+
+    def forward(self, lists: tuple[Tensor, Tensor]) -> Tensor:
+        queries, candidates = lists
+        return torch.einsum("bd,bnd->bn", self.asks(queries), self.answers(candidates))
+
+
+class CrossEncoder(nn.Module):
+    """Scores by a number for each pair, which no product of embeddings needs to be equal to."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.model = nn.Bilinear(3, 3, 1)
+        self.scale = scale
+
+    def forward(self, lists: tuple[Tensor, Tensor]) -> Tensor:
+        queries, candidates = lists
+        scores: Tensor = self.model(queries[:, None].expand_as(candidates).contiguous(), candidates)
+        return self.scale * scores.squeeze(2)
+
+
+def lists() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Queries (B, 3), candidates (B, N, 3), and the places of those that answer."""
+    generator = torch.Generator().manual_seed(0)
+    queries, candidates = (torch.randn(*shape, 3, generator=generator) for shape in ((8,), (8, 5)))
+    return (queries, candidates), torch.zeros(8, dtype=torch.long)
+
+
+def taught(teacher: nn.Module, loss: nn.Module, steps: int = 1) -> tuple[TwoTower, float]:
+    """Train by the scores alone; returns the student and the term of the last step."""
+    student = TwoTower()
+    module = DistillationModule(
+        Classification(num_classes=5), student, teacher, {"scores": Term(loss)}, task_weight=0.0, optimizer=fast
+    )
+    trainer = Trainer(limit_val_batches=0, num_sanity_val_steps=0, **QUIET | {"max_epochs": steps})
+    trainer.fit(module, DataLoader([lists()], batch_size=None), DataLoader([lists()], batch_size=None))
+    return student, float(trainer.callback_metrics["train/scores"])
+
+
+def test_a_cross_encoder_teaches_a_model_of_embeddings_its_scores() -> None:
+    torch.manual_seed(0)
+    queries, candidates = (each.numpy() for each in lists()[0])
+    teacher = CrossEncoder(1.0)
+    weight, bias = (each.detach().numpy() for each in (teacher.model.weight[0], teacher.model.bias))
+    says = np.einsum("bi,ij,bnj->bn", queries, weight, candidates) + bias
+    torch.manual_seed(1)
+    student = TwoTower()
+    asks, answers = (layer.weight.detach().numpy() for layer in (student.asks, student.answers))
+    said = np.einsum("bd,bnd->bn", queries @ asks.T, candidates @ answers.T)
+    torch.manual_seed(1)
+    _, listwise = taught(teacher, losses.KD(temperature=1.0))
+    assert listwise == pytest.approx(entropy(softmax(says, 1), softmax(said, 1), axis=1).mean(), rel=1e-4)
+    torch.manual_seed(1)
+    _, margins = taught(teacher, losses.MarginMSE())
+    difference = (said - says)[:, :1] - (said - says)[:, 1:]
+    assert margins == pytest.approx((difference**2).mean(), rel=1e-4)
+
+
+def scaled(model: nn.Module) -> Any:
+    """Return a model's scores of the lists as z-scores."""
+    return zscore(model(lists()[0]).detach().numpy(), axis=1, ddof=1)
+
+
+def test_two_teachers_teach_their_scores_on_one_scale() -> None:
+    torch.manual_seed(0)
+    loud, quiet = CrossEncoder(100.0), CrossEncoder(0.01)
+    each = [scaled(teacher) for teacher in (loud, quiet)]
+    both = teachers.Ensemble([loud, quiet], combine="z-scores")
+    loss = losses.Standardized(losses.KD(temperature=1.0))
+    torch.manual_seed(1)
+    said = scaled(TwoTower())
+    says = zscore(np.mean(each, axis=0), axis=1, ddof=1)
+    torch.manual_seed(1)
+    _, first = taught(both, loss)
+    assert first == pytest.approx(entropy(softmax(says, 1), softmax(said, 1), axis=1).mean(), rel=1e-4)
+    # The loud one does not decide: what the student has learned is like both.
+    student, last = taught(both, loss, steps=200)
+    assert last < 0.5 * first
+    of_loud, of_quiet, of_both = (np.corrcoef(scaled(student).ravel(), z.ravel())[0, 1] for z in (*each, says))
+    assert of_both > max(of_loud, of_quiet)
+    assert min(of_loud, of_quiet) > 0.4
 
 
 @pytest.mark.slow
