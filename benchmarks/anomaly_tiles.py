@@ -53,6 +53,8 @@ RD4AD = (
     "false",
     "--model.optimizer.init_args.betas",
     "[0.5, 0.999]",
+    "--model.task.init_args.align_corners",
+    "true",
 )
 """What makes of the variant for fabrics the original: whole maps' cosines, levels that count alike, a plain decoder."""
 

@@ -60,6 +60,7 @@ def difference(
     size: tuple[int, int],
     combine: Combine = "product",
     weights: Sequence[float] | None = None,
+    align_corners: bool = False,
 ) -> AnomalyMaps:
     """Returns how student and teacher differ in the directions of their features.
 
@@ -73,6 +74,7 @@ def difference(
         size: Height and width of the image.
         combine: How the levels become one map.
         weights: Of the levels in their sum; 1 unless given.
+        align_corners: How levels are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
     Raises:
         ValueError: If there are not as many weights as levels.
@@ -82,10 +84,8 @@ def difference(
         >>> bool(difference([x], [2 * x], (8, 8)).pred_score.max() < 1e-6)
         True
     """
-    levels = [
-        F.interpolate(half_squared_distance(s, t).unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
-        for s, t in zip(student, teacher, strict=True)
-    ]
+    apart = (half_squared_distance(s, t).unsqueeze(1) for s, t in zip(student, teacher, strict=True))
+    levels = [F.interpolate(a, size, mode="bilinear", align_corners=align_corners).squeeze(1) for a in apart]
     if weights is not None:
         if len(weights) != len(levels):
             raise ValueError(
@@ -115,6 +115,7 @@ class StudentTeacher(nn.Module):
         teacher_input: Makes what the teacher is called with out of the images: a tensor, a tuple of positional
             arguments or a dict of keyword arguments.
         weights: Of the levels in their sum; 1 unless given.
+        align_corners: How levels are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
     Raises:
         ValueError: If a path is unknown, the two sides do not fit, smoothing is negative, or there are weights of
@@ -137,6 +138,7 @@ class StudentTeacher(nn.Module):
         smoothing: float = 0.0,
         teacher_input: Callable[..., Any] | None = None,
         weights: Sequence[float] | None = None,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -145,6 +147,7 @@ class StudentTeacher(nn.Module):
         self.smoothing = checked_smoothing(smoothing)
         self.teacher_input = teacher_input
         self.weights = checked_weights(weights, combine, levels)
+        self.align_corners = align_corners
         self._levels, self._teacher_levels = (
             [[Path(text) for text in each] for each in grouped(side)] for side in (levels, teacher_levels or levels)
         )
@@ -174,7 +177,8 @@ class StudentTeacher(nn.Module):
                     "together; a student with other channels needs a last layer of its own that has the teacher's."
                 )
             fitted = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
-            found.append(difference(fitted, teacher, size, self.combine, self.weights).anomaly_map)
+            differ = difference(fitted, teacher, size, self.combine, self.weights, self.align_corners)
+            found.append(differ.anomaly_map)
         maps = torch.stack(found).prod(0)
         if self.smoothing:
             functional = late_import("torchvision.transforms.v2.functional", "torchvision", "anomaly")

@@ -169,6 +169,7 @@ class StudentTeacherModule(AnomalibDistillation):
         smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
         weights: Of the levels in their sum; 1 unless given.
         teacher_input: Makes what the teacher is called with out of the images, in training and afterwards.
+        align_corners: How levels are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
     Raises:
         ModuleNotFoundError: Without anomalib, when this module is imported.
@@ -198,11 +199,12 @@ class StudentTeacherModule(AnomalibDistillation):
         smoothing: float = 0.0,
         weights: Sequence[float] | None = None,
         teacher_input: Callable[..., Any] | None = None,
+        align_corners: bool = False,
     ) -> None:
         ours, theirs = (chain.from_iterable(grouped(side)) for side in (levels, teacher_levels or levels))
         pairs = list(zip(ours, theirs, strict=True))
         super().__init__(
-            AnomalyDetection(levels, teacher_levels, combine, smoothing, weights=weights),
+            AnomalyDetection(levels, teacher_levels, combine, smoothing, weights=weights, align_corners=align_corners),
             student,
             teacher,
             terms or {f"stfpm{i}": Term(losses.STFPM(), student=s, teacher=t) for i, (s, t) in enumerate(pairs)},

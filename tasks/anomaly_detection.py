@@ -78,6 +78,7 @@ class AnomalyDetection(TaskAdapter):
         normal_only: Whether the network sees in training the normal images alone, and has no loss: for those that
             remember what is normal, :class:`~lightning_kd.models.MemoryBank`.
         weights: Of the layers' maps in their sum, one for each level that is compared.
+        align_corners: How the layers' maps are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
     Raises:
         ValueError: If the batch or what a network returns does not fit.
@@ -100,6 +101,7 @@ class AnomalyDetection(TaskAdapter):
         smoothing: float = 0.0,
         normal_only: bool = False,
         weights: Sequence[float] | None = None,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         if combine not in ("product", "sum"):
@@ -107,7 +109,7 @@ class AnomalyDetection(TaskAdapter):
         if (
             isinstance(difference, str)
             or (difference is not None and not difference)
-            or ((teacher_difference or smoothing or weights) and not difference)
+            or ((teacher_difference or smoothing or weights or align_corners) and not difference)
         ):
             raise ValueError(
                 f"difference names layers, at least one, in a list: ['layer1', 'layer2']; got {difference!r}."
@@ -118,6 +120,7 @@ class AnomalyDetection(TaskAdapter):
         self.smoothing = checked_smoothing(smoothing)
         self.normal_only = normal_only
         self.weights = checked_weights(weights, combine, difference or ())
+        self.align_corners = align_corners
         self._met: _Met | None = None
         self._detector: list[nn.Module] = []
 
@@ -134,10 +137,8 @@ class AnomalyDetection(TaskAdapter):
         if self.difference is None or self._met is None:
             return student
         teacher = self._met.teacher or student
-        layers = self.difference, self.teacher_difference
-        return StudentTeacher(
-            student, teacher, *layers, self.combine, self.smoothing, self.as_taught, weights=self.weights
-        )
+        how = student, teacher, self.difference, self.teacher_difference, self.combine, self.smoothing, self.as_taught
+        return StudentTeacher(*how, weights=self.weights, align_corners=self.align_corners)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model; in evaluation with the teacher beside it, where their difference is the map."""

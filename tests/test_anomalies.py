@@ -19,6 +19,25 @@ def test_the_difference_of_a_level_is_one_minus_the_cosine_interpolated():
     torch.testing.assert_close(found, expected)
 
 
+def test_levels_may_be_interpolated_corner_to_corner():
+    """The corners of the map are those of the level, then; they are not otherwise."""
+    s, t = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
+    corners = (slice(None), [0, 0, -1, -1], [0, -1, 0, -1])
+    expected = (1 - F.cosine_similarity(s, t))[corners]
+    found = difference([s], [t], (7, 7), align_corners=True).anomaly_map
+    torch.testing.assert_close(found[corners], expected)
+    torch.testing.assert_close(found[:, ::2, ::2], 1 - F.cosine_similarity(s, t))
+    assert not torch.allclose(difference([s], [t], (7, 7)).anomaly_map[:, ::2, ::2], found[:, ::2, ::2])
+    networks = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(3, 4, 4, 4)
+    task = AnomalyDetection(["output"], align_corners=True)
+    task.meet(*networks)
+    images = torch.randn(2, 3, 16, 16)
+    levels = [network(images) for network in networks]
+    torch.testing.assert_close(
+        task.deployed(networks[0]).eval()(images), difference(levels[:1], levels[1:], (16, 16), align_corners=True)
+    )
+
+
 def test_levels_are_multiplied_or_added():
     levels = [(torch.randn(2, c, 8, 8), torch.randn(2, c, 8, 8)) for c in (3, 5)]
     students, teachers = zip(*levels, strict=True)
