@@ -23,6 +23,9 @@ Combine = Literal["product", "sum"]
 Layers = Sequence[str] | Sequence[Sequence[str]]
 """Paths of layers; in lists, each list gives a map of its own."""
 
+Weights = Sequence[float] | Sequence[Sequence[float]]
+"""Of each level; in lists where the layers are."""
+
 
 class AnomalyMaps(NamedTuple):
     """What is said of each image; the fields are called as anomalib calls them.
@@ -114,7 +117,7 @@ class StudentTeacher(nn.Module):
         smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
         teacher_input: Makes what the teacher is called with out of the images: a tensor, a tuple of positional
             arguments or a dict of keyword arguments.
-        weights: Of the levels in their sum; 1 unless given.
+        weights: Of the levels in their sum, in lists where the levels are; 1 unless given.
         align_corners: How levels are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
     Raises:
@@ -137,7 +140,7 @@ class StudentTeacher(nn.Module):
         combine: Combine = "product",
         smoothing: float = 0.0,
         teacher_input: Callable[..., Any] | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Weights | None = None,
         align_corners: bool = False,
     ) -> None:
         super().__init__()
@@ -168,7 +171,8 @@ class StudentTeacher(nn.Module):
         if self.training:
             return self.student(images)
         size, found = (images.shape[-2], images.shape[-1]), []
-        for student, teacher in zip(*self._read(images), strict=True):
+        weights: list[list[float] | None] = [*weights_of_lists(self.weights)] or [None] * len(self._levels)
+        for student, teacher, weigh in zip(*self._read(images), weights, strict=True):
             shapes = [[tuple(level.shape[1:]) for level in side] for side in (student, teacher)]
             if len(shapes[0]) != len(shapes[1]) or any(s[0] != t[0] for s, t in zip(*shapes, strict=True)):
                 raise ValueError(
@@ -177,7 +181,7 @@ class StudentTeacher(nn.Module):
                     "together; a student with other channels needs a last layer of its own that has the teacher's."
                 )
             fitted = [resize(s, (t.shape[-2], t.shape[-1])) for s, t in zip(student, teacher, strict=True)]
-            differ = difference(fitted, teacher, size, self.combine, self.weights, self.align_corners)
+            differ = difference(fitted, teacher, size, self.combine, weigh, self.align_corners)
             found.append(differ.anomaly_map)
         maps = torch.stack(found).prod(0)
         if self.smoothing:
@@ -219,17 +223,40 @@ def grouped(layers: Layers) -> list[list[str]]:
     return [[each] if isinstance(each, str) else [*each] for each in layers]
 
 
-def checked_weights(weights: Sequence[float] | None, combine: Combine, layers: Layers) -> list[float] | None:
+def weights_of_lists(weights: Weights | None) -> list[list[float]]:
+    """Returns the weights of each list of levels; of numbers alone, one list.
+
+    Example:
+        >>> weights_of_lists([1.0, 2.0]), weights_of_lists([[1.0], [1.0, 2.0]])
+        ([[1.0, 2.0]], [[1.0], [1.0, 2.0]])
+    """
+    lists, numbers = [], []
+    for each in weights or ():
+        if isinstance(each, Sequence):
+            lists.append([*each])
+        else:
+            numbers.append(each)
+    return [*lists, numbers] if numbers else lists
+
+
+def checked_weights(weights: Weights | None, combine: Combine, layers: Layers) -> Weights | None:
     """Returns weights of levels that are added, each a number that is not negative."""
     if weights is None:
         return None
-    fit = isinstance(weights, Sequence) and len(weights) > 0 and all(is_number(w) and w >= 0 for w in weights)
-    if not fit or combine != "sum" or not all(isinstance(each, str) for each in layers):
+    given: object = weights
+    in_lists = not all(isinstance(each, str) for each in layers)
+    fit = isinstance(given, Sequence) and all(isinstance(each, Sequence) == in_lists for each in given)
+    lists = weights_of_lists(weights) if fit else []
+    if (
+        combine != "sum"
+        or len(lists) != len(grouped(layers))
+        or not all(each and all(is_number(w) and w >= 0 for w in each) for each in lists)
+    ):
         raise ValueError(
-            "weights are numbers, one for each level of a difference whose levels are added: combine='sum', and no "
-            f"lists of layers; got {weights!r} with combine={combine!r}."
+            "weights are numbers, one for each level of a difference whose levels are added (combine='sum'); of lists "
+            f"of layers a list for each; got {weights!r} with combine={combine!r} and the layers {[*layers]}."
         )
-    return [*weights]
+    return lists if in_lists else lists[0]
 
 
 def checked_smoothing(smoothing: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kd import losses
-from lightning_kd.anomalies import Combine, Layers, grouped, said
+from lightning_kd.anomalies import Combine, Layers, Weights, grouped, said
 from lightning_kd.attachment import Attachment, attachments_of
 from lightning_kd.distiller import Distiller
 from lightning_kd.extras import late_import
@@ -167,7 +167,7 @@ class StudentTeacherModule(AnomalibDistillation):
         evaluator: Likewise.
         visualizer: Likewise.
         smoothing: Standard deviation in pixels of a Gaussian that smooths the map: 4 in RD4AD.
-        weights: Of the levels in their sum; 1 unless given.
+        weights: Of the levels in their sum, in lists where the levels are; 1 unless given.
         teacher_input: Makes what the teacher is called with out of the images, in training and afterwards.
         align_corners: How levels are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
@@ -197,7 +197,7 @@ class StudentTeacherModule(AnomalibDistillation):
         evaluator: Any = True,
         visualizer: Any = True,
         smoothing: float = 0.0,
-        weights: Sequence[float] | None = None,
+        weights: Weights | None = None,
         teacher_input: Callable[..., Any] | None = None,
         align_corners: bool = False,
     ) -> None:

@@ -15,6 +15,7 @@ from lightning_kd.anomalies import (
     Combine,
     Layers,
     StudentTeacher,
+    Weights,
     checked_smoothing,
     checked_weights,
     said,
@@ -77,7 +78,7 @@ class AnomalyDetection(TaskAdapter):
         smoothing: Standard deviation in pixels of a Gaussian that smooths the difference: 4 in RD4AD.
         normal_only: Whether the network sees in training the normal images alone, and has no loss: for those that
             remember what is normal, :class:`~lightning_kd.models.MemoryBank`.
-        weights: Of the layers' maps in their sum, one for each level that is compared.
+        weights: Of the layers' maps in their sum, one for each level that is compared; in lists where the layers are.
         align_corners: How the layers' maps are interpolated: False as in STFPM, True as in the code of RD4AD's authors.
 
     Raises:
@@ -100,7 +101,7 @@ class AnomalyDetection(TaskAdapter):
         combine: Combine = "product",
         smoothing: float = 0.0,
         normal_only: bool = False,
-        weights: Sequence[float] | None = None,
+        weights: Weights | None = None,
         align_corners: bool = False,
     ) -> None:
         super().__init__()

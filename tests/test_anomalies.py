@@ -63,12 +63,19 @@ def test_levels_weigh_in_their_sum():
         StudentTeacher(networks, detector.teacher, ["0", "1"], combine="sum", weights=[1.0]).eval()(images)
 
 
-@pytest.mark.parametrize(("combine", "weights"), [("product", [1.0]), ("sum", [-1.0]), ("sum", []), ("sum", 2.0)])
+@pytest.mark.parametrize(
+    ("combine", "weights"),
+    [("product", [1.0]), ("sum", [-1.0]), ("sum", []), ("sum", 2.0), ("sum", [[1.0]]), ("sum", [1.0, [1.0]])],
+)
 def test_weights_are_of_a_sum(combine, weights):
     with pytest.raises(ValueError, match="weights are numbers, one for each level of a difference whose levels are"):
         AnomalyDetection(["layer1"], combine=combine, weights=weights)
-    with pytest.raises(ValueError, match="weights are numbers"):
-        StudentTeacher(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), [["output"]], combine="sum", weights=[1.0])
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [[1.0]], [[1.0], []], [[1.0], [-1.0]], [[1.0], 1.0]])
+def test_weights_are_in_lists_where_the_layers_are(weights):
+    with pytest.raises(ValueError, match="of lists of layers a list for each"):
+        AnomalyDetection([["layer1"], ["layer2"]], combine="sum", weights=weights)
 
 
 def test_the_maps_of_lists_of_levels_are_multiplied():
@@ -80,6 +87,9 @@ def test_the_maps_of_lists_of_levels_are_multiplied():
     apart = [StudentTeacher(student, teacher, each, combine="sum").eval()(images).anomaly_map for each in layers]
     assert all(each.min() > 0 for each in apart)
     torch.testing.assert_close(mixed.anomaly_map, apart[0] * apart[1])
+    weighed = StudentTeacher(student, teacher, layers, combine="sum", weights=[[0.0, 2.0], [3.0]]).eval()(images)
+    second = StudentTeacher(student, teacher, layers[0][1:], combine="sum").eval()(images).anomaly_map
+    torch.testing.assert_close(weighed.anomaly_map, 2 * second * 3 * apart[1])
     torch.testing.assert_close(mixed.pred_score, mixed.anomaly_map.amax((1, 2)))
 
 
