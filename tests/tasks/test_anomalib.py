@@ -13,12 +13,22 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning_kd.tasks import AnomalyDetection, Classification
 from project import QUIET
+from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lightning_kd import Distillation, DistillationModule, Term, losses, projectors, teachers
 from lightning_kd.data import Textures, UnrelatedImages
-from lightning_kd.models import AnomalyNet, EfficientADStudent, PatchDescriber, ReverseDistillation
+from lightning_kd.metrics import AnomalyQuality
+from lightning_kd.models import (
+    AnomalyNet,
+    EfficientADStudent,
+    MemoryBank,
+    PatchDescriber,
+    ResidualReverseDistillation,
+    ReverseDistillation,
+    SideBySide,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,6 +150,73 @@ def test_a_network_that_teaches_itself_runs_in_the_engine(folder: Callable[..., 
         torch.testing.assert_close(loaded.model(images), module.eval().model(images))
 
 
+@pytest.fixture(scope="module")
+def mvtec_ad(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bricks, in folders as MVTec AD has them."""
+    made = tmp_path_factory.mktemp("mvtec")
+    for source, target in (
+        ("good", "train/good"), ("good_test", "test/good"), ("spoiled", "test/crack"), ("masks", "ground_truth/crack"),
+    ):  # fmt: skip
+        (made / "brick" / target).mkdir(parents=True)
+        for path in (root / source).iterdir():
+            name = f"{path.stem}_mask.png" if source == "masks" else path.name
+            (made / "brick" / target / name).write_bytes(path.read_bytes())
+    return made
+
+
+def _detector(kind: str) -> dict[str, Any]:
+    """What a module of a detector is made of."""
+    if kind == "STFPM":
+        return {"student": squeezenet1_1(), "teacher": squeezenet1_1(), "levels": LAYERS}
+    if kind == "residual reverse":
+        network = ResidualReverseDistillation("resnet10t", pretrained=False)
+        compared = {"levels": ["decoder[:]"], "teacher_levels": ["encoder[:]"], "combine": "sum"}
+        terms = {"rd": Term(losses.RD4AD(), student="decoder[:]", teacher="encoder[:]")}
+        how = {"smoothing": 4.0, "weights": [1 / 16, 1 / 16, 1 / 4, 1.0], "terms": terms}
+        return {"student": network, "teacher": network, **compared, **how}
+    layers = [["fine.level1", "fine.level2"], ["deep.features.4", "deep.features.7"]]
+    student, teacher = (SideBySide({"fine": AnomalyNet(width=8), "deep": squeezenet1_1()}) for _ in range(2))
+    how = {"combine": "sum", "smoothing": 2.0, "weights": [[1, 4], [1, 4]]}
+    return {"student": student, "teacher": teacher, "levels": layers, **how}
+
+
+@pytest.mark.parametrize("kind", ["STFPM", "residual reverse", "MixedTeacher"])
+def test_detectors_of_ours_run_on_folders_of_mvtec_ad(kind: str, mvtec_ad: Path, tmp_path: Path) -> None:
+    from anomalib.data import MVTecAD
+    from anomalib.engine import Engine
+    from anomalib.metrics import AUPRO, Evaluator
+    from lightning_kd.tasks.anomalib import StudentTeacherModule
+
+    pl.seed_everything(0, verbose=False)
+    evaluator = Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")])
+    module = StudentTeacherModule(
+        **_detector(kind),
+        optimizer=torch.optim.AdamW,
+        pre_processor=_pre_processor(),
+        evaluator=evaluator,
+        visualizer=False,
+    )
+    data = MVTecAD(root=mvtec_ad, category="brick", train_batch_size=4, eval_batch_size=8, num_workers=0)
+    engine = Engine(**SHORT, default_root_dir=tmp_path, logger=False)
+    engine.fit(module, datamodule=data)
+    logged = engine.trainer.callback_metrics
+    parts = [value for name, value in logged.items() if name.startswith(("train/stfpm", "train/rd"))]
+    assert len(parts) == {"STFPM": 2, "residual reverse": 1, "MixedTeacher": 4}[kind]
+    assert min(parts) > 0
+    (measured,) = engine.test(module, datamodule=data, verbose=False)
+
+    # Of the detector as it is, by this library's metric.
+    quality = AnomalyQuality()
+    module.eval()
+    for batch in data.test_dataloader():
+        with torch.no_grad():
+            found = module.model(module.pre_processor(batch.image))
+        masks = F.interpolate(batch.gt_mask[:, None].float(), found.anomaly_map.shape[-2:])[:, 0].bool()
+        quality.update(*found, masks, batch.gt_label.bool())
+    assert 0 < measured["pixel_AUPRO"] < 1
+    assert abs(measured["pixel_AUPRO"] - float(quality.compute()["aupro"])) < 0.02
+
+
 def test_efficient_ad_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp_path: Path) -> None:
     from anomalib.engine import Engine
     from lightning_kd.tasks.anomalib import EfficientADModule
@@ -238,6 +315,99 @@ def test_anomalib_s_own_learn_from_a_bigger_teacher_through_the_callback(
     torch.testing.assert_close(logged["train/loss"], logged["train/task"] + logged["train/hint"])
     assert not any(part._forward_hooks for part in module.modules())
     assert not any("projector" in key for key in module.state_dict())
+
+
+def test_a_model_of_anomalib_is_a_student_whose_teacher_is_a_part_of_it(
+    folder: Callable[..., Any], tmp_path: Path
+) -> None:
+    from anomalib.models.image.stfpm.loss import STFPMLoss
+    from anomalib.models.image.stfpm.torch_model import STFPMModel
+
+    layers = ["layer1", "layer2"]
+    model = STFPMModel(layers=layers)
+    before = copy.deepcopy(model.state_dict())
+    module = DistillationModule(
+        task=AnomalyDetection(),
+        student=model,
+        teacher=teachers.Itself(),
+        terms={
+            name: Term(
+                losses.STFPM(),
+                student=f"student_model.feature_extractor.{name}",
+                teacher=f"teacher_model.feature_extractor.{name}",
+            )
+            for name in layers
+        },
+        optimizer=lambda parameters: torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.4),
+    )
+    data = Textures(train_size=4, val_size=4, test_size=4, batch_size=4, synthetic=0.0)
+    trainer = pl.Trainer(**QUIET | {"max_steps": 1, "limit_val_batches": 0})
+    trainer.fit(module, datamodule=data)
+    images, _ = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    fresh = STFPMModel(layers=layers)
+    fresh.load_state_dict(before)
+    theirs = STFPMLoss()(*fresh.train()(images)) / len(images)  # a sum over the batch
+    found = trainer.callback_metrics
+    torch.testing.assert_close(found["train/layer1"] + found["train/layer2"], theirs.detach())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if key.startswith("teacher_model."))
+    assert any(not torch.equal(after[key], value) for key, value in before.items())
+    (measured,) = trainer.test(module, datamodule=data, verbose=False)
+    assert 0 <= measured["test/image_auroc"] <= 1
+
+
+def _filled(name: str) -> tuple[Any, str]:
+    """A model of anomalib that has seen normal images, and the path of its early features."""
+    from anomalib.models.image.padim.torch_model import PadimModel
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    how: dict[str, Any] = {"layers": ["layer1"], "backbone": "resnet18", "pre_trained": False}
+    network = PadimModel(**how, n_features=16) if name == "PaDiM" else PatchcoreModel(**how)
+    bank = MemoryBank(network, image_size=(64, 64), vectors=50)
+    filled = DistillationModule(AnomalyDetection(normal_only=True), bank, optimizer=torch.optim.AdamW)
+    data = Textures(train_size=16, val_size=4, batch_size=16, synthetic=0.0)
+    pl.Trainer(**QUIET | {"max_epochs": 1, "limit_val_batches": 0}).fit(filled, datamodule=data)
+    return bank, "network.feature_extractor.feature_extractor.layer1"
+
+
+@pytest.mark.parametrize("name", ["Stfpm", "PatchCore", "PaDiM"])
+def test_a_small_network_learns_maps_and_features_of_a_trained_model(
+    name: str, folder: Callable[..., Any], tmp_path: Path
+) -> None:
+    from anomalib import models
+    from anomalib.engine import Engine
+
+    pl.seed_everything(0, verbose=False)
+    if name == "Stfpm":
+        own = models.Stfpm(layers=["layer1", "layer2"], pre_processor=_pre_processor(), visualizer=False)
+        Engine(**SHORT, default_root_dir=tmp_path, logger=CSVLogger(tmp_path)).fit(own, datamodule=folder())
+        teacher, features = own.model, "student_model.feature_extractor.layer1"
+    else:
+        teacher, features = _filled(name)
+    before = copy.deepcopy(teacher.state_dict())
+    module = DistillationModule(
+        task=AnomalyDetection(),
+        student=AnomalyNet(width=4),
+        teacher=teacher,
+        terms={
+            "map": Term(losses.PKD(), student="output", teacher="output.anomaly_map"),
+            "hint": Term(losses.FitNet(), student="level1", teacher=features),
+        },
+        task_weight=0.0,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    )
+    data = Textures(train_size=16, val_size=8, batch_size=16)
+    steps: dict[str, list[float]] = {"map": [], "hint": []}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            for term, values in steps.items():
+                values.append(float(trainer.callback_metrics[f"train/{term}"]))
+
+    trainer = pl.Trainer(callbacks=Watch(), **QUIET | {"max_epochs": 8, "limit_val_batches": 0})
+    trainer.fit(module, datamodule=data)
+    assert all(0 < values[-1] < values[0] for values in steps.values()), steps
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
 def test_a_small_network_learns_the_maps_of_patchcore() -> None:
