@@ -5,7 +5,16 @@
 Teacher of all are SqueezeNet's features of ImageNet; student is an untrained one, a decoder, or EfficientAD's. That of
 anomalib has its loss, its optimizer and its maps; its model is given these two networks, as it would make resnets by
 timm. ``--detectors`` names some of them: their rows are put in place of those that the file has. It needs
-LIGHTNING_KD_DATA. Timings are medians of one image on one thread, in turns.
+LIGHTNING_KD_DATA.
+
+What of RD4AD fails, by leaving out one of its four differences from the variant for fabrics at a time::
+
+    python benchmarks/anomaly_tiles.py --seeds 1 2 --detectors "RD4AD, position by position" "RD4AD, levels weighed" \
+        "RD4AD, decoder sees the encoder" "RD4AD, usual betas" --output benchmarks/results/anomaly_tiles_rd4ad.csv
+
+``--latency`` trains nothing, and writes medians of one image on one thread, in turns::
+
+    python benchmarks/anomaly_tiles.py --latency --output benchmarks/results/anomaly_tiles_latency.csv
 """
 
 from __future__ import annotations
@@ -32,6 +41,7 @@ ROOT, SIZE = "$LIGHTNING_KD_DATA/magnetic_tile", (128, 128)
 IMAGENET = "$LIGHTNING_KD_DATA/weights/squeezenet1_1_features_imagenet.pth"
 CIFAR = "$LIGHTNING_KD_DATA/weights/resnet20-12fca82f.th"
 LAYERS = ("features.4", "features.7", "features.12")
+MIXED = [["fine.network.layer1", "fine.network.layer2"], ["deep.features.7", "deep.features.12"]]
 QUIET: dict[str, Any] = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
 }  # fmt: skip
@@ -44,22 +54,21 @@ DETECTORS = (
     "EfficientAD",
     "EfficientAD, hard=0.999",
 )
-RD4AD = (
-    "--model.terms.rd.loss.init_args.flatten",
-    "true",
-    "--model.task.init_args.weights",
-    "null",
-    "--model.student.init_args.residual",
-    "false",
-    "--model.optimizer.init_args.betas",
-    "[0.5, 0.999]",
-    "--model.task.init_args.align_corners",
-    "true",
-)
-"""What makes of the variant for fabrics the original: whole maps' cosines, levels that count alike, a plain decoder."""
+RD4AD = {
+    "position by position": ("--model.terms.rd.loss.init_args.flatten", "true"),
+    "levels weighed": ("--model.task.init_args.weights", "null"),
+    "decoder sees the encoder": ("--model.student.init_args.residual", "false"),
+    "usual betas": ("--model.optimizer.init_args.betas", "[0.5, 0.999]"),
+}
+"""What makes of the variant for fabrics the original, by what is without it."""
+
+ABLATION = tuple(f"RD4AD, {without}" for without in RD4AD)
 
 Measured = dict[str, dict[str, float]]
 """Figures by the names of what they are of."""
+
+Trained = tuple[Any, Any]
+"""A detector, and its data."""
 
 
 def quality(detector: nn.Module, data: Any) -> dict[str, float]:
@@ -73,12 +82,18 @@ def quality(detector: nn.Module, data: Any) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
-def shipped(config: str, seed: int, *changes: str) -> tuple[dict[str, float], nn.Module]:
-    """Train and measure a shipped configuration."""
+def shipped(config: str, seed: int, *changes: str) -> Trained:
+    """Train a shipped configuration."""
     quiet = [f"--trainer.{name}=false" for name in QUIET]
     cli = DistillationCLI(["fit", "--config", config, "--seed_everything", str(seed), *quiet, *changes])
-    detector = cli.model.task.deployed(cli.model.student)
-    return quality(detector, cli.datamodule), detector
+    return cli.model.task.deployed(cli.model.student), cli.datamodule
+
+
+def reversed_as_first(without: str, seed: int, *changes: str) -> Trained:
+    """Train RD4AD, without one of the changes that make it of the variant for fabrics."""
+    original = [text for name, change in RD4AD.items() if name != without for text in change]
+    corners = ["--model.task.init_args.align_corners", "true"]
+    return shipped("magnetic_tile_reverse", seed, *original, *corners, *changes)
 
 
 class Patches(nn.Module):
@@ -108,8 +123,8 @@ class OneMap(nn.Module):
         return found
 
 
-def efficient_ad(seed: int, epochs: int, hard: float) -> tuple[Measured, nn.Module]:
-    """Train and measure EfficientAD, whose describer of patches is SqueezeNet; and each of its two maps alone."""
+def efficient_ad(seed: int, epochs: int, hard: float) -> Trained:
+    """Train EfficientAD, whose describer of patches is SqueezeNet."""
     seed_everything(seed)
     data = AnomalyFolder(ROOT, image_size=SIZE, batch_size=4)
     data.setup("fit")
@@ -125,16 +140,10 @@ def efficient_ad(seed: int, epochs: int, hard: float) -> tuple[Measured, nn.Modu
         lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-5),
     )
     # The quantiles are those of the last validation.
-    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **QUIET)
+    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=max(epochs, 1), **QUIET)
     trainer.fit(module, datamodule=data)
     print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()}, flush=True)
-    detector = module.task.deployed(module.student)
-    name = "EfficientAD" if hard == 0.0 else f"EfficientAD, hard={hard}"
-    return {
-        name: quality(detector, data),
-        f"{name}, teacher's map": quality(OneMap(detector, 0), data),
-        f"{name}, autoencoder's map": quality(OneMap(detector, 1), data),
-    }, detector
+    return module.task.deployed(module.student), data
 
 
 class Halved(nn.Module):
@@ -150,34 +159,25 @@ class Halved(nn.Module):
         return logits
 
 
-def mixed(seed: int, epochs: int) -> tuple[Measured, nn.Module]:
-    """Train and measure MixedTeacher: early levels of a ResNet that knows CIFAR-10, late ones of SqueezeNet."""
+def mixed(seed: int, epochs: int) -> Trained:
+    """Train MixedTeacher: early levels of a ResNet that knows CIFAR-10, late ones of SqueezeNet."""
     seed_everything(seed)
     data = AnomalyFolder(ROOT, image_size=SIZE)
-    levels = [["fine.network.layer1", "fine.network.layer2"], ["deep.features.7", "deep.features.12"]]
     module = DistillationModule(
-        AnomalyDetection(difference=levels, combine="sum", smoothing=4.0),
+        AnomalyDetection(difference=MIXED, combine="sum", smoothing=4.0),
         SideBySide({"fine": Halved(8), "deep": SqueezeNetFeatures()}),
         SideBySide({"fine": Halved(20, CIFAR), "deep": SqueezeNetFeatures(IMAGENET)}),
-        {path.replace(".", "_"): Term(losses.STFPM(), student=path, teacher=path) for each in levels for path in each},
+        {path.replace(".", "_"): Term(losses.STFPM(), student=path, teacher=path) for each in MIXED for path in each},
         lambda parameters: torch.optim.AdamW(parameters, lr=0.001),
         lr_scheduler=schedules.Cosine(1.0, 0.0),
     )
     trainer = Trainer(max_epochs=epochs, limit_val_batches=0, **QUIET)
     trainer.fit(module, datamodule=data)
-    detector: Any = module.task.deployed(module.student)
-    parts = {
-        kind: StudentTeacher(detector.student, detector.teacher, each, combine="sum", smoothing=4.0)
-        for kind, each in zip(("early levels of CIFAR-10", "late levels of ImageNet"), levels, strict=True)
-    }
-    return {
-        "MixedTeacher": quality(detector, data),
-        **{f"MixedTeacher, {kind}": quality(part, data) for kind, part in parts.items()},
-    }, detector
+    return module.task.deployed(module.student), data
 
 
-def anomalibs(seed: int, epochs: int) -> tuple[dict[str, float], nn.Module]:
-    """Train and measure anomalib's own on the same images, in batches as large; its maps by the same metrics."""
+def anomalibs(seed: int, epochs: int) -> Trained:
+    """Train anomalib's own on the same images, in batches as large."""
     from anomalib.models.components import TimmFeatureExtractor  # noqa: PLC0415 - only in this half
     from anomalib.models.image.stfpm.loss import STFPMLoss  # noqa: PLC0415
     from anomalib.models.image.stfpm.torch_model import STFPMModel  # noqa: PLC0415
@@ -201,23 +201,42 @@ def anomalibs(seed: int, epochs: int) -> tuple[dict[str, float], nn.Module]:
             value = loss(*model(images))
             value.backward()
             optimizer.step()
-    print(f"anomalib, seed {seed}: last loss {float(value.detach()) / len(images):.4f} per image", flush=True)
-    return quality(model, data), model
+    return model, data
 
 
-def measured(name: str, seed: int) -> tuple[Measured, nn.Module]:
-    """Train and measure a detector, by its name."""
+def trained(name: str, seed: int, train: bool = True) -> Trained:
+    """Train a detector, by its name; or only make it."""
+    changes = [] if train else ["--trainer.max_epochs=0"]
     if name.startswith("EfficientAD"):
-        return efficient_ad(seed, 5, 0.999 if name.endswith("hard=0.999") else 0.0)
+        return efficient_ad(seed, 5 * train, 0.999 if name.endswith("hard=0.999") else 0.0)
     if name == "MixedTeacher":
-        return mixed(seed, 20)
+        return mixed(seed, 20 * train)
     if name == "anomalib Stfpm":
-        found, detector = anomalibs(seed, 20)
-    elif name == "RD4AD":
-        found, detector = shipped("magnetic_tile_reverse", seed, *RD4AD)
-    else:
-        found, detector = shipped(name, seed)
-    return {name: found}, detector
+        return anomalibs(seed, 20 * train)
+    if name.startswith("RD4AD"):
+        return reversed_as_first(name.removeprefix("RD4AD, "), seed, *changes)
+    return shipped(name, seed, *changes)
+
+
+def measured(name: str, detector: Any, data: Any) -> Measured:
+    """Measure a detector: by its map, and by others that its parts give."""
+    found = {name: quality(detector, data)}
+    if name.startswith("RD4AD"):
+        detector.align_corners = False
+        found[f"{name}, align_corners=False"] = quality(detector, data)
+        detector.align_corners = True
+    if name.startswith("EfficientAD"):
+        found[f"{name}, teacher's map"] = quality(OneMap(detector, 0), data)
+        found[f"{name}, autoencoder's map"] = quality(OneMap(detector, 1), data)
+    if name == "MixedTeacher":
+        networks: Any = detector.student, detector.teacher
+        how: Any = {"combine": "sum", "smoothing": 4.0}
+        for kind, layers in zip(("early levels of CIFAR-10", "late levels of ImageNet"), MIXED, strict=True):
+            found[f"{name}, {kind}"] = quality(StudentTeacher(*networks, layers, **how), data)
+        # A level counts four times as much as the one before it, as in the authors' code.
+        weighed = StudentTeacher(*networks, MIXED, weights=[[1.0, 4.0], [1.0, 4.0]], **how)
+        found[f"{name}, levels weighed"] = quality(weighed, data)
+    return found
 
 
 def kept(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -232,25 +251,34 @@ def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
+    parser.add_argument("--detectors", nargs="+", choices=[*DETECTORS, *ABLATION], default=DETECTORS)
+    parser.add_argument("--latency", action="store_true", help="train nothing, write what an image takes")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    networks: dict[str, nn.Module] = {}
+    if options.latency:
+        networks = {name: trained(name, 0, train=False)[0] for name in options.detectors}
+        image = (torch.randn(1, 3, *SIZE),)
+        networks["the backbone alone"] = SqueezeNetFeatures()
+        took = latency_ms({name: (network.eval(), image) for name, network in networks.items()})
+        write(options.output, [{"detector": name, "latency_ms": round(ms, 2)} for name, ms in took.items()])
+        return
     for seed in options.seeds:
         for detector in options.detectors:
-            found, networks[detector] = measured(detector, seed)
+            found = measured(detector, *trained(detector, seed))
             rows = kept(options.output) | {
                 (name, seed): {"detector": name, "seed": seed, **figures} for name, figures in found.items()
             }
             print(*found.items(), sep="\n", flush=True)
-            with options.output.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, ["detector", "seed", "image_auroc", "pixel_auroc", "aupro", "image_f1"])
-                writer.writeheader()
-                writer.writerows(rows.values())
-    networks["the backbone alone"] = SqueezeNetFeatures()
-    image = (torch.randn(1, 3, *SIZE),)
-    print(latency_ms({name: (network.eval(), image) for name, network in networks.items()}))
+            write(options.output, [*rows.values()])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
