@@ -180,4 +180,7 @@ def _told(error: BaseException) -> str:
     if "class_path='typing.Union'" in told:  # jsonargparse has lost the class, which is not whole without arguments
         return f"{where}{ONE_VALUE}"
     shown = f"{where}{told}".partition("\nSubclass types expect one of")[0].strip()
+    missing = re.search(r"No such file or directory: '([^']+)'$", shown)  # of data that are made of their arguments
+    if missing and not os.path.isabs(missing[1]):
+        shown += f" (looked from {os.getcwd()!r})"
     return re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)

@@ -156,7 +156,11 @@ class DistillationCLI(LightningCLI):
                 self.rehearse()
                 # What cannot be written is told before the teacher is trained.
                 Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
-            teacher.ensure(self.plain_config, DistillationCLI)
+            try:
+                teacher.ensure(self.plain_config, DistillationCLI)
+            except teacher.TrainedOtherwiseError:
+                self._make_untrained()
+                raise
         if missing:
             self._set_seed()  # the student starts alike, whether or not its teacher was trained before it
 
@@ -179,12 +183,22 @@ class DistillationCLI(LightningCLI):
         finally:
             self.config, self.save_config_callback = config, kept
 
-    def _with_stand_in(self) -> Any:
-        """The configuration, with no checkpoint for a teacher that was not trained yet."""
+    def _with_stand_in(self, all_untrained: bool = False) -> Any:
+        """The configuration, with no checkpoint for a teacher that was not trained yet; or for any."""
         config = self.config.clone()
-        for one in teacher.missing(config.get(str(self.subcommand), config)):
+        own = config.get(str(self.subcommand), config)
+        for one in teacher.trained(own["model"]) if all_untrained else teacher.missing(own):
             one["checkpoint"] = None
         return config
+
+    def _make_untrained(self) -> None:
+        """Make all classes, without the teachers' weights: what cannot be made, of a mistyped name, is told as that."""
+        config, self.config = self.config, self._with_stand_in(all_untrained=True)
+        try:
+            with quiet():
+                super().instantiate_classes()
+        finally:
+            self.config = config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer: a fit keeps its logs side by side in one folder, what only measures keeps nothing."""

@@ -27,7 +27,7 @@ from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Teacher
 from lightning_kd.teachers.cached import FILE
 
-DECIDING = ("limit_train_batches", "gradient_clip_val")
+DECIDING = ("limit_train_batches", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
 """What of the trainer, besides the epochs, decides how well a teacher learns."""
 
 QUIET = (
@@ -57,6 +57,14 @@ DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 
 LOADING = {"num_workers": 0, "pin_memory": False, "persistent_workers": False, "prefetch_factor": None}
 """What of the data decides only how they are loaded, and torch's defaults."""
+
+
+SHOWN = 4
+"""How many settings that differ are named."""
+
+
+class TrainedOtherwiseError(UsageError):
+    """A teacher's checkpoint was trained with other settings than a configuration has, or one of these is mistyped."""
 
 
 @dataclass
@@ -183,8 +191,7 @@ def _as_long(config: Any) -> bool:
     """Whether the teacher's run takes as many epochs as the student's, and as many steps."""
     trainer = config["trainer"]
     stopped = trainer.get("max_steps") not in (None, -1) or trainer.get("max_time") is not None
-    accumulated = config["model"].get("lr_interval") == "step" and (trainer.get("accumulate_grad_batches") or 1) > 1
-    return trainer.get("max_epochs") == config["teacher_fit"]["max_epochs"] and not stopped and not accumulated
+    return trainer.get("max_epochs") == config["teacher_fit"]["max_epochs"] and not stopped
 
 
 def ensure(config: dict[str, Any], run: Callable[[list[str]], LightningCLI]) -> None:
@@ -205,7 +212,7 @@ def ensure(config: dict[str, Any], run: Callable[[list[str]], LightningCLI]) -> 
         settings = own_training(config, one["model"], how["seed"] + number)
         path = Path(one["checkpoint"])
         if path.is_file():
-            check(path, settings)
+            check(path, settings, written(config, one, number))
             print(f"teacher: found at {path}, trained before")
             continue
         if path.exists():
@@ -221,6 +228,8 @@ def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, A
     """The configuration of a teacher's own training: the same one, with the teacher in the student's place."""
     how = config["teacher_fit"]
     trainer = {k: v for k, v in config["trainer"].items() if k in DECIDING and v is not None}
+    if trainer.get("accumulate_grad_batches") == 1:
+        del trainer["accumulate_grad_batches"]  # as if nothing was said of it
     trainer["max_epochs"] = how["max_epochs"]
     model = alone(config)["model"] | {"student": network, "task": own_task(config) or config["model"]["task"]}
     model["optimizer"] = _replace(model.get("optimizer") or _adamw(), lr=how["lr"])
@@ -229,6 +238,32 @@ def own_training(config: dict[str, Any], network: Any, seed: int) -> dict[str, A
     elif model.get("lr_scheduler") and model.get("lr_interval") != "step":
         model["lr_scheduler"] = _replace(model["lr_scheduler"], T_max=how["max_epochs"])
     return alone(config) | {"seed_everything": seed, "trainer": trainer, "model": model}
+
+
+def written(config: dict[str, Any], one: Any, number: int) -> dict[str, str]:
+    """Where in the configuration stands what is decided in a teacher's own training.
+
+    Args:
+        config: The configuration, as plain types.
+        one: The ``init_args`` with that teacher's network.
+        number: How many teachers are trained before it.
+
+    Returns:
+        What keys of its own training begin with, and with what those that were written begin.
+    """
+    how, model = config["teacher_fit"], config["model"]
+    members = (model["teacher"].get("init_args") or {}).get("teachers") or []
+    inside = [f"teachers.{i}.init_args." for i, each in enumerate(members) if each.get("init_args") is one]
+    found = {
+        "model.student": f"model.teacher.init_args.{''.join(inside)}model",
+        "model.optimizer.init_args.lr": "teacher_fit.lr",
+        "trainer.max_epochs": "teacher_fit.max_epochs",
+        "seed_everything": f"teacher_fit.seed + {number}" if number else "teacher_fit.seed",
+    }
+    found |= {f"model.{name}": f"teacher_fit.{name}" for name in ("task", "lr_scheduler") if how.get(name)}
+    if not how.get("lr_scheduler") and model.get("lr_interval") != "step":
+        found["model.lr_scheduler.init_args.T_max"] = "teacher_fit.max_epochs"
+    return found
 
 
 def _adamw() -> dict[str, Any]:
@@ -301,11 +336,17 @@ def _loaded_anyhow(data: Any) -> Any:
     return [_loaded_anyhow(each) for each in data] if isinstance(data, list) else data
 
 
-def check(path: Path, settings: dict[str, Any]) -> None:
+def check(path: Path, settings: dict[str, Any], names: dict[str, str] | None = None) -> None:
     """Refuse a teacher that was trained otherwise than these settings say.
 
+    Args:
+        path: The checkpoint.
+        settings: The configuration of the teacher's own training.
+        names: Where those settings were written, as ``written`` says.
+
     Raises:
-        UsageError: Naming what differs.
+        UsageError: If the record is broken, or a file of the configuration is not there.
+        TrainedOtherwiseError: Naming what differs.
     """
     record = path.parent / f"{path.name}.json"
     if not record.is_file():
@@ -325,12 +366,22 @@ def check(path: Path, settings: dict[str, Any]) -> None:
         return
     for key, was, given in changed:
         if _exists(was) and isinstance(given, str) and not _exists(given):
-            raise UsageError(f"{key}: there is no {given} (looked from {os.getcwd()!r})")
-    differ = [f"{key}: {was} then, {given} now" for key, was, given in changed]
-    raise UsageError(
-        f"the teacher at {path} was trained with other settings ({'; '.join(differ[:4])}). Delete it to train again, "
-        "name another checkpoint in the configuration, or take it as it is with --teacher_fit null"
+            raise UsageError(f"{_named(key, names)}: there is no {given} (looked from {os.getcwd()!r})")
+    # What was written once may decide two settings: the length of the run, and of its scheduler.
+    differ = list(dict.fromkeys(f"{_named(key, names)}: {was} then, {given} now" for key, was, given in changed))
+    more = f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+    raise TrainedOtherwiseError(
+        f"the teacher at {path} was trained with other settings ({'; '.join(differ[:SHOWN])}{more}). Delete it to "
+        "train again, name another checkpoint in the configuration, or take it as it is with --teacher_fit null"
     )
+
+
+def _named(key: str, names: dict[str, str] | None) -> str:
+    """What the key of a setting is called where it was written."""
+    for start, written_as in (names or {}).items():
+        if key == start or key.startswith(f"{start}."):
+            return written_as + key.removeprefix(start)
+    return key
 
 
 def _exists(path: Any) -> bool:

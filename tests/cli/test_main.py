@@ -259,11 +259,20 @@ class Nowhere(Digits):
         os.listdir("nowhere/train")
 
 
+class NowhereAtOnce(Digits):
+    """Looks for it when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        os.listdir("nowhere/train")
+
+
+@pytest.mark.parametrize("data", ["Nowhere", "NowhereAtOnce"])
 def test_a_folder_that_is_not_there_is_told_with_where_it_was_looked_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["test", "--config", "digits_kd", *ALONE, "--data", f"{__name__}.Nowhere"]) == 2
+    assert main(["test", "--config", "digits_kd", *ALONE, "--data", f"{__name__}.{data}"]) == 2
     assert f"No such file or directory: 'nowhere/train' (looked from {str(tmp_path)!r})" in capsys.readouterr().err
 
 

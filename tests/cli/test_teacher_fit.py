@@ -46,7 +46,6 @@ def config(given: Any, own: Any = None, interval: str = "epoch", epochs: int = 2
         (config(scheduler("CyclicLR", base_lr=0.01, max_lr=0.1)), r"CyclicLR with base_lr=0\.01, max_lr=0\.1, and"),
         (config(scheduler("MultiStepLR", milestones=[1]), epochs=4), r"MultiStepLR with milestones=\[1\], and"),
         (config(scheduler("LinearLR", total_iters=5), epochs=4), "LinearLR with its defaults"),
-        (config(scheduler("StepLR", step_size=3), accumulate_grad_batches=2, interval="step"), "StepLR"),
         (config(scheduler("StepLR", step_size=3), max_steps=3), "StepLR"),
         (
             config(scheduler("CosineAnnealingLR", T_max=24), interval="step", epochs=4),
@@ -67,6 +66,7 @@ def test_a_scheduler_that_is_written_for_the_students_run_is_refused(wrong: dict
         config(ONE_CYCLE, interval="step", epochs=4, own=OURS),
         config(ONE_CYCLE | {"init_args": {"max_lr": 0.01, "total_steps": 12}}, interval="step"),
         config(scheduler("MultiStepLR", milestones=[1])),
+        config(scheduler("StepLR", step_size=3), accumulate_grad_batches=2, interval="step"),  # which is the teacher's
         config(scheduler("ExponentialLR", gamma=0.9), epochs=4),
         config(scheduler("CosineAnnealingLR", T_max=2), epochs=4),
         config({"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitor": "x"}}, epochs=4),
@@ -126,3 +126,65 @@ def test_a_teacher_is_trained_by_the_scheduler_of_its_own(tmp_path: Path, monkey
     assert record["model"]["lr_scheduler"]["init_args"]["max_lr"] == 0.03
     assert record["trainer"]["max_epochs"] == 2
     assert torch.load("checkpoints/digits_teacher.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_teachers_training_clips_and_accumulates_as_the_students() -> None:
+    given = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value", "limit_train_batches": 3}
+    carried = given | {"accumulate_grad_batches": 4}
+    said = config(None, **carried, callbacks=[], max_time="1:00", overfit_batches=1)
+    assert teacher.own_training(said, "net", seed=0)["trainer"] == carried | {"max_epochs": 2}
+    defaults = dict.fromkeys(given) | {"accumulate_grad_batches": 1}  # as a whole configuration has them
+    assert teacher.own_training(config(None, **defaults), "net", seed=0)["trainer"] == {"max_epochs": 2}
+
+
+def test_what_differs_is_named_as_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "t.ckpt"
+
+    def trained(changed: dict[str, Any], number: int = 0) -> str:
+        """What is told where a teacher was trained, and the configuration is changed."""
+        one = {"class_path": "Net", "init_args": {"width": 8, "depth": 1}}
+        before = config(scheduler("CosineAnnealingLR", T_max=2))
+        before["model"]["task"] = {"class_path": "a"}
+        members = [{"class_path": "lightning_kd.teachers.Frozen", "init_args": {"model": one}} for _ in range(2)]
+        before["model"]["teacher"]["init_args"] = {"teachers": members} if number else members[0]["init_args"]
+        network = members[number]["init_args"]
+        (tmp_path / "t.ckpt.json").write_text(json.dumps(teacher.own_training(before, one, number)))
+        now = before | {"teacher_fit": before["teacher_fit"] | changed.get("teacher_fit", {})}
+        another = one | {"init_args": one["init_args"] | changed.get("network", {})}
+        with pytest.raises(teacher.TrainedOtherwiseError) as told:
+            teacher.check(
+                file,
+                teacher.own_training(now, another, now["teacher_fit"]["seed"] + number),
+                teacher.written(now, network, number),
+            )
+        return str(told.value).partition("(")[2].partition(")")[0]
+
+    assert trained({"network": {"width": 4}}) == "model.teacher.init_args.model.init_args.width: 8 then, 4 now"
+    assert trained({"network": {"width": 4}}, number=1) == (
+        "model.teacher.init_args.teachers.1.init_args.model.init_args.width: 8 then, 4 now"
+    )
+    assert trained({"teacher_fit": {"max_epochs": 5, "lr": 1}}) == (
+        "teacher_fit.max_epochs: 2 then, 5 now; teacher_fit.lr: 0.01 then, 1 now"
+    )
+    assert trained({"teacher_fit": {"seed": 3}}, number=1) == "teacher_fit.seed + 1: 1 then, 4 now"
+    assert trained({"teacher_fit": {"task": {"class_path": "b"}}}) == "teacher_fit.task.class_path: a then, b now"
+    many = trained({"network": dict.fromkeys("abcdef", 0)})
+    assert many.endswith("d: None then, 0 now; and 2 more")
+
+
+def test_a_mistyped_network_of_a_teacher_that_is_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model.teacher.init_args.checkpoint", "t.ckpt"]
+    settings = DistillationCLI(["--config", "digits_kd", *arguments], run=False, make=False).plain_config
+    network = settings["model"]["teacher"]["init_args"]["model"]
+    Path("t.ckpt").touch()
+    Path("t.ckpt.json").write_text(json.dumps(teacher.own_training(settings, network, 0)))
+    depth = ["--model.teacher.init_args.model.init_args.depth"]
+    assert main(["fit", "--config", "digits_kd", *arguments, *depth, "9"]) == 2
+    assert "error: expected a depth" in capsys.readouterr().err
+    assert main(["fit", "--config", "digits_kd", *arguments, *depth, "20"]) == 2
+    told = "was trained with other settings (model.teacher.init_args.model.init_args.depth: 14 then, 20 now)."
+    assert told in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"t.ckpt", "t.ckpt.json"}
