@@ -160,8 +160,8 @@ class StudentTeacherModule(AnomalibDistillation):
         teacher_levels: Paths in the teacher, where they are others.
         combine: ``"product"`` of the levels' maps, as STFPM has it, or ``"sum"``.
         terms: What is distilled, by name; ``losses.STFPM`` on each level unless given.
-        optimizer: Makes the optimizer of parameters; STFPM's own unless given: SGD of 0.4, momentum 0.9, weight decay
-            1e-4.
+        optimizer: Makes the optimizer of parameters; unless given SGD of 0.4, momentum 0.9, weight decay 1e-4, as the
+            code of STFPM's authors has it, whose loss is without the factor 1/2: its steps are twice as long.
         pre_processor: As anomalib has it: False, True for the default one, or your own.
         post_processor: Likewise.
         evaluator: Likewise.

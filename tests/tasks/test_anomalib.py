@@ -446,6 +446,30 @@ def test_a_small_network_learns_the_maps_of_patchcore() -> None:
     assert "test/image_auroc" in measured
 
 
+@pytest.mark.usefixtures("folder")  # without pretrained weights
+def test_the_maps_of_dinomaly_teach() -> None:
+    from anomalib.models.image.dinomaly.torch_model import DinomalyModel
+
+    pl.seed_everything(0, verbose=False)
+    teacher = DinomalyModel("vit_small_patch14_reg4_dinov2")
+    before = copy.deepcopy(teacher.state_dict())
+    module = DistillationModule(
+        task=AnomalyDetection(),
+        student=AnomalyNet(width=4),
+        teacher=teacher,
+        terms={"map": Term(losses.PKD(), student="output", teacher="output.anomaly_map")},
+        optimizer=torch.optim.AdamW,
+    )
+    data = Textures(size=56, train_size=8, batch_size=8)  # patches of 14
+    trainer = pl.Trainer(**QUIET | {"max_steps": 1, "limit_val_batches": 0})
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["train/map"] > 0
+    images, _ = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    with torch.no_grad():
+        assert teacher.eval()(images).anomaly_map.std() > 0
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
 def test_a_decoder_learns_what_its_own_encoder_saw() -> None:
     from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
 
