@@ -46,10 +46,12 @@ class ALoss(nn.Module):
         -repel * (e_t - e_s)    where inner * e_t <= e_s <= e_t     better: further away from it, to the truth
         0                       where e_s < inner * e_t             as good as the truth
 
-    A mean over coordinates. The teacher is thought of on the student's side of the truth. One term has a tough teacher,
-    which learned the true points (1.9, 0.45), another one a tolerant one, which learned smoothed points (1.8, 0.4). It
-    is never above ``attract * |student - teacher|``, and below 0 where the student is better. The paper's main loss,
-    which depends on the tolerant teacher, is not a part of it: that is the task's.
+    A mean over coordinates. Where the teacher is exact, e_t = 0, a coordinate is drawn like any other; in the authors'
+    code, whose condition is a product of signs, such a coordinate counts 0. The teacher is thought of on the student's
+    side of the truth. One term has a tough teacher, which learned the true points (1.9, 0.45), another one a tolerant
+    one, which learned smoothed points (1.8, 0.4). It is never above ``attract * |student - teacher|``, and below 0
+    where the student is better. The paper's main loss, which depends on the tolerant teacher, is not a part of it: that
+    is the task's.
 
     Args:
         attract: Weight where the student is worse.

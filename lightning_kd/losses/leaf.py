@@ -30,8 +30,8 @@ class LEAF(nn.Module):
 
     A student that is aligned may search an index that the teacher made. So its own last layer, and not a projector,
     brings its embeddings to the teacher's length; of embeddings of length 1 it is ``2 - 2 cos``. It needs no labels,
-    no pairs and no large batch. The formula is read from descriptions of the paper; its text and the authors' code were
-    not there to be checked.
+    no pairs and no large batch. The formula is the one that a review of the paper gives, of one sample and behind a
+    normalisation that may be left out; the paper's own text and the authors' code were not there to be checked.
 
     Args:
         normalize: Whether both are scaled to length 1 first: for models that leave this to the search.

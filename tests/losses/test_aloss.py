@@ -36,6 +36,13 @@ def test_wherever_it_pulls_it_pulls_towards_the_truth(error: float, towards_trut
     assert bool((student.grad == 0).all()) != towards_truth
 
 
+def test_an_exact_teacher_draws_like_any_other_where_the_authors_code_has_nothing():
+    truth = torch.zeros(1, 1, 2, dtype=torch.float64)
+    assert as_the_authors_have_it(0.5, 0.0, 0.0, 1.9, -0.45) == 0
+    nearly = as_the_authors_have_it(0.5, 0.0, 1e-9, 1.9, -0.45)
+    assert float(aloss(truth + 0.5, truth, truth)) == pytest.approx(nearly, rel=1e-6) == pytest.approx(0.95)
+
+
 def test_joints_that_do_not_count_have_no_influence():
     s, t, y = torch.rand(3, 5, 2), torch.rand(3, 5, 2), torch.rand(3, 5, 2)
     joints = torch.rand(3, 5) < 0.5
