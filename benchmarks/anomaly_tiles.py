@@ -12,7 +12,7 @@ What of RD4AD fails, by leaving out one of its four differences from the variant
     python benchmarks/anomaly_tiles.py --seeds 1 2 --detectors "RD4AD, position by position" "RD4AD, levels weighed" \
         "RD4AD, decoder sees the encoder" "RD4AD, usual betas" --output benchmarks/results/anomaly_tiles_rd4ad.csv
 
-``--latency`` trains nothing, and writes medians of one image on one thread, in turns::
+``--latency`` trains a step at most, and writes medians of one image on one thread, in turns::
 
     python benchmarks/anomaly_tiles.py --latency --output benchmarks/results/anomaly_tiles_latency.csv
 """
@@ -140,9 +140,10 @@ def efficient_ad(seed: int, epochs: int, hard: float) -> Trained:
         lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-5),
     )
     # The quantiles are those of the last validation.
-    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=max(epochs, 1), **QUIET)
-    trainer.fit(module, datamodule=data)
-    print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()}, flush=True)
+    if epochs:
+        trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **QUIET)
+        trainer.fit(module, datamodule=data)
+        print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()}, flush=True)
     return module.task.deployed(module.student), data
 
 
@@ -171,8 +172,8 @@ def mixed(seed: int, epochs: int) -> Trained:
         lambda parameters: torch.optim.AdamW(parameters, lr=0.001),
         lr_scheduler=schedules.Cosine(1.0, 0.0),
     )
-    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, **QUIET)
-    trainer.fit(module, datamodule=data)
+    if epochs:
+        Trainer(max_epochs=epochs, limit_val_batches=0, **QUIET).fit(module, datamodule=data)
     return module.task.deployed(module.student), data
 
 
@@ -205,8 +206,9 @@ def anomalibs(seed: int, epochs: int) -> Trained:
 
 
 def trained(name: str, seed: int, train: bool = True) -> Trained:
-    """Train a detector, by its name; or only make it."""
-    changes = [] if train else ["--trainer.max_epochs=0"]
+    """Train a detector, by its name; or only make it, by one step at most."""
+    short = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
+    changes = [] if train else [f"--trainer.{key}={value}" for key, value in short.items()]
     if name.startswith("EfficientAD"):
         return efficient_ad(seed, 5 * train, 0.999 if name.endswith("hard=0.999") else 0.0)
     if name == "MixedTeacher":
@@ -252,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--detectors", nargs="+", choices=[*DETECTORS, *ABLATION], default=DETECTORS)
-    parser.add_argument("--latency", action="store_true", help="train nothing, write what an image takes")
+    parser.add_argument("--latency", action="store_true", help="train a step at most, write what an image takes")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
