@@ -150,7 +150,7 @@ def _names_configuration(arguments: list[str]) -> bool:
 
 def _told(error: BaseException) -> str:
     """What a class that was being built complained of, and where, in one line, without the types that were tried."""
-    where = ""
+    where, outermost = "", error
     if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
         return f"the checkpoint is of another network: {misfits[1]}"
     if "'linked_targets'" in str(error):  # jsonargparse's own mistake
@@ -183,4 +183,6 @@ def _told(error: BaseException) -> str:
     missing = re.search(r"No such file or directory: '([^']+)'$", shown)  # of data that are made of their arguments
     if missing and not os.path.isabs(missing[1]):
         shown += f" (looked from {os.getcwd()!r})"
-    return re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)
+    line = re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)
+    notes = [note for note in getattr(outermost, "__notes__", ()) if note not in line]
+    return " ".join([line if line.endswith((".", "?")) or not notes else f"{line}.", *notes])

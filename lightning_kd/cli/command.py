@@ -28,6 +28,7 @@ from lightning_kd.cli.progress import progress, quiet
 from lightning_kd.cli.recipe import KEY, Recipe, accepts, plain, read
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
+from lightning_kd.cli.terms import name_term, terms_in
 from lightning_kd.module import DistillationModule
 
 SWITCHES = {
@@ -81,7 +82,11 @@ class DistillationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` is not empty, and unpickle any checkpoint."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except Exception as error:
+            name_term(error, terms_in(args))
+            raise
         trainer = self.config.get(str(self.config.get("subcommand")), self.config)["trainer"]
         if isinstance(trainer.get("callbacks"), Namespace):  # one alone, which the Trainer takes, too
             trainer["callbacks"] = [trainer["callbacks"]]
@@ -167,7 +172,14 @@ class DistillationCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make data, model and trainer."""
         if self._make:
+            self._make_classes()
+
+    def _make_classes(self) -> None:
+        try:
             super().instantiate_classes()
+        except Exception as error:
+            name_term(error, self.own_config["model"].get("terms"))
+            raise
 
     def rehearse(self) -> None:
         """Train for one batch, with an untrained teacher if there is no other: mistakes are told before a long run."""
@@ -178,7 +190,7 @@ class DistillationCLI(LightningCLI):
         trainer.enable_checkpointing = trainer.enable_model_summary = trainer.enable_progress_bar = False
         try:
             with quiet(), contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
-                super().instantiate_classes()
+                self._make_classes()
                 self.trainer.fit(self.model, datamodule=self.datamodule)
         finally:
             self.config, self.save_config_callback = config, kept
@@ -196,7 +208,7 @@ class DistillationCLI(LightningCLI):
         config, self.config = self.config, self._with_stand_in(all_untrained=True)
         try:
             with quiet():
-                super().instantiate_classes()
+                self._make_classes()
         finally:
             self.config = config
 

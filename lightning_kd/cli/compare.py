@@ -118,7 +118,25 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
             f"{file}: compare needs terms, and a teacher: a lightning_kd.teachers.Frozen with a model, an Ensemble of "
             "such, or one that learns with the student"
         )
+    refuse_monitors(file, settings)
     return cli
+
+
+def refuse_monitors(file: str, settings: Settings) -> None:
+    """Refuse callbacks that watch a term: the student alone, which is trained by the same, would end the comparison.
+
+    Raises:
+        UsageError: If there is such a callback.
+    """
+    logged = {f"train/{name}" for name in settings["model"].get("terms") or {}}
+    for each in settings["trainer"].get("callbacks") or []:
+        monitor = (each.get("init_args") or {}).get("monitor")
+        if monitor in logged and not each["class_path"].startswith(teacher.OUR_CALLBACKS):
+            raise UsageError(
+                f"{file}: {each['class_path'].rpartition('.')[2]} monitors {monitor!r}, a term, and the student alone, "
+                "which is trained with the same callbacks, has none. Monitor what both have: val/loss, or a metric of "
+                "the task"
+            )
 
 
 def settings_of(cli: DistillationCLI) -> Settings:

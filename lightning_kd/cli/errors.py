@@ -19,6 +19,11 @@ GROUPS = ("trainer", "model", "data", "seed_everything", "teacher_fit", "ckpt_pa
 CALLED = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
 """What the arguments of a group go to."""
 
+OWN_MODULE = (
+    ". Here model takes task, student, teacher and terms, and no class. A LightningModule of your own is trained by "
+    "LightningCLI, with lightning_kd.Distillation in trainer.callbacks: docs/doors.md"
+)
+
 NAMED = ("losses", "schedules", "teachers", "tasks", "models", "data")
 """Where the classes are that a configuration names."""
 
@@ -92,13 +97,14 @@ def closest_argument(told: str) -> str:
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
     if not found:
         return _top_level(told)
+    if found["of"] == "model" and found["name"] in ("class_path", "init_args"):
+        return OWN_MODULE
     member = pydoc.locate(CALLED.get(found["of"], found["of"]))
     if not callable(member):
         return ""
     known = list(inspect.signature(member).parameters)
-    if close := guess(found["name"], known):
-        return f".{close}"
-    return f". What else the model takes: options: {{{found['name']}: ...}}" if "options" in known else ""
+    other = f". What else the model takes: options: {{{found['name']}: ...}}" if "options" in known else ""
+    return f".{close}" if (close := guess(found["name"], known)) else other
 
 
 def _top_level(told: str) -> str:

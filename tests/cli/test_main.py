@@ -631,6 +631,23 @@ def test_a_loss_that_gets_no_projector_is_told_in_one_line(
         ("model: {terms: {dk: {weight: 1.0}}}", "term 'dk' has no loss; the terms with one are: kd. Did you mean kd?"),
         ("model: {terms: {kd: 3}}", "error: model.terms: "),
         ("model: 3", "error: "),
+        (
+            "model: {terms: {kd: {loss: {class_path: lightning_kd.losses.KD, init_args: {T: 2}}}}}",
+            "Option 'T' is not accepted. This happened in the distillation term 'kd'.\n",
+        ),
+        (
+            "model: {terms: {kd: {loss: {class_path: lightning_kd.losses.KD, init_args: {temperature: hot}}}}}",
+            "Got value: hot. This happened in the distillation term 'kd'.\n",
+        ),
+        (
+            "model: {terms: {b: {loss: {class_path: lightning_kd.losses.KD, init_args: {temperature: -1.0}}}}}",
+            "number, got -1.0. This happened in the distillation term 'b'.\n",
+        ),
+        ("model: {terms: {kd: {weight: -1.0}}}", "got -1.0. This happened in the distillation term 'kd'.\n"),
+        (
+            "model: {class_path: mine.Lit, init_args: {width: 4}}",
+            "is trained by LightningCLI, with lightning_kd.Distillation in trainer.callbacks: docs/doors.md",
+        ),
         ("trainer: {max_epochs: 2}\ntrainer: {devices: 1}", "mine.yaml, line 2: trainer stands there twice"),
         ("model: {student: {class_path: timm.models.resnet.resnet18}}", "model.student: class_path names a function"),
         (
@@ -674,6 +691,17 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(f"\n  {c} " in told for c in ("fit", "validate", "test", "predict", "compare", "export", "list"))
+
+
+@pytest.mark.parametrize("kind", ["ModelCheckpoint", "EarlyStopping"])
+def test_a_monitor_that_the_student_alone_has_not_is_told_before_any_training(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    watching = [f"--trainer.callbacks+=lightning.pytorch.callbacks.{kind}", "--trainer.callbacks.monitor=train/kd"]
+    assert main(["compare", "--config", "digits_kd", *watching]) == 2
+    assert f"digits_kd.yaml: {kind} monitors 'train/kd', a term, and the student alone" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", ["x", {"inputs": []}, {"student": ["a"], "inputs": []}])
