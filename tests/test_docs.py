@@ -16,6 +16,8 @@ from types import ModuleType
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 import lightning_kd
 from lightning_kd import cli
@@ -114,6 +116,17 @@ def test_yaml_parses(
         assert yaml.safe_load(block.body) is not None
     for block in config_blocks(page):
         call_cli("fit", "--config", str(block.save(tmp_path)), "--print_config")
+
+
+def test_the_callback_is_made_of_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (block,) = (each for each in blocks(REPO / "docs" / "doors.md", "yaml") if each.title == "callback.yaml")
+    given = ["--config", str(block.save(tmp_path)), "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    cli = LightningCLI(BoringModel, BoringDataModule, args=given, run=False, seed_everything_default=0)
+    (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, lightning_kd.Distillation))
+    assert isinstance(callback.distiller.teacher, lightning_kd.teachers.Frozen)
+    assert callback.distiller.terms["kd"].weight == 0.9
 
 
 @pytest.mark.parametrize("page", [param for param in pages_with("bash") if list(commands(param.values[0]))])  # type: ignore[attr-defined]
