@@ -226,10 +226,14 @@ class Distiller(nn.Module):
             with _naming(name):
                 refuse_taught(self.teacher, term)
         paths = {path.module for path in self._teacher_paths.values()}
-        self.teacher.bind(student, paths | {OUTPUT} if ANSWER in labels_asked(self.student_input) else paths)
-        for name, term in self.named_terms():
-            with _naming(name):
-                term.meet(self.teacher.still)
+        try:
+            self.teacher.bind(student, paths | {OUTPUT} if ANSWER in labels_asked(self.student_input) else paths)
+            for name, term in self.named_terms():
+                with _naming(name):
+                    term.meet(self.teacher.still)
+        except BaseException:
+            self.teacher.unbind()
+            raise
         self._read = [
             Path(self._student_paths[name].text + term.student.text.removeprefix(term.student.module))
             for name, term in self.named_terms()
@@ -301,12 +305,20 @@ class Distiller(nn.Module):
             ValueError: If the shapes of a term cannot be bridged.
         """
         assert self.student is not None
-        # Under autocast what stands still, in half the memory, may share its precision by chance.
-        dtypes = {p.dtype for p in self.student.parameters() if p.requires_grad or call.autocast is None}
+        # What stands still, in half the memory, may have the precision of a sample from under autocast by chance.
+        dtypes = {p.dtype for p in self.student.parameters() if p.requires_grad}
         for name, term in self.named_terms():
             with _naming(name):
                 if term.needs_sample:
                     term.build(*term.pairs(*self._captured(name, call))[0], dtypes)
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether something does not learn now in the layer of the student that a term reads, or it has nothing."""
+        assert self.student is not None
+        path = self._student_paths[name].module
+        layer = self.student if path == OUTPUT else find_module(self.student, path, "the student")
+        weights = list(layer.parameters()) or list(self.student.parameters())
+        return any(not p.requires_grad for p in weights)
 
     def imitated_shapes(self, calls: Sequence[Call]) -> dict[str, set[tuple[int, ...]]]:
         """Returns the shapes of what each term's student side is to imitate in those calls."""
@@ -348,13 +360,12 @@ class Distiller(nn.Module):
         if not calls:
             raise RuntimeError("The student was not called, or only under no_grad: there is nothing to distil.")
         losses = {}
-        with calls[0].precision():
-            for name, term in self.named_terms():
-                with _naming(name):
-                    self._check_answers(name, term, calls)
-                    values = [term(*self._captured(name, call), labels) for call in calls]
-                    losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
-            return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
+        for name, term in self.named_terms():
+            with _naming(name):
+                self._check_answers(name, term, calls)
+                values = [term(*self._captured(name, call), labels) for call in calls]
+                losses[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
+        return {**losses, **self.teacher.losses([call.teacher for call in calls], labels)}
 
     def _refuse_misspelt(self, labels: Mapping[str, Any]) -> None:
         asked = {*_USUAL, *self.labels}

@@ -86,7 +86,7 @@ class Term(nn.Module):
         self._built = self.projector is not None and not hasattr(loss, "build")
         self._bridged = False
         self.unfreezes = False
-        """Whether layers that the student's tensor is computed with may be frozen yet, and are told to learn later."""
+        """Whether what the student's tensor is computed with is frozen, and learns later: then it may teach nothing."""
         self.at(Moment())
 
     def meet(self, teacher: nn.Module | None) -> None:
@@ -183,8 +183,7 @@ class Term(nn.Module):
             self._bridged = True
         if hasattr(self.loss, "build"):
             with torch.no_grad():
-                assert self.projector is not None
-                levels = self._compared(_cast(student, self.projector), teacher)
+                levels = self._compared(student, teacher)
                 self.deeper.extend(copy.deepcopy(self.loss) for _ in levels[1:])
                 for loss, (s, t) in zip(self._losses(), levels, strict=True):
                     loss.build(s, t)  # type: ignore[operator]  # as the first of them, which has one
@@ -294,6 +293,8 @@ class Term(nn.Module):
     def _compared(self, student: Selected, teacher: Selected) -> list[tuple[Tensor, Tensor]]:
         """Returns what the loss is given of one call, level by level."""
         assert self.projector is not None
+        if next(_each(student)).dtype != _dtype(self.projector) and not _under_autocast(student):
+            student = _cast(student, self.projector)  # one that is over by now, the student's own or that of a step
         if not self._bridged:  # the user's own, or none that is needed
             return self._levels(self.projector(student), self.teacher_side(teacher))
         projectors = self.projector.levels if isinstance(self.projector, PerLevel) else [self.projector]
@@ -403,9 +404,17 @@ def _each_level(labels: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     ]
 
 
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _under_autocast(selected: Selected) -> bool:
+    device = next(_each(selected)).device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _cast(selected: Selected, module: nn.Module) -> Selected:
-    # A sample may come from under autocast, which is over here; the shapes are what matters.
-    dtype = next((parameter.dtype for parameter in module.parameters()), None)
+    dtype = _dtype(module)
     if dtype is None:
         return selected
     return selected.to(dtype) if isinstance(selected, Tensor) else Levels(level.to(dtype) for level in selected)

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,14 +37,6 @@ class Call:
     teacher: Record
     versions: dict[int, int] = field(default_factory=dict)
     """Of what the teacher answered, when it did."""
-    autocast: tuple[str, torch.dtype] | None = None
-    """Type of device and precision, where the student was called under autocast."""
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """Returns the context in which layers beside the student's run as those do: its autocast, if that is over."""
-        if self.autocast is None or torch.is_autocast_enabled(self.autocast[0]):
-            return nullcontext()
-        return torch.autocast(*self.autocast)
 
 
 class Watcher:
@@ -175,7 +167,7 @@ class Watcher:
             )
             raise
         refuse_overwriting_teacher(given)
-        call = Call(student={}, teacher=answer, versions=versions_of(answer), autocast=_autocast(self.student))
+        call = Call(student={}, teacher=answer, versions=versions_of(answer))
         if self.student_input is not None and self._asks_teacher:
             own = view("student_input", self.student_input, {**labels, ANSWER: answer[OUTPUT][0]})
         return call, own
@@ -193,11 +185,6 @@ class Watcher:
             self._calls.pop()
         elif self.teacher.same_call and self._calls:
             self._calls[-1].versions = versions_of(self._calls[-1].teacher)
-
-
-def _autocast(student: nn.Module) -> tuple[str, torch.dtype] | None:
-    device = next((p.device.type for p in student.parameters()), "cpu")
-    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def merged(*asked: Mapping[str, bool]) -> dict[str, bool]:

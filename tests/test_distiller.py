@@ -2,6 +2,7 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,21 +347,27 @@ def test_what_stands_still_in_half_the_memory_does_not_decide_a_projectors_preci
 
 
 @pytest.mark.parametrize("loss", [losses.FitNet(), losses.VID(), losses.MGD()], ids=lambda loss: type(loss).__name__)
-def test_terms_compute_as_a_student_whose_autocast_is_over(loss: nn.Module) -> None:
+@pytest.mark.parametrize("where", ["around", "inside"])
+@pytest.mark.parametrize("given", [None, nn.Conv2d(4, 8, 1)], ids=["built", "given"])
+def test_an_autocast_may_be_over(where: str, loss: nn.Module, given: nn.Module | None) -> None:
     of_image, of_teacher = (nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU()) for width in (4, 8))
-    distiller = Distiller({"it": Term(loss, student="0", teacher="0")}, of_teacher)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    if where == "inside":
+        of_image.forward = autocast(of_image.forward)
+    term = Term(copy.deepcopy(loss), student="0", teacher="0", projector=copy.deepcopy(given))
+    distiller = Distiller({"it": term}, of_teacher)
     distiller.attach(of_image)
-    with distiller.watch() as calls, torch.autocast("cpu", torch.bfloat16):
+    with distiller.watch() as calls, autocast if where == "around" else nullcontext():
         of_image(torch.randn(2, 3, 4, 4))
     distiller.build(calls[0])
+    assert calls[0].student["0"][0].dtype == torch.bfloat16
     torch.manual_seed(0)
-    outside = distiller(calls)["it"]
+    found = distiller(calls)["it"]
     torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert distiller(calls)["it"] == outside
-    outside.backward()
+    calls[0].student["0"][0] = calls[0].student["0"][0].float()
+    assert found == distiller(calls)["it"]  # in float32, from there on
+    found.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in of_image.parameters())
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_projector_made_after_the_optimizer_is_an_error() -> None:

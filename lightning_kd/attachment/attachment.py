@@ -32,7 +32,7 @@ from lightning_kd.attachment.refusals import (
     refuse_strategy,
     refuse_two_swaps,
     refuse_uncalled,
-    unfreezes_later,
+    waiting,
     warn_unlearned,
 )
 from lightning_kd.attachment.rehearsal import rehearse
@@ -283,8 +283,6 @@ class Attachment(Callback):
                 self._attach(pl_module)
             for distiller in self._distillers:  # since then the strategy may have replaced layers (sync_batchnorm)
                 distiller.refresh()
-                for _, term in distiller.named_terms():
-                    term.unfreezes = unfreezes_later(pl_module.trainer)
             self._move_teacher(pl_module.device)
             self._ready = True
 
@@ -453,7 +451,8 @@ class Attachment(Callback):
         """Returns the total of the losses of one network, and what is logged of them."""
         moment = self._moment(trainer)
         distiller.at(moment)
-        losses = distiller(calls, **labels())
+        with waiting(trainer, distiller):
+            losses = distiller(calls, **labels())
         if not self._was_called:
             warn_unlearned(trainer, distiller, losses)
         named = {name + key: loss for key, loss in losses.items()}

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
@@ -355,7 +354,7 @@ class MutualAttachment(Attachment):
                     distiller.as_teacher(found[j][i].student, peer.distiller) for j, peer in enumerate(self._members)
                 ]
                 own = records.pop(k)
-                pairs += [replace(call, teacher=each, versions={}) for each in self.teacher.knowledge(own, records)]
+                pairs += [Call(call.student, knowledge) for knowledge in self.teacher.knowledge(own, records)]
             paired.append(pairs)
         return paired
 

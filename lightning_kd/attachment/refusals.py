@@ -1,6 +1,7 @@
 """What cannot be distilled by a callback, and what to do instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -142,9 +143,18 @@ def refuse_forgotten_peer(trainer: Trainer, name: str, peer: nn.Module, stranger
         )
 
 
-def unfreezes_later(trainer: Trainer) -> bool:
-    """Returns whether a callback of Lightning's lets layers learn that are frozen when a fit begins."""
-    return any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
+@contextmanager
+def waiting(trainer: Trainer, distiller: Distiller) -> Iterator[None]:
+    """Lets terms teach nothing whose layer is frozen, where a callback of Lightning's unfreezes layers later."""
+    later = any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
+    frozen = [term for name, term in distiller.named_terms() if later and distiller.is_frozen(name)]
+    try:
+        for term in frozen:
+            term.unfreezes = True
+        yield
+    finally:
+        for term in frozen:
+            term.unfreezes = False
 
 
 def warn_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, Tensor]) -> None:
@@ -153,21 +163,21 @@ def warn_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, 
         return
     own = {id(p) for p in distiller.parameters()}
     known = _optimized(trainer) - own
+    later = any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
     for name, term in distiller.named_terms():
         reached = _reached(losses[name])
-        if not term.weight or reached is None:
+        if not term.current_weight or reached is None:
             continue
-        if unfreezes_later(trainer):
-            if not reached - own:
-                rank_zero_warn(
-                    f"Term {name!r} teaches nothing yet: all that the student's {term.student.text!r} is computed with "
-                    "is frozen. It begins to when that is unfrozen."
-                )
-        elif not reached & known:
+        if not later and not reached & known:
             rank_zero_warn(
                 f"Term {name!r} teaches nothing: of the parameters that the student's {term.student.text!r} is "
                 "computed with none is in an optimizer. Give them to one in configure_optimizers, or name a layer that "
                 "learns; if they are added to it later, there is nothing to mind."
+            )
+        if later and not reached - own:
+            rank_zero_warn(
+                f"Term {name!r} teaches nothing yet: all that the student's {term.student.text!r} is computed with is "
+                "frozen. It begins to when that is unfrozen."
             )
 
 

@@ -1,14 +1,16 @@
 """A rehearsal: the shapes that projectors have to bridge, from the student's first call on two samples."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.utils.data import (
@@ -50,21 +52,19 @@ def rehearse(
         The student's first call, or none if the step made none.
     """
 
-    def first_call(prepared: bool) -> list[Call]:
+    def first_call() -> list[Call]:
         calls: list[Call] = []
         with ExitStack() as stack:
-            stack.enter_context(isolate_rng())
+            stack.enter_context(_random_numbers_restored())
             stack.enter_context(_state_restored(pl_module))
             stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
             stack.enter_context(_silent(pl_module))
-            stack.enter_context(_data_made_later(trainer))
-            if prepared:  # some steps ask for what Lightning makes after this
-                stack.enter_context(_optimizers(trainer))
-                trainer.fit_loop.setup_data()
             # Hooks that a compiled module meets only later would never fire.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(student.register_forward_hook(_end_rehearsal).remove)
-            batch = first_samples(trainer, pl_module)
+            loader = training_data(trainer)
+            batch = first_samples(trainer, pl_module, loader)
+            stack.enter_context(_data_told(trainer, loader))
             stack.enter_context(trainer.precision_plugin.train_step_context())
             calls = stack.enter_context(distiller.watch(labels(batch)))
             with_index = is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
@@ -73,9 +73,10 @@ def rehearse(
         return calls
 
     with suppress(Exception):
-        return first_call(prepared=False)
+        return first_call()
     try:
-        return first_call(prepared=True)
+        with _optimizers(trainer):  # some steps ask for them before they call the student
+            return first_call()
     except Exception as error:
         error.add_note(
             "This happened in a rehearsal of training_step on two samples, made to learn the shapes that "
@@ -85,14 +86,32 @@ def rehearse(
 
 
 @contextmanager
-def _data_made_later(trainer: Trainer) -> Iterator[None]:
-    """Lets the loop forget data that a step has made it prepare, by ``estimated_stepping_batches``, say."""
-    loop = trainer.fit_loop
-    before = loop._combined_loader
+def _random_numbers_restored() -> Iterator[None]:
+    """As Lightning's ``isolate_rng``, after an error, too."""
+    states = _collect_rng_states()
     try:
         yield
     finally:
-        loop._combined_loader = before  # or the run would lack the random numbers that the data takes
+        _set_rng_states(states)
+
+
+@contextmanager
+def _data_told(trainer: Trainer, loader: Any) -> Iterator[None]:
+    """Tells a step that asks how long the run is; to have the loop prepare its data now would take random numbers."""
+    loop, limit = trainer.fit_loop, trainer.limit_train_batches
+    before = loop._combined_loader, loop.max_batches
+    combined = loader if hasattr(loader, "flattened") else CombinedLoader(loader)
+    lengths = [sized_len(each) for each in combined.flattened]
+    batches = math.inf if None in lengths else max(length or 0 for length in lengths)
+    if isinstance(limit, int):
+        batches = min(batches, limit)
+    elif batches < math.inf:
+        batches = int(batches * limit)
+    try:
+        loop._combined_loader, loop.max_batches = combined, batches
+        yield
+    finally:
+        loop._combined_loader, loop.max_batches = before
 
 
 @contextmanager
@@ -107,14 +126,18 @@ def _optimizers(trainer: Trainer) -> Iterator[None]:
         strategy.optimizers, strategy.lr_scheduler_configs = before
 
 
-def first_samples(trainer: Trainer, pl_module: LightningModule) -> Any:
+def training_data(trainer: Trainer) -> Any:
+    """Returns the training data as the user gave them."""
+    # The one place where Lightning keeps the loader before the loop makes it, whichever way it was given.
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def first_samples(trainer: Trainer, pl_module: LightningModule, loader: Any) -> Any:
     """Returns a small training batch on the student's device, in the format of the module's own batches.
 
     No worker is started, and no sampler of torch's that counts is asked; others are asked for one batch, and their
     generators put back. An iterable data set gives its first batch.
     """
-    # The one place where Lightning keeps the loader before the loop makes it, whichever way it was given.
-    loader = trainer.fit_loop._data_source.dataloader()
     batch = trainer.precision_plugin.convert_input(_small_batch(loader))
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -135,7 +135,11 @@ class Cached(Teacher):
         self._paths = sorted(paths)
         if isinstance(self.teacher, Teacher):
             self.teacher.bind(student, paths)
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            self.unbind()
+            raise
 
     def unbind(self) -> None:
         """Writes what is not written yet, and closes the cache."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_kd.callbacks import EMATeacher
@@ -19,7 +19,7 @@ from project import QUIET, Direct, Project, fit, hint, kd, loader, logged, net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, teachers
+from lightning_kd import Distillation, DistillationModule, Distiller, Term, losses, schedules, teachers
 
 
 def test_manual_optimization_is_told_what_to_call() -> None:
@@ -359,6 +359,39 @@ def test_a_backbone_may_be_unfrozen_later(loss: nn.Module) -> None:
     alone, taught = gradients(0.0), gradients(5.0)
     assert alone[:4] == taught[:4] == [0.0] * 4
     assert all(a > 0 and a != b for a, b in zip(alone[4:], taught[4:], strict=True))
+
+
+def test_what_is_unfrozen_by_hand_is_not_warned_of_while_its_weight_is_zero() -> None:
+    class ByHand(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+            pl_module.model[0].requires_grad_(trainer.current_epoch > 0)
+
+    later = schedules.Piecewise([(0.0, 0.0), (0.5, 1.0)], interpolate=False)
+    term = Term(losses.FitNet(), later, student="0", teacher="0")
+    run = fit(Project(), ByHand(), Distillation(net(16), {"it": term}, student="model"), max_epochs=2)
+    assert logged(run)["train/it/weight"] == 1.0
+
+
+def test_what_never_learns_is_refused_beside_a_finetuning_too() -> None:
+    class Cut(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self[0](x)
+            return self[2](self[1](x))
+
+    class OfTheHead(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            pl_module.model[2].weight.requires_grad_(False)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            pass
+
+    module = Project()
+    module.model = Cut(*net())
+    term = Term(losses.FitNet(), student="0", teacher="0")
+    with pytest.raises(ValueError, match="'0' carries no gradient"):
+        fit(module, OfTheHead(), Distillation(net(16), {"it": term}, student="model"))
+    assert not term.unfreezes
 
 
 def test_terms_that_learn_nothing_are_for_every_student() -> None:

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import MinMaxMetric
 
 from lightning_kd import Distillation, Term, losses, teachers
-from lightning_kd.attachment.rehearsal import _small_batch, first_samples
+from lightning_kd.attachment.rehearsal import _small_batch, first_samples, training_data
 
 
 class Indexed(Dataset[Any]):
@@ -134,7 +134,7 @@ class Probe(LightningModule):
         return [x + 1 for x in batch]
 
     def configure_model(self) -> None:
-        self.samples = first_samples(self.trainer, self)
+        self.samples = first_samples(self.trainer, self, training_data(self.trainer))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.batch = batch
@@ -261,6 +261,35 @@ def test_a_step_may_ask_how_long_the_run_is_before_it_calls_the_student() -> Non
         return torch.stack(module.seen[-8:])
 
     assert torch.equal(order(), order(hint()))
+
+
+def test_a_step_that_asks_first_sees_what_it_sees_alone() -> None:
+    class Random(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x + torch.randn(()), y
+
+    class Asking(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert self.trainer.num_training_batches == 3
+            assert self.trainer.estimated_stepping_batches == 3
+            self.optimizers()
+            self.seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    def seen(*callbacks: Callback) -> Tensor:
+        module = Asking()
+        torch.manual_seed(3)
+        of_its_own = torch.Generator().manual_seed(4)
+        batches = DataLoader(Random(*data().tensors), batch_size=4, shuffle=True, generator=of_its_own)
+        fit(module, *callbacks, batches=batches, limit_train_batches=3)
+        return torch.stack(module.seen[-3:])
+
+    assert torch.equal(seen(), seen(hint()))
 
 
 def test_what_a_metric_has_seen_does_not_count_the_rehearsal() -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_kd import Distiller, Term, losses
+from lightning_kd.teacher_layers import TeacherLayers
 from lightning_kd.teachers import EMA, Frozen, Teacher, load_weights
 
 
@@ -226,6 +227,15 @@ def test_it_goes_back_to_the_mode_that_it_came_from() -> None:
         assert not any(part.training for part in model.modules())
         teacher.unbind()
         assert {name: part.training for name, part in model.named_modules()} == modes
+
+
+def test_what_cannot_be_attached_leaves_nothing_on_the_teacher() -> None:
+    model = Net()
+    term = Term(losses.FitNet(), student="stem", teacher="stem", projector=TeacherLayers(["nope"]))
+    with pytest.raises(ValueError, match="'nope'"):
+        Distiller({"it": term}, Frozen(model, compile={"backend": "eager"})).attach(Net())
+    assert model._compiled_call_impl is None
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 def test_two_distillers_cannot_have_one_at_once() -> None:
