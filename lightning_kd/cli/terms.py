@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,16 @@ def _complaint(given: Any) -> str:
     return ""
 
 
-def terms_in(arguments: Iterable[str]) -> dict[str, Any]:
+def terms_in(arguments: Any) -> dict[str, Any]:
     """The terms that the configurations of a command line have, those of a later one put into those before."""
     found: dict[str, Any] = {}
-    for file in arguments:
-        path = Path(file.removeprefix("--config="))
+    for file in arguments if isinstance(arguments, list) else ():
+        path = Path(str(file).removeprefix("--config="))
         if path.suffix in (".yaml", ".yml") and path.is_file():
-            model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model")
-            found = _merged(found, (model.get("terms") if isinstance(model, dict) else None) or {})
+            with suppress(yaml.YAMLError, UnicodeDecodeError):  # which is told better where it is read
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+                model = content.get("model") if isinstance(content, dict) else None
+                found = _merged(found, (model.get("terms") if isinstance(model, dict) else None) or {})
     return found
 
 
