@@ -293,8 +293,8 @@ class Term(nn.Module):
     def _compared(self, student: Selected, teacher: Selected) -> list[tuple[Tensor, Tensor]]:
         """Returns what the loss is given of one call, level by level."""
         assert self.projector is not None
-        if next(_each(student)).dtype != _dtype(self.projector) and not _under_autocast(student):
-            student = _cast(student, self.projector)  # one that is over by now, the student's own or that of a step
+        if _of_autocast(next(_each(student))):
+            student = _cast(student, self.projector)
         if not self._bridged:  # the user's own, or none that is needed
             return self._levels(self.projector(student), self.teacher_side(teacher))
         projectors = self.projector.levels if isinstance(self.projector, PerLevel) else [self.projector]
@@ -408,9 +408,11 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-def _under_autocast(selected: Selected) -> bool:
-    device = next(_each(selected)).device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _of_autocast(x: Tensor) -> bool:
+    """Tells whether a tensor may come from an autocast that is over, the student's own or that of a step."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
 
 
 def _cast(selected: Selected, module: nn.Module) -> Selected:

@@ -21,9 +21,8 @@ def set_training(model: nn.Module, training: bool) -> None:
 
 def remember_modes(parts: Iterable[nn.Module]) -> Callable[[], None]:
     """Returns a function that puts training modes back as they are now."""
-    modes = [
-        (part, part.training) for part in parts if hasattr(part, "training")
-    ]  # what torch.jit.freeze made has none
+    # What torch.jit.freeze made has none.
+    modes = [(part, part.training) for part in parts if hasattr(part, "training")]
 
     def restore() -> None:
         for part, training in modes:
