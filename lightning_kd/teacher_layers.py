@@ -88,18 +88,16 @@ class TeacherLayers(nn.Module):
         return x
 
     def _check_channels(self, x: Tensor) -> None:
-        """Refuses what the first of the layers that says it does not take."""
-        for part in (part for layer in self._layers for part in layer.modules()):
-            for name, dim in (("in_channels", 1), ("in_features", -1)):
-                wanted = getattr(part, name, None)
-                if isinstance(wanted, int):
-                    if x.shape[dim] != wanted:
-                        raise ValueError(
-                            f"the student's feature {tuple(x.shape)} does not fit the teacher's layer "
-                            f"{self.paths[0].text!r}, which takes {wanted} channels: give "
-                            f"TeacherLayers(..., before=nn.Conv2d({x.shape[dim]}, {wanted}, 1)), or tap another layer."
-                        )
-                    return
+        """Refuses what the first of the layers does not take, where that says it; later ones may get another shape."""
+        first = next(part for part in self._layers[0].modules() if next(part.children(), None) is None)
+        for name, dim in (("in_channels", 1), ("in_features", -1)):
+            wanted = getattr(first, name, None)
+            if isinstance(wanted, int) and x.shape[dim] != wanted:
+                raise ValueError(
+                    f"the student's feature {tuple(x.shape)} does not fit the teacher's layer "
+                    f"{self.paths[0].text!r}, which takes {wanted} channels: give "
+                    f"TeacherLayers(..., before=nn.Conv2d({x.shape[dim]}, {wanted}, 1)), or tap another layer."
+                )
 
 
 def _found(teacher: nn.Module, path: Path) -> Iterator[nn.Module]:

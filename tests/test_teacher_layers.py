@@ -114,6 +114,14 @@ class Norm(nn.Module):
         return out
 
 
+def test_a_pool_may_come_before_the_classifier() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, 4))
+    reused = TeacherLayers(["1", "2"])
+    reused.meet(teacher.eval())
+    feature = torch.randn(2, 8, 3, 3)
+    assert torch.equal(reused(feature), teacher[2](teacher[1](feature)))
+
+
 def test_the_layers_are_in_evaluation_mode_and_overwrite_nothing() -> None:
     teacher, feature = Norm(), torch.randn(2, 4, 5, 5)
     projector = TeacherLayers(["rest[:]"])

@@ -100,9 +100,9 @@ def _data_told(trainer: Trainer, loader: Any) -> Iterator[None]:
     """Tells a step that asks how long the run is; to have the loop prepare its data now would take random numbers."""
     loop, limit = trainer.fit_loop, trainer.limit_train_batches
     before = loop._combined_loader, loop.max_batches
-    combined = loader if hasattr(loader, "flattened") else CombinedLoader(loader)
-    lengths = [sized_len(each) for each in combined.flattened]
-    batches = math.inf if None in lengths else max(length or 0 for length in lengths)
+    combined = loader if hasattr(loader, "flattened") else CombinedLoader(loader, "max_size_cycle")
+    lengths = [_length(trainer, each) for each in combined.flattened]
+    batches = min(lengths) if combined._mode == "min_size" else max(lengths)
     if isinstance(limit, int):
         batches = min(batches, limit)
     elif batches < math.inf:
@@ -112,6 +112,20 @@ def _data_told(trainer: Trainer, loader: Any) -> Iterator[None]:
         yield
     finally:
         loop._combined_loader, loop.max_batches = before
+
+
+def _length(trainer: Trainer, loader: Any) -> float:
+    """Returns how many batches a loader gives, in each process; infinitely many where nobody knows."""
+    length = sized_len(loader)
+    if length is None:
+        return math.inf
+    if not isinstance(loader, DataLoader) or not loader.batch_size:
+        return length
+    if not trainer._data_connector._requires_distributed_sampler(loader):
+        return length
+    sampler: Any = loader.sampler
+    samples = math.ceil(len(sampler) / trainer.world_size)  # each process gets as many
+    return samples // loader.batch_size if loader.drop_last else math.ceil(samples / loader.batch_size)
 
 
 @contextmanager

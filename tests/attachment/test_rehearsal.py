@@ -5,13 +5,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from project import QUIET, Project, data, fit, hint, logged, net
+from project import QUIET, Project, data, fit, hint, loader, logged, net
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     TensorDataset,
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import MinMaxMetric
 
 from lightning_kd import Distillation, Term, losses, teachers
-from lightning_kd.attachment.rehearsal import _small_batch, first_samples, training_data
+from lightning_kd.attachment.rehearsal import _length, _small_batch, first_samples, training_data
 
 
 class Indexed(Dataset[Any]):
@@ -261,6 +262,36 @@ def test_a_step_may_ask_how_long_the_run_is_before_it_calls_the_student() -> Non
         return torch.stack(module.seen[-8:])
 
     assert torch.equal(order(), order(hint()))
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_a_step_keeps_how_long_the_run_is(mode: Any) -> None:
+    class Keeping(Project):
+        kept: list[float]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.kept.append(self.trainer.num_training_batches)
+            return super().training_step(next(each for each in batch if each is not None), batch_idx)
+
+    module = Keeping()
+    module.kept = []
+    fit(module, hint(), batches=CombinedLoader([loader(4), loader(8)], mode))
+    assert len(set(module.kept)) == 1
+
+
+def test_what_each_process_gets_is_what_a_step_is_told() -> None:
+    class OfTwo:
+        world_size = 2
+
+        class _data_connector:  # noqa: N801 - Lightning's
+            _requires_distributed_sampler = staticmethod(lambda _: True)
+
+    for drop_last in (False, True):
+        for samples in (7, 9, 16):
+            whole = TensorDataset(torch.zeros(samples))
+            sampler = DistributedSampler(whole, num_replicas=2, rank=0, drop_last=False)
+            expected = len(DataLoader(whole, batch_size=4, sampler=sampler, drop_last=drop_last))
+            assert _length(OfTwo(), DataLoader(whole, batch_size=4, drop_last=drop_last)) == expected  # type: ignore[arg-type]
 
 
 def test_a_step_that_asks_first_sees_what_it_sees_alone() -> None:
