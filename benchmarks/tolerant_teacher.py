@@ -3,8 +3,8 @@
     python benchmarks/tolerant_teacher.py --seeds 0 1 2 --output face68_tolerant
 
 As `face68_pose_aloss`, beside which it is measured, with the same teacher, which is the tough one here. The points of
-the tolerant one are smoothed by a shape model, as in the authors' code; it is trained as the other is. What is trained
-is kept in the folder that it is started in, and found again. It needs LIGHTNING_KD_DATA.
+the tolerant one are smoothed by a shape model, as in the authors' code (github.com/aliprf/KD-Loss); it is trained as
+the other is. What is trained is kept in the folder that it is started in, and found again. It needs LIGHTNING_KD_DATA.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class StudentTeacher(nn.Module):
         if self.training:
             return self.student(images)
         size, found = (images.shape[-2], images.shape[-1]), []
-        weights: list[list[float] | None] = [*weights_of_lists(self.weights)] or [None] * len(self._levels)
+        weights = grouped(self.weights) if self.weights is not None else [None] * len(self._levels)
         for student, teacher, weigh in zip(*self._read(images), weights, strict=True):
             shapes = [[tuple(level.shape[1:]) for level in side] for side in (student, teacher)]
             if len(shapes[0]) != len(shapes[1]) or any(s[0] != t[0] for s, t in zip(*shapes, strict=True)):
@@ -211,32 +211,20 @@ class StudentTeacher(nn.Module):
         )
 
 
-def grouped(layers: Layers) -> list[list[str]]:
-    """Returns lists of paths, each of which gives a map of its own; of paths alone, one list.
+def grouped(levels: Sequence[Any]) -> list[list[Any]]:
+    """Returns lists of paths, each of which gives a map of its own, or of their weights; of such alone, one list.
 
     Example:
-        >>> grouped(["a", "b"]), grouped([["a"], ["b", "c"]])
-        ([['a', 'b']], [['a'], ['b', 'c']])
+        >>> grouped(["a", "b"]), grouped([["a"], ["b", "c"]]), grouped([1.0, 2.0])
+        ([['a', 'b']], [['a'], ['b', 'c']], [[1.0, 2.0]])
     """
-    if all(isinstance(each, str) for each in layers):
-        return [[*map(str, layers)]]
-    return [[each] if isinstance(each, str) else [*each] for each in layers]
+    if not any(_is_list(each) for each in levels):
+        return [[*levels]]
+    return [[*each] if _is_list(each) else [each] for each in levels]
 
 
-def weights_of_lists(weights: Weights | None) -> list[list[float]]:
-    """Returns the weights of each list of levels; of numbers alone, one list.
-
-    Example:
-        >>> weights_of_lists([1.0, 2.0]), weights_of_lists([[1.0], [1.0, 2.0]])
-        ([[1.0, 2.0]], [[1.0], [1.0, 2.0]])
-    """
-    lists, numbers = [], []
-    for each in weights or ():
-        if isinstance(each, Sequence):
-            lists.append([*each])
-        else:
-            numbers.append(each)
-    return [*lists, numbers] if numbers else lists
+def _is_list(level: object) -> bool:
+    return isinstance(level, Sequence) and not isinstance(level, str)
 
 
 def checked_weights(weights: Weights | None, combine: Combine, layers: Layers) -> Weights | None:
@@ -244,9 +232,9 @@ def checked_weights(weights: Weights | None, combine: Combine, layers: Layers) -
     if weights is None:
         return None
     given: object = weights
-    in_lists = not all(isinstance(each, str) for each in layers)
+    in_lists = any(map(_is_list, layers))
     fit = isinstance(given, Sequence) and all(isinstance(each, Sequence) == in_lists for each in given)
-    lists = weights_of_lists(weights) if fit else []
+    lists = grouped(weights) if fit else []
     if (
         combine != "sum"
         or len(lists) != len(grouped(layers))

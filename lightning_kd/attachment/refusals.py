@@ -146,7 +146,7 @@ def refuse_forgotten_peer(trainer: Trainer, name: str, peer: nn.Module, stranger
 @contextmanager
 def waiting(trainer: Trainer, distiller: Distiller) -> Iterator[None]:
     """Lets terms teach nothing whose layer is frozen, where a callback of Lightning's unfreezes layers later."""
-    later = any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
+    later = _unfreezes_later(trainer)
     frozen = [term for name, term in distiller.named_terms() if later and distiller.is_frozen(name)]
     try:
         for term in frozen:
@@ -163,7 +163,7 @@ def warn_unlearned(trainer: Trainer, distiller: Distiller, losses: Mapping[str, 
         return
     own = {id(p) for p in distiller.parameters()}
     known = _optimized(trainer) - own
-    later = any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
+    later = _unfreezes_later(trainer)
     for name, term in distiller.named_terms():
         reached = _reached(losses[name])
         if not term.current_weight or reached is None:
@@ -196,6 +196,10 @@ def _reached(loss: Tensor) -> set[int] | None:
             found.add(id(node.variable))
         left += [following for following, _ in node.next_functions]
     return found
+
+
+def _unfreezes_later(trainer: Trainer) -> bool:
+    return any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer))
 
 
 def _optimized(trainer: Trainer) -> set[int]:

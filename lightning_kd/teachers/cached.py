@@ -135,11 +135,7 @@ class Cached(Teacher):
         self._paths = sorted(paths)
         if isinstance(self.teacher, Teacher):
             self.teacher.bind(student, paths)
-        try:
-            self._open()
-        except BaseException:
-            self.unbind()
-            raise
+        self._open()
 
     def unbind(self) -> None:
         """Writes what is not written yet, and closes the cache."""
