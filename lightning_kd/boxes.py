@@ -9,6 +9,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_kd.drawing import FIRST, GREY, LEFT_OUT, Colour, Drawing, framed, palette
+from lightning_kd.wiring import describe
 
 Target = Mapping[str, Tensor]
 """Of one image: ``boxes`` (n, 4) as x1 y1 x2 y2 in pixels, ``labels`` (n,) from 0, and where known ``ignore`` (n,)."""
@@ -20,6 +21,20 @@ SHOWN = 0.5
 """Score from which on a box is drawn."""
 
 
+def labelled(target: Target) -> bool:
+    """Returns whether an image has a target: that of an unlabelled one is empty.
+
+    Raises:
+        ValueError: If it is no target.
+    """
+    if not isinstance(target, Mapping) or (target and not {"boxes", "labels"} <= target.keys()):
+        raise ValueError(
+            f"The target of an image is a dict of boxes (n, 4) and labels (n,); got {describe(target)}. Let the data "
+            "set return such, and the collate function a batch (images, targets), a list of each."
+        )
+    return bool(target)
+
+
 def checked(target: Target, num_classes: int) -> Target:
     """Returns a target whose boxes have an area; those that have none are left out.
 
@@ -28,9 +43,9 @@ def checked(target: Target, num_classes: int) -> Target:
         num_classes: Labels are below it. That is checked on the CPU only: elsewhere it would stall the step.
 
     Raises:
-        ValueError: If boxes and labels do not fit together, or a label is of no class.
+        ValueError: If it is no target, boxes and labels do not fit together, or a label is of no class.
     """
-    if not target:
+    if not labelled(target):
         raise ValueError(
             "An image without a target, {}, is unlabelled: tasks.PseudoBoxes learns from such, or "
             "MMPseudoBoxes with mmdet. An image without boxes has boxes (0, 4) and labels (0,)."

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.boxes import Target
+from lightning_kd.boxes import Target, labelled
 from lightning_kd.extras import late_import
 
 
@@ -114,8 +114,13 @@ class SelfTraining:
 
 def split(images: Sequence[Tensor], targets: Sequence[Target]) -> tuple[list[tuple[Tensor, Target]], list[Tensor]]:
     """Returns the images with their targets, and those whose target is empty: they are unlabelled."""
-    pairs = list(zip(images, targets, strict=True))
-    return [(image, target) for image, target in pairs if target], [image for image, target in pairs if not target]
+    known, unknown = [], []
+    for image, target in zip(images, targets, strict=True):
+        if labelled(target):
+            known.append((image, target))
+        else:
+            unknown.append(image)
+    return known, unknown
 
 
 def nothing(model: nn.Module) -> Tensor:

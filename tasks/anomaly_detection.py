@@ -158,7 +158,7 @@ class AnomalyDetection(TaskAdapter):
 
     def inputs(self, batch: Any) -> Tensor:
         """Returns the images, of anomalib's batches, too."""
-        images: Tensor = batch.image if hasattr(batch, "image") else batch[0]
+        images: Tensor = batch.image if hasattr(batch, "image") else super().inputs(batch)
         return images
 
     def index(self, batch: Any) -> Any:
@@ -170,10 +170,9 @@ class AnomalyDetection(TaskAdapter):
         images = self.inputs(batch)
         if hasattr(batch, "image"):
             mask, label = batch.gt_mask, batch.gt_label
-        elif isinstance(batch[1], Mapping):
-            mask, label = batch[1].get("mask"), batch[1].get("label")
         else:
-            mask, label = batch[1], None
+            given = super().target(batch)
+            mask, label = (given.get("mask"), given.get("label")) if isinstance(given, Mapping) else (given, None)
         shape = (len(images), *images.shape[-2:])
         if mask is None and label is not None and not label.any():
             mask = torch.zeros(shape, dtype=torch.bool, device=images.device)

@@ -168,8 +168,8 @@ class MMDetection(TaskAdapter):
         preprocess, parameter = model.data_preprocessor, next(model.parameters())
         preprocess.to(parameter.device)  # it hears of a move only when it is moved itself
         self._divisor = preprocess.pad_size_divisor
-        images = [_pixels(image) for image in self.inputs(batch)]
         targets = [shared.checked(target, self.num_classes) for target in self.target(batch)]
+        images = [_pixels(image) for image in self.inputs(batch)]
         data = preprocess({"inputs": images, "data_samples": _samples(images, targets)}, training=False)
         return {**data, "inputs": data["inputs"].to(parameter.dtype)}
 

@@ -99,7 +99,7 @@ class Pose(TaskAdapter):
 
     def target(self, batch: Any) -> Labelled:
         """Returns what is known of a batch, whichever way it is given."""
-        given, area = batch[1], None
+        given, area = super().target(batch), None
         if isinstance(given, Mapping):
             points, visible, area = given["points"], given["visible"], given.get("area")
         elif isinstance(given, Tensor):

@@ -135,7 +135,7 @@ class Segmentation(TaskAdapter):
 
     def target(self, batch: Any) -> Tensor:
         """Returns the labels, int64: ``(B, H, W)``, multi-label ``(B, C, H, W)``."""
-        masks = batch[1]
+        masks = super().target(batch)
         if self.mode == "binary" and isinstance(masks, Tensor) and masks.ndim == 4 and masks.shape[1] == 1:
             masks = masks[:, 0]
         shape = "(B, C, H, W) of zeros and ones" if self.mode == "multilabel" else "(B, H, W) of class numbers"
