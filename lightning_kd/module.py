@@ -178,6 +178,7 @@ class DistillationModule(LightningModule):
             raise ValueError(f"{type(self.task).__name__}.loss returned None in training: nothing would be learned.")
         if self.attachment is None:
             self.log("train/loss", loss, prog_bar=True)
+            self.log("train/task", loss)  # as with a teacher: callbacks watch it in either run
         self.log_dict({f"train/{name}": value for name, value in self.task.values().items()}, batch_size=1)
         return loss
 

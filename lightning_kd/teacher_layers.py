@@ -79,17 +79,30 @@ class TeacherLayers(nn.Module):
         self._check_channels(x)
         if getattr(self._layers[0], "inplace", False):
             x = x.clone()  # what the student computed stays what it is
+        feature = x
         for layer in self._layers:
             layer.eval()  # as the teacher is, whatever is called around it
             own = {name: value.detach() for name, value in layer.named_parameters()}
             # BatchNorm may have float32 between layers of half precision, which it takes; they do not take float32.
             dtype = min((value.dtype for value in own.values()), key=lambda each: each.itemsize, default=x.dtype)
-            x = functional_call(layer, own, (x.to(dtype),))
+            try:
+                x = functional_call(layer, own, (x.to(dtype),))
+            except Exception as error:
+                error.add_note(
+                    f"The student's feature {tuple(feature.shape)} went through the teacher's layers "
+                    f"{[path.text for path in self.paths]}, each called with what the one before returned. Name every "
+                    "layer on that way; where the first takes other channels, give TeacherLayers(..., before=...)."
+                )
+                raise
         return x
 
     def _check_channels(self, x: Tensor) -> None:
-        """Refuses what the first of the layers does not take, where that says it; later ones may get another shape."""
-        first = next(part for part in self._layers[0].modules() if next(part.children(), None) is None)
+        """Refuses what the first of the layers does not take, where it is one that says so."""
+        first = self._layers[0]
+        while isinstance(first, nn.Sequential) and len(first):
+            first = first[0]
+        if next(first.children(), None) is not None:
+            return  # what it does before it calls a layer of its own, it alone knows: a pool, say
         for name, dim in (("in_channels", 1), ("in_features", -1)):
             wanted = getattr(first, name, None)
             if isinstance(wanted, int) and x.shape[dim] != wanted:

@@ -341,8 +341,14 @@ class Term(nn.Module):
     @staticmethod
     def _selected(path: Path, value: Any, side: str) -> Selected:
         selected = path.select(value)
-        if isinstance(selected, Tensor):
+        if isinstance(selected, Tensor) and not selected.is_nested:
             return selected
+        if isinstance(selected, Tensor):
+            raise ValueError(
+                f"the {side}'s {path.text!r} is a nested tensor, in which the padding is left out. "
+                "torch.nn.TransformerEncoder hands such from layer to layer in evaluation: make it with "
+                "enable_nested_tensor=False, or tap what the encoder itself returns, which is padded."
+            )
         if isinstance(selected, Levels) and selected and all(isinstance(level, Tensor) for level in selected):
             return selected
         if selected is None:

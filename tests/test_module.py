@@ -126,7 +126,7 @@ def test_without_a_teacher_it_is_plain_training() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            expected.append({"train/loss": float(loss.detach())})
+            expected.append({"train/loss": float(loss.detach()), "train/task": float(loss.detach())})
     assert history.steps == expected
     for key, value in made.student.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key]), key

@@ -122,6 +122,29 @@ def test_a_pool_may_come_before_the_classifier() -> None:
     assert torch.equal(reused(feature), teacher[2](teacher[1](feature)))
 
 
+class Head(nn.Module):
+    """A classifier that pools by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(9 * 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.flatten(1))
+        return out
+
+
+def test_what_a_layer_does_before_its_own_layers_it_alone_knows() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 1), Head())
+    reused = TeacherLayers(["1"])
+    reused.meet(teacher.eval())
+    feature = torch.randn(2, 8, 3, 3)
+    assert torch.equal(reused(feature), teacher[1](feature))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        reused(torch.randn(2, 5, 3, 3))
+    assert r"The student's feature (2, 5, 3, 3) went through the teacher's layers ['1']" in caught.value.__notes__[0]
+
+
 def test_the_layers_are_in_evaluation_mode_and_overwrite_nothing() -> None:
     teacher, feature = Norm(), torch.randn(2, 4, 5, 5)
     projector = TeacherLayers(["rest[:]"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_kd import Term, losses, schedules
+from lightning_kd import Distiller, Term, losses, schedules
 from lightning_kd.wiring import Levels
 
 
@@ -515,3 +515,23 @@ def test_what_an_output_has_to_select_from_is_named() -> None:
         term([(None, logits)], [logits], {})
     with pytest.raises(ValueError, match=r"Select one: 'output\.logits', or all"):
         term([SimpleNamespace(logits=logits)], [logits], {})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_of_a_transformer_are_told() -> None:
+    def encoder() -> nn.TransformerEncoder:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    teacher, student, mask = encoder(), encoder(), torch.tensor([[False, False, False], [False, True, True]])
+    told = "the teacher's 'layers.0' is a nested tensor.*enable_nested_tensor=False, or tap what the encoder itself"
+    for path in ("layers.0", "output"):
+        distiller = Distiller({"hint": Term(losses.FitNet(), student=path, teacher=path)}, teacher)
+        distiller.attach(student.train())
+        with distiller.watch() as calls:
+            student(torch.randn(2, 3, 8), src_key_padding_mask=mask)
+        if path == "output":
+            assert distiller(calls)["hint"] > 0
+        else:
+            with pytest.raises(ValueError, match=told):
+                distiller(calls)
+        distiller.detach()

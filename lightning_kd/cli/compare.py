@@ -123,18 +123,18 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
 
 
 def refuse_monitors(file: str, settings: Settings) -> None:
-    """Refuse callbacks that watch a term: the student alone, which is trained by the same, would end the comparison.
+    """Refuse what watches a term: the student alone, which is trained by the same, would end the comparison.
 
     Raises:
-        UsageError: If there is such a callback.
+        UsageError: If a callback does, or the scheduler of the learning rate.
     """
-    logged = {f"train/{name}" for name in settings["model"].get("terms") or {}}
-    for each in settings["trainer"].get("callbacks") or []:
-        monitor = (each.get("init_args") or {}).get("monitor")
-        if monitor in logged and not each["class_path"].startswith(teacher.OUR_CALLBACKS):
+    scheduler = settings["model"].get("lr_scheduler")
+    for each in [*(settings["trainer"].get("callbacks") or []), *([scheduler] if scheduler else [])]:
+        monitor = teacher.watched_term(each, settings["model"])
+        if monitor and not each["class_path"].startswith(teacher.OUR_CALLBACKS):
             raise UsageError(
                 f"{file}: {each['class_path'].rpartition('.')[2]} monitors {monitor!r}, a term, and the student alone, "
-                "which is trained with the same callbacks, has none. Monitor what both have: val/loss, or a metric of "
+                "which is trained by the same, has none. Monitor what both have: val/loss, train/task, or a metric of "
                 "the task"
             )
 

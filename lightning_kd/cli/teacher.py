@@ -160,15 +160,27 @@ def missing(config: Any) -> list[Any]:
     return [one for one in each if not Path(one["checkpoint"]).is_file()]
 
 
+def watched_term(given: Any, model: Any) -> str | None:
+    """What a callback or a scheduler monitors, if it is a term: what only a student with a teacher logs."""
+    monitor = (given.get("init_args") or {}).get("monitor")
+    return monitor if monitor in {f"train/{name}" for name in model.get("terms") or {}} else None
+
+
 def refuse_schedule(config: Any) -> None:
     """Refuses to train a missing teacher by a scheduler that is written for the student's run.
 
     Raises:
-        UsageError: If the teacher's run is of another length or learning rate.
+        UsageError: If the teacher's run is of another length or learning rate, or the scheduler watches a term.
     """
     how, given = config.get("teacher_fit"), plain(config["model"].get("lr_scheduler"))
     if not given or not missing(config) or how.get("lr_scheduler"):
         return
+    if monitor := watched_term(given, config["model"]):
+        raise UsageError(
+            f"model.lr_scheduler monitors {monitor!r}, a term, and the teacher, which is trained first, has none. "
+            "Monitor what both have: val/loss, train/task, or a metric of the task; or give teacher_fit.lr_scheduler, "
+            "the teacher's own"
+        )
     kind: Any = pydoc.locate(given["class_path"])
     arguments = given.get("init_args") or {}
     written = {k: v for k, v in arguments.items() if v is not None and k != "last_epoch"}

@@ -153,8 +153,8 @@ TWO_CLASSES = (
 
 
 ONE_LABEL = (
-    "For multi-hot or soft targets use KD(activation='sigmoid'), which needs no target; for one-hot targets pass "
-    "target.argmax(1)."
+    "KD needs no target: KD() for classes that exclude each other, mixed ones (mixup) too, KD(activation='sigmoid') "
+    "for multi-hot ones. Of one-hot targets pass target.argmax(1)."
 )
 
 OTHER_SAMPLES = (
