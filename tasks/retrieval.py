@@ -31,7 +31,8 @@ class Retrieval(TaskAdapter):
     - ``relevance="judgments"``: in evaluation batches ``(inputs, numbers, relevant)``, documents and queries in any
       order: ``numbers`` ``(B,)`` are the documents', and -1 for a query; ``relevant`` ``(B, R)`` are the numbers of
       the documents that answer it, padded with -1. Metrics are ``ndcg@10``, ``mrr@10`` and ``recall@100`` (the
-      fraction of what is relevant that is found).
+      fraction of what is relevant that is found). Judgments with grades are ``(inputs, numbers, relevant, gains)``:
+      ``gains`` ``(B, R)`` are how much each of ``relevant`` is worth, and ``ndcg_graded@10`` is measured by them, too.
 
     In tests with a teacher whose embeddings are as long as the student's the same metrics are computed for the
     student's queries in the teacher's index, ``asymmetric_recall@1`` and so on: a student that is aligned to its
@@ -157,7 +158,7 @@ class Retrieval(TaskAdapter):
 
     def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:
         """Keeps the embeddings of a batch."""
-        metrics.update(self.embeddings(output), self.target(batch), self._relevant(batch))
+        metrics.update(self.embeddings(output), self.target(batch), self._relevant(batch), gains=self._gains(batch))
 
     def _relevant(self, batch: Any) -> Tensor | None:
         if self.relevance == "labels":
@@ -171,6 +172,10 @@ class Retrieval(TaskAdapter):
             )
         return relevant
 
+    def _gains(self, batch: Any) -> Tensor | None:
+        """Returns what stands behind the relevant documents; what it is not is told by the metric."""
+        return batch[3] if self.relevance == "judgments" and len(batch) > 3 else None
+
     def agreement(self) -> Metric:
         """Returns the quality of the retrieval by the student's queries in the teacher's index."""
         return self._quality("asymmetric_")
@@ -179,7 +184,7 @@ class Retrieval(TaskAdapter):
         """Keeps both models' embeddings, unless one is longer than the other."""
         queries, items = self.embeddings(student), self.embeddings(teacher)
         if queries.shape == items.shape:
-            metric.update(queries, self.target(batch), self._relevant(batch), items)
+            metric.update(queries, self.target(batch), self._relevant(batch), items, self._gains(batch))
 
     def predict(self, output: Any) -> Tensor:
         """Returns the embeddings in float32, of length 1 where they are compared by their angle."""

@@ -20,13 +20,17 @@ from lightning_kd.paths import data_root, expand_path
 HELD = 100
 """Documents that are not trained on."""
 
+WORST = 5
+"""Grade of a document that is of no interest; the best is 1."""
+
 
 class Text(NamedTuple):
-    """A text, the number of its document (-1 for a query), and the documents that answer it."""
+    """A text, the number of its document (-1 for a query), the documents that answer it, and how well: their gains."""
 
     text: str
     number: int
     relevant: Sequence[int] = ()
+    gains: Sequence[int] = ()
 
 
 class Texts(Dataset[Text]):
@@ -48,13 +52,14 @@ class Cranfield(SplitDataModule):
 
     Training batches are ``((ids, mask), numbers)``: titles and sentences, and the numbers of their documents, two texts
     of each, so that a loss of pairs has something to learn, too. In the test they are ``((ids, mask), numbers,
-    relevant)``, with -1 as the number of a question. The abstracts are those of the test; the questions and what
+    relevant, gains)``, with -1 as the number of a question. The abstracts are those of the test; the questions and what
     answers them are seen in the test alone. For validation the titles of 100 documents that are not trained on are to
     find the texts of these.
 
     Documents 471 and 995 are empty and left out; the one judgment of them counts as missed. A judgment is the
     question's place in its file, 1 to 225, and not its own number; -1 is "not relevant", every other value is taken as
-    relevant.
+    relevant. By the collection's own ``cranqrel.readme`` 1 is a complete answer and 4 of minimum interest, so that the
+    gain is 5 - grade. (Some libraries read the values the other way round.)
 
     Args:
         tokenizer: Folder, Python package or hub's name of the model whose tokenizer it is.
@@ -92,16 +97,17 @@ class Cranfield(SplitDataModule):
             return
         documents = {i: d for i, d in enumerate(self._records("cran.all.1400"), 1) if d.get("W", "").strip()}
         questions = [record["W"] for record in self._records("cran.qry")]
-        answers = defaultdict(list)
+        answers, gains = defaultdict(list), defaultdict(list)
         for line in self._file("cranqrel").read_text().splitlines():
             question, document, grade = map(int, line.split())
             if grade != -1:
                 answers[question].append(document)
+                gains[question].append(WORST - grade)
         whole = [Text(d["W"], i) for i, d in documents.items()]
-        asked = [Text(q, -1, answers[i]) for i, q in enumerate(questions, 1)]
+        asked = [Text(q, -1, answers[i], gains[i]) for i, q in enumerate(questions, 1)]
         self.splits["test"] = Texts([*whole, *asked])
         held = list(documents)[-HELD:]
-        titles = [Text(documents[i]["T"], -1, [i]) for i in held]
+        titles = [Text(documents[i]["T"], -1, [i], [1]) for i in held]
         self.splits["val"] = Texts([*(Text(_body(documents[i]), i) for i in held), *titles])
         pieces = [
             Text(piece, i)
@@ -132,11 +138,9 @@ class Cranfield(SplitDataModule):
         numbers = torch.tensor([each.number for each in texts])
         if self.trainer is not None and self.trainer.training:
             return inputs, numbers
-        return inputs, numbers, self._relevant(texts)
-
-    def _relevant(self, texts: Sequence[Text]) -> Tensor:
         most = max(len(each.relevant) for split in self.splits.values() for each in split.texts)  # type: ignore[attr-defined]
-        return torch.tensor([[*each.relevant, *[-1] * (most - len(each.relevant))] for each in texts])
+        relevant = _padded([each.relevant for each in texts], most, -1)
+        return inputs, numbers, relevant, _padded([each.gains for each in texts], most, 0)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches with two texts of each of their documents."""
@@ -154,6 +158,10 @@ class Cranfield(SplitDataModule):
             split, self.batch_size, sampler=sampler, drop_last=True, num_workers=self.num_workers,
             collate_fn=self._collate, persistent_workers=self.num_workers > 0,
         )  # fmt: skip
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
 
 def _body(document: dict[str, str]) -> str:

@@ -64,6 +64,10 @@ class RetrievalQuality(Metric):
         mrr@k    = mean over queries of 1 / rank of the first that is relevant, 0 where it is none of k
         recall@k = mean over queries of the fraction of what is relevant that is among the k nearest
 
+    and where judgments have grades, which are given as gains, as another value beside these::
+
+        ndcg_graded@k = mean over queries of sum_(i <= k) gain(i) / log2(i + 1), over the same of the best ranking
+
     Queries to which nothing is relevant are left out of the means, and stay in the index. Where nothing can be told,
     because no query has something to find or there is one class only, all values are nan.
 
@@ -77,10 +81,11 @@ class RetrievalQuality(Metric):
         dim: Length to which embeddings are cut first, with which the names end then: ``recall@1_dim16``.
 
     Raises:
-        ValueError: If an embedding is shorter than that.
+        ValueError: If an embedding is shorter than that, or gains are not one positive number for each judgment.
 
     Source:
-        mAP@R: Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505, section 3.2.
+        mAP@R: Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505, section 3.2. nDCG of gains: Jarvelin
+        and Kekalainen, Cumulated gain-based evaluation of IR techniques, 2002; the discount as torchmetrics has it.
 
     Example:
         >>> quality = RetrievalQuality(recall_at=(1,))
@@ -96,6 +101,7 @@ class RetrievalQuality(Metric):
     items: list[Tensor]
     labels: list[Tensor]
     relevant: list[Tensor]
+    gains: list[Tensor]
 
     def __init__(
         self,
@@ -115,11 +121,16 @@ class RetrievalQuality(Metric):
         self.cosine = cosine
         self.index = index
         self.prefix = prefix
-        for name in ("queries", "items", "labels", "relevant"):
+        for name in ("queries", "items", "labels", "relevant", "gains"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
-        self, queries: Tensor, labels: Tensor, relevant: Tensor | None = None, items: Tensor | None = None
+        self,
+        queries: Tensor,
+        labels: Tensor,
+        relevant: Tensor | None = None,
+        items: Tensor | None = None,
+        gains: Tensor | None = None,
     ) -> None:
         """Keep the embeddings of a batch.
 
@@ -129,7 +140,10 @@ class RetrievalQuality(Metric):
             relevant: With judgments, ``(B, R)``: the numbers of the documents that are relevant, then -1.
             items: ``(B, D)``, the same samples as the index has them, of another model; those of ``queries`` unless
                 given.
+            gains: ``(B, R)``: how much each of ``relevant`` is worth, positive; what stands behind them is not read.
         """
+        if relevant is not None and gains is not None:
+            self.gains.append(_gains(relevant, gains))
         self.queries.append(self._scaled(queries))
         if items is not None:
             self.items.append(self._scaled(items))
@@ -148,7 +162,8 @@ class RetrievalQuality(Metric):
         queries, labels = dim_zero_cat(self.queries), dim_zero_cat(self.labels)
         items = dim_zero_cat(self.items) if len(self.items) else queries  # none of two processes are an empty tensor
         if self.judged:
-            values = self._of_judgments(queries, items, labels, dim_zero_cat(self.relevant))
+            gains = dim_zero_cat(self.gains) if len(self.gains) else queries.new_zeros(0)
+            values = self._of_judgments(queries, items, labels, dim_zero_cat(self.relevant), gains)
         else:
             values = self._of_labels(queries, items, labels)
         suffix = "" if self.dim is None else f"_dim{self.dim}"
@@ -175,8 +190,11 @@ class RetrievalQuality(Metric):
         recalls = [right[:, :n].any(1).float().mean() for n in self.recall_at]
         return dict(zip(names, [*recalls, average.mean()], strict=True))
 
-    def _of_judgments(self, queries: Tensor, items: Tensor, labels: Tensor, relevant: Tensor) -> dict[str, Tensor]:
+    def _of_judgments(
+        self, queries: Tensor, items: Tensor, labels: Tensor, relevant: Tensor, gains: Tensor
+    ) -> dict[str, Tensor]:
         names = [f"ndcg@{self.cutoff}", f"mrr@{self.cutoff}", *(f"recall@{k}" for k in self.recall_at)]
+        names += [f"ndcg_graded@{self.cutoff}"] if gains.numel() else []
         wanted = (relevant >= 0).sum(1)
         asked, document = (labels < 0) & (wanted > 0), labels >= 0
         if not asked.any() or not document.any():
@@ -187,12 +205,42 @@ class RetrievalQuality(Metric):
         k = min(max(*self.recall_at, self.cutoff), len(numbers))
         found = search(queries[asked], items[document][first], k, self.index)
         ranked = torch.where(found >= 0, numbers[found], -2)
-        right = (ranked[:, :, None] == relevant[asked][:, None, :]).any(2).float()
-        wanted = wanted[asked]
+        relevant, wanted = relevant[asked], wanted[asked]
+        right = (ranked[:, :, None] == relevant[:, None, :]).any(2).float()
         rank = torch.arange(1, k + 1, device=right.device)
-        discount = (rank <= self.cutoff) / (rank + 1).log2()
-        best = (discount * (rank <= wanted[:, None])).sum(1)
         reciprocal = (right * (rank <= self.cutoff) / rank).amax(1)
         recalls = [(right[:, :n].sum(1) / wanted).mean() for n in self.recall_at]
-        values = [((right * discount).sum(1) / best).mean(), reciprocal.mean(), *recalls]
+        ranked = ranked[:, : self.cutoff]
+        values = [_ndcg(ranked, relevant, (relevant >= 0).float()), reciprocal.mean(), *recalls]
+        if len(values) < len(names):
+            values.append(_ndcg(ranked, relevant, gains[asked]))
         return dict(zip(names, values, strict=True))
+
+
+def _gains(relevant: Tensor, gains: Tensor) -> Tensor:
+    """Return gains in float32, 0 where there is no judgment.
+
+    Raises:
+        ValueError: If they are not one positive number for each judgment.
+    """
+    if not isinstance(gains, Tensor) or gains.shape != relevant.shape:
+        got = tuple(gains.shape) if isinstance(gains, Tensor) else type(gains).__name__
+        raise ValueError(
+            f"gains are numbers {tuple(relevant.shape)}, one in the place of each of relevant; got {got}. Pad both to "
+            "one length, or leave gains out where judgments have no grades."
+        )
+    gains = torch.where(relevant >= 0, gains.float(), 0.0)
+    if bad := gains[(relevant >= 0) & ~(gains > 0)].tolist():
+        raise ValueError(
+            f"gains of what is relevant are positive numbers, got {bad[0]}. Leave a document that is worth nothing out "
+            "of relevant; of grades whose best is 1, gains are 5 - grade, say."
+        )
+    return gains
+
+
+def _ndcg(ranked: Tensor, relevant: Tensor, gains: Tensor) -> Tensor:
+    """Return the mean of the discounted gains of documents ``(Q, k)``, over those of the best of ``(Q, R)``."""
+    discount = 1 / torch.arange(2, ranked.shape[1] + 2, device=ranked.device).log2()
+    gained = torch.where(ranked[:, :, None] == relevant[:, None, :], gains[:, None, :], 0.0).amax(2)
+    best = gains.sort(dim=1, descending=True).values[:, : ranked.shape[1]]
+    return ((gained * discount).sum(1) / (best * discount[: best.shape[1]]).sum(1)).mean()

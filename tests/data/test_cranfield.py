@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,13 @@ def test_questions_and_judgments_are_of_the_test_alone(data_dir: Path) -> None:
     held = {t.number for t in texts["val"] if t.number > 0}
     assert len(held) == 100
     assert held.isdisjoint(t.number for t in texts["train"])
-    (ids, mask), numbers, relevant = next(iter(data.test_dataloader()))
+    # Of 1,612, 128 have grade 1 (a complete answer), 387 grade 2, 734 grade 3, 363 grade 4.
+    gains = Counter(gain for t in questions for gain in t.gains)
+    assert gains == {4: 128, 3: 387, 2: 734, 1: 363}
+    assert dict(zip(questions[0].relevant, questions[0].gains, strict=True))[12] == 2  # "1 12 3" in the file
+    (ids, mask), numbers, relevant, worth = next(iter(data.test_dataloader()))
     assert ids.shape == mask.shape == (32, 16)
-    assert relevant.shape == (32, max(len(t.relevant) for t in questions))
+    assert relevant.shape == worth.shape == (32, max(len(t.relevant) for t in questions))
     assert numbers.tolist() == list(range(1, 33))
     batch = next(iter(data.train_dataloader()))
     assert batch[1].unique(return_counts=True)[1].tolist() == [2] * 16

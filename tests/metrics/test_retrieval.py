@@ -1,10 +1,11 @@
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.datasets import load_digits
+from sklearn.metrics import ndcg_score
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.retrieval import (
@@ -130,7 +131,7 @@ def test_what_two_processes_have_kept_is_measured_together(kind: Literal["labels
     quality = RetrievalQuality(kind)
     quality.distributed_available_fn = lambda: True
     quality.dist_sync_fn = lambda state, group: [state, state]
-    assert measured(quality, kept) == expected
+    assert measured(quality, kept) == expected  # and nothing of grades, which neither process has
 
 
 def test_a_relevant_document_that_is_not_in_the_index_counts_as_missed() -> None:
@@ -146,6 +147,75 @@ def test_no_documents_or_no_judged_queries_are_nan(left: str) -> None:
     keep = {"documents": numbers >= 0, "queries": numbers < 0, "judged": (relevant < 0).all(1)}[left]
     found = measured(RetrievalQuality("judgments"), (points[keep], numbers[keep], relevant[keep]))
     assert all(math.isnan(value) for value in found.values())
+
+
+# Grades
+
+
+def graded(batch: tuple[Tensor, Tensor, Tensor], gains: Tensor, **settings: Any) -> dict[str, float]:
+    quality = RetrievalQuality("judgments", **settings)
+    quality.update(*batch, gains=gains)
+    return {name: float(value) for name, value in quality.compute().items()}
+
+
+def test_gains_of_one_query_by_hand() -> None:
+    """The documents are found in the order of their numbers; the best one is the third, the next best the first."""
+    points = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [1.0, 0.0]])
+    relevant = torch.full((5, 3), -1)
+    relevant[4, :2] = torch.tensor([0, 2])
+    gains = torch.full((5, 3), 9)  # what stands where there is no judgment is not read
+    gains[4, :2] = torch.tensor([1, 4])
+    batch = (points, torch.tensor([0, 1, 2, 3, -1]), relevant)
+    found = graded(batch, gains)
+    # 1 at the first rank and 4 at the third, over 4 at the first and 1 at the second
+    assert found.pop("ndcg_graded@10") == pytest.approx((1 + 4 / 2) / (4 + 1 / math.log2(3)))
+    assert found == measured(RetrievalQuality("judgments"), batch)  # the others are of what is relevant or not
+    assert found["ndcg@10"] == pytest.approx((1 + 1 / 2) / (1 + 1 / math.log2(3)))
+    assert graded(batch, gains, cutoff=2)["ndcg_graded@2"] == pytest.approx(1 / (4 + 1 / math.log2(3)))
+
+
+def test_gains_as_torchmetrics_and_sklearn_measure_each_query() -> None:
+    points, numbers, relevant = judged()
+    gains = torch.randint(1, 5, relevant.shape)
+    found = graded((points, numbers, relevant), gains)
+    unit, documents = F.normalize(points), numbers >= 0
+    by_torchmetrics, by_sklearn = [], []
+    for query in torch.nonzero((numbers < 0) & (relevant >= 0).any(1)).flatten():
+        scores = unit[documents] @ unit[query]
+        worth = torch.zeros(int(documents.sum()), dtype=torch.long)
+        for number, gain in zip(relevant[query].tolist(), gains[query].tolist(), strict=True):
+            worth[numbers[documents] == number] = gain
+        by_torchmetrics.append(float(retrieval_normalized_dcg(scores, worth, top_k=10)))
+        by_sklearn.append(ndcg_score(worth[None].numpy(), scores[None].numpy(), k=10))
+    assert len(by_sklearn) == 5
+    assert found["ndcg_graded@10"] == pytest.approx(sum(by_torchmetrics) / 5)
+    assert found["ndcg_graded@10"] == pytest.approx(sum(by_sklearn) / 5)
+    assert found["ndcg_graded@10"] != pytest.approx(found["ndcg@10"])
+
+
+def test_gains_that_are_all_alike_are_no_grades() -> None:
+    batch = judged()
+    found = graded(batch, torch.full_like(batch[2], 3))
+    assert found["ndcg_graded@10"] == pytest.approx(found["ndcg@10"])
+
+
+def test_gains_with_nothing_to_find_are_nan() -> None:
+    points, numbers, relevant = (each[:3] for each in judged())
+    found = graded((points, torch.full_like(numbers, -1), relevant), torch.ones_like(relevant))
+    assert math.isnan(found["ndcg_graded@10"])
+
+
+@pytest.mark.parametrize("gains", [torch.ones(36), torch.ones(36, 4), [1.0] * 36], ids=["flat", "short", "list"])
+def test_gains_are_in_the_places_of_what_is_relevant(gains: Any) -> None:
+    with pytest.raises(ValueError, match=r"gains are numbers \(36, 5\), one in the place of each of relevant; got"):
+        graded(judged(), gains)
+
+
+@pytest.mark.parametrize("gain", [0.0, -1.0, math.nan])
+def test_gains_of_what_is_relevant_are_positive(gain: float) -> None:
+    batch = judged()
+    with pytest.raises(ValueError, match=r"gains of what is relevant are positive numbers, got"):
+        graded(batch, torch.full(batch[2].shape, gain))
 
 
 # Search

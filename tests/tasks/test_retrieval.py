@@ -117,6 +117,24 @@ def test_judgments_are_a_row_for_each_sample(relevant: Any) -> None:
         task.update(task.metrics(), torch.randn(4, 2), batch)
 
 
+def test_judgments_with_grades_are_a_fourth_part_of_the_batch() -> None:
+    task, embeddings = Retrieval(None, relevance="judgments"), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]])
+    batch = (embeddings, torch.tensor([7, 8, -1]), torch.tensor([[-1, -1], [-1, -1], [7, 8]]))
+    metrics = task.metrics()
+    task.update(metrics, embeddings, batch)
+    assert metrics.compute().keys() == {"ndcg@10", "mrr@10", "recall@100"}
+    for gains, found in (([3, 1], 1.0), ([1, 3], (1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))):
+        with_gains = (*batch, torch.tensor([[0, 0], [0, 0], gains]))
+        metrics, agreement = task.metrics(), task.agreement()
+        task.update(metrics, embeddings, with_gains)
+        task.update_agreement_batch(agreement, embeddings, embeddings, with_gains)
+        assert float(metrics.compute()["ndcg_graded@10"]) == pytest.approx(found)
+        assert float(agreement.compute()["asymmetric_ndcg_graded@10"]) == pytest.approx(found)
+        assert float(metrics.compute()["ndcg@10"]) == 1.0
+    with pytest.raises(ValueError, match=r"gains are numbers \(3, 2\).*; got \(3,\)"):
+        task.update(task.metrics(), embeddings, (*batch, torch.arange(3)))
+
+
 # Runs
 
 
