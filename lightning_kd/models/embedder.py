@@ -24,6 +24,7 @@ class Embedder(nn.Module):
 
     Raises:
         ModuleNotFoundError: Without timm.
+        ValueError: If the backbone is for images of another size, as most vision transformers are for one.
 
     Example:
         >>> import torch
@@ -51,7 +52,17 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, in_channels, H, W)`` to embeddings ``(B, D)``."""
-        embeddings: Tensor = self.embed(self.backbone(images))
+        try:
+            features = self.backbone(images)
+        except AssertionError as error:  # of timm, which says what it has and not what to do
+            size = getattr(getattr(self.backbone, "patch_embed", None), "img_size", None) or ("other", "other")
+            raise ValueError(
+                f"{type(self.backbone).__name__} is for images of {size[0]} x {size[1]} pixels, and these are "
+                f"{tuple(images.shape)}: {error} Resize them in the data, or make the backbone for them: "
+                f"options={{'img_size': {list(images.shape[-2:])}}}; a vision transformer of timm takes any size of "
+                "whole patches with options={'dynamic_img_size': True}."
+            ) from error
+        embeddings: Tensor = self.embed(features)
         return F.normalize(embeddings) if self.normalize else embeddings
 
 

@@ -267,12 +267,25 @@ def test_pooled_images_may_have_any_size(size: int) -> None:
     assert trainer.callback_metrics["train/leaf"] > 0
 
 
-def test_a_network_of_one_size_says_so_of_images_of_another() -> None:
-    teacher = Embedder("vit_tiny_patch16_224", 16, 1, options={"img_size": 32, "depth": 1})
+@pytest.mark.parametrize("size", [(48, 48), (32, 48)])
+def test_a_network_of_one_size_says_what_to_do_with_images_of_another(size: tuple[int, int]) -> None:
+    options: dict[str, Any] = {"img_size": 32, "depth": 1}
+    teacher = Embedder("vit_tiny_patch16_224", 16, 1, options=options)
     module = DistillationModule(Retrieval(None), net(), teacher, terms())
-    loader = batches(torch.randn(8, 1, 48, 48))
-    with pytest.raises(AssertionError, match=r"Input height \(48\) doesn't match model \(32\)"):
+    loader = batches(torch.randn(8, 1, *size))
+    told = rf"for images of 32 x 32 pixels, and these are \(8, 1, {size[0]}, 48\): Input .*'img_size': \[{size[0]}, 48"
+    with pytest.raises(ValueError, match=told):
         Trainer(num_sanity_val_steps=0, **QUIET).fit(module, loader, loader)
+    # What it says to do helps.
+    for remedy in ({"img_size": list(size)}, {"dynamic_img_size": True}):
+        helped = Embedder("vit_tiny_patch16_224", 16, 1, options=options | remedy)
+        assert helped(torch.randn(2, 1, *size)).shape == (2, 16)
+
+
+def test_an_assertion_that_is_not_about_one_size_is_passed_on_with_the_images() -> None:
+    network = Embedder("vit_tiny_patch16_224", 16, 1, options={"depth": 1, "dynamic_img_size": True})
+    with pytest.raises(ValueError, match=r"these are \(2, 1, 40, 32\): Input height \(40\) should be div"):
+        network(torch.randn(2, 1, 40, 32))
 
 
 # Teachers that score pairs
