@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from lightning_kd.tasks.anomaly_detection import AnomalyDetection
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lightning_kd.anomalies import AnomalyMaps
 from lightning_kd.losses import _mask
-from lightning_kd.models.efficient_ad import EfficientADDetector, Imitations
+from lightning_kd.models.efficient_ad import EfficientADDetector, Imitations, Standardized
 
 QUANTILES = 0.9, 0.995
 """Of the maps of normal images: what becomes 0, and what becomes 0.1."""
@@ -33,6 +35,9 @@ class EfficientAD(AnomalyDetection):
     are those of the normal images of the last validation.
 
     Other than in the paper the autoencoder sees the images of the batch, and no augmented ones: augment in the data.
+
+    Its teacher is trained at this task, too: a :class:`~lightning_kd.models.Standardized`, by an epoch of
+    ``teacher_fit``, takes its figures of the normal images. Alone it is measured by the mean square of what it says.
 
     Args:
         unrelated: Makes unrelated images of the shape of those that it is given, normalised like them:
@@ -67,6 +72,10 @@ class EfficientAD(AnomalyDetection):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model; in training on unrelated images, too, in evaluation with the teacher beside it."""
         images = self.inputs(batch)
+        if isinstance(model, Standardized):
+            if not model.training:
+                return _far(model(images), images)
+            return 0.0 * model(images[~self.target(batch).label]).sum()  # it takes its figures, and learns nothing
         if model.training and self.unrelated is not None:
             described = model.describer(self.unrelated(images))  # type: ignore[operator]  # a module
             self._penalty = described[:, : model.channels].square().mean()
@@ -82,6 +91,8 @@ class EfficientAD(AnomalyDetection):
         """Returns how the student's second half differs from the autoencoder, and the penalty."""
         if not self.training:
             return None
+        if isinstance(output, Tensor) and not output.ndim:  # of a teacher
+            return output
         if not isinstance(output, Imitations):
             raise TypeError(
                 f"tasks.EfficientAD is for models.EfficientADStudent; the student returned {type(output).__name__}."
@@ -106,6 +117,8 @@ class EfficientAD(AnomalyDetection):
     def end_validation(self, student: nn.Module) -> None:
         """Takes the quantiles of what was gathered; of several processes their mean."""
         seen, self._seen = self._seen, None
+        if isinstance(student, Standardized):
+            return
         values = torch.cat(seen, dim=1) if seen else torch.zeros(2, 0)
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         kept: Any = student.quantiles
@@ -119,3 +132,10 @@ class EfficientAD(AnomalyDetection):
             torch.distributed.all_reduce(count)
         if count:
             kept.copy_(found / count)
+
+
+def _far(described: Tensor, images: Tensor) -> AnomalyMaps:
+    """Returns how far a standardized description is from those of normal images."""
+    size = images.shape[-2:]
+    maps = F.interpolate(described.square().mean(1, keepdim=True), size, mode="bilinear", align_corners=False)[:, 0]
+    return AnomalyMaps(maps, maps.flatten(1).amax(1))

@@ -1,11 +1,17 @@
 """Models that the shipped configurations name, and makers of those of other libraries."""
 
-from lightning_kd.models.anomaly import AnomalyNet, SqueezeNetFeatures
+from lightning_kd.models.anomaly import AnomalyNet, Shrunk, SqueezeNetFeatures
 from lightning_kd.models.cifar_resnet import CifarResNet
 from lightning_kd.models.detectors import FCOS, FasterRCNN, RetinaNet, pyramid
-from lightning_kd.models.efficient_ad import EfficientADDetector, EfficientADStudent, PatchDescriber, Standardized
+from lightning_kd.models.efficient_ad import (
+    EfficientADDetector,
+    EfficientADStudent,
+    FeatureDescriber,
+    PatchDescriber,
+    Standardized,
+)
 from lightning_kd.models.embedder import Embedder, SmallEmbedder
-from lightning_kd.models.memory_bank import MemoryBank
+from lightning_kd.models.memory_bank import MemoryBank, PatchCore
 from lightning_kd.models.mmdet import MMDetModel
 from lightning_kd.models.part_experts import PartExperts
 from lightning_kd.models.pose import PoseNet
@@ -23,14 +29,17 @@ __all__ = [
     "EfficientADStudent",
     "Embedder",
     "FasterRCNN",
+    "FeatureDescriber",
     "MMDetModel",
     "MemoryBank",
     "PartExperts",
+    "PatchCore",
     "PatchDescriber",
     "PoseNet",
     "ResidualReverseDistillation",
     "RetinaNet",
     "ReverseDistillation",
+    "Shrunk",
     "SideBySide",
     "SmallEmbedder",
     "SqueezeNetFeatures",

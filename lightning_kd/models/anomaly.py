@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,8 @@ class SqueezeNetFeatures(nn.Module):
         weights: File with weights, by torchvision's names; read as data, never as code. ``$LIGHTNING_KD_DATA`` in it is
             expanded. Images are to be normalised as ImageNet's are.
         levels: Which of its 13 layers are returned, in a list, for who wants several: ``[2, 4, 7, 12]`` are four of
-            64, 128, 256 and 512 channels. What the last one makes is returned unless given.
+            64, 128, 256 and 512 channels. Layers behind the last of them are not run. What the last one makes is
+            returned unless given.
 
     Raises:
         ModuleNotFoundError: Without torchvision.
@@ -113,7 +115,36 @@ class SqueezeNetFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """``(B, 3, H, W) -> (B, 512, H / 16, W / 16)``, or the levels that were asked for."""
         x, made = images, []
-        for layer in self.features:
+        for layer in self.features if self.levels is None else self.features[: max(self.levels) + 1]:
             x = layer(x)
             made.append(x)
         return x if self.levels is None else [made[k] for k in self.levels]
+
+
+class Shrunk(nn.Module):
+    """A network that sees images smaller than they are, each pixel the mean of a square of them.
+
+    So a teacher that knows small images, as those of CIFAR-10, sees things of the size that it learned.
+
+    Args:
+        network: The network; its layers are called ``network.layer1`` and so on.
+        factor: How many times smaller, in height and in width.
+
+    Raises:
+        ValueError: If the factor is no whole number from 1 on.
+
+    Example:
+        >>> Shrunk(nn.Identity(), factor=2)(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    def __init__(self, network: nn.Module, factor: int = 2) -> None:
+        super().__init__()
+        if not (is_whole(factor) and factor >= 1):
+            raise ValueError(f"factor is how many times smaller the images are, 1 or more; got {factor!r}.")
+        self.network = network
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Any:
+        """Returns what the network says of images ``(B, C, H / factor, W / factor)``."""
+        return self.network(F.avg_pool2d(images, self.factor))

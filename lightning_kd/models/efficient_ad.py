@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kd.anomalies import AnomalyMaps
+from lightning_kd.numbers import is_whole
 from lightning_kd.teachers.base import made_by
+from lightning_kd.wiring import describe
 
 BORDER = 4
 """Positions that the describer loses at each side where its convolutions have no padding."""
@@ -66,6 +68,43 @@ class PatchDescriber(nn.Module):
         x = F.avg_pool2d(self.conv2(x).relu(), 2, padding=1 * self.padding)
         described: Tensor = self.conv4(self.conv3(x).relu())
         return described
+
+
+class FeatureDescriber(nn.Module):
+    """A describer of patches made of any network of features, for who has no :class:`PatchDescriber` with weights.
+
+    A position of a level describes the patch around it. The map is brought to a quarter of the images' height and
+    width, where a student with ``padding=True`` describes them.
+
+    Args:
+        network: Returns a map ``(B, C, h, w)``, or a list with one: ``SqueezeNetFeatures(weights, levels=[7])``.
+        every: Which of its channels are taken: each, each second one, and so on. Fewer are sooner learned.
+
+    Raises:
+        ValueError: If the network returns something else, or ``every`` is no whole number from 1 on.
+
+    Example:
+        >>> FeatureDescriber(nn.Conv2d(3, 8, 8, stride=8), every=4)(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 2, 16, 16])
+    """
+
+    def __init__(self, network: nn.Module, every: int = 1) -> None:
+        super().__init__()
+        if not (is_whole(every) and every >= 1):
+            raise ValueError(f"every is a step through the channels, 1 or more; got {every!r}.")
+        self.network = network
+        self.every = every
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W) -> (B, C / every, H / 4, W / 4)``."""
+        found = self.network(images)
+        maps = found[0] if isinstance(found, (list, tuple)) and len(found) == 1 else found
+        if not isinstance(maps, Tensor) or maps.ndim != 4:
+            raise ValueError(
+                f"FeatureDescriber wants one map (B, C, h, w) of its network; got {describe(found)}. Of several levels "
+                "name one: SqueezeNetFeatures(levels=[7])."
+            )
+        return _brought(maps[:, :: self.every], (images.shape[-2] // 4, images.shape[-1] // 4))
 
 
 class Autoencoder(nn.Module):
@@ -229,7 +268,8 @@ class Standardized(nn.Module):
     """A teacher whose channels have mean 0 and variance 1 over normal images.
 
     In training mode it takes the figures of what it is called with, and of all before it; afterwards it is frozen.
-    Otherwise the loudest channels would be most of a squared difference.
+    Otherwise the loudest channels would be most of a squared difference. On the command line an epoch of
+    ``teacher_fit`` takes them, at the task :class:`~lightning_kd.tasks.EfficientAD`.
 
     Args:
         network: Returns maps ``(B, C, h, w)``.
@@ -249,6 +289,8 @@ class Standardized(nn.Module):
     def __init__(self, network: nn.Module, channels: int) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
+        self.idle = nn.Parameter(torch.zeros(()))
+        """Without a parameter there is nothing to train; it stays 0."""
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         for name in ("sums", "squares"):
             self.register_buffer(name, torch.zeros(channels, dtype=torch.float64))
@@ -275,4 +317,5 @@ class Standardized(nn.Module):
         deviation = (self.squares / count - mean.square()).clamp_min(0).sqrt()
         deviation = torch.where(deviation > 0, deviation, 1.0)
         mean, deviation = (each.to(maps.dtype).view(1, -1, 1, 1) for each in (mean, deviation))
-        return (maps - mean) / deviation
+        standardized = (maps - mean) / deviation
+        return standardized + self.idle if self.training else standardized

@@ -7,6 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.extras import late_import
+
+
+class PatchCore(nn.Module):
+    """Anomalib's PatchCore, with any network of features as its backbone.
+
+    What is made is anomalib's own class, ``PatchcoreModel``, which takes networks as well as names, and says so of
+    names alone: in a configuration this class can be given a network. :class:`MemoryBank` fills it.
+
+    Args:
+        backbone: Name of a network of timm, or a network: ``SqueezeNetFeatures``.
+        layers: Of the backbone: ``["layer2", "layer3"]``, or ``["features.4", "features.7"]``.
+        pretrained: Whether timm downloads ImageNet's weights of a network that is named.
+        neighbors: By how many of the nearest vectors the score of an image is weighed.
+
+    Raises:
+        ModuleNotFoundError: Without anomalib.
+
+    Example:
+        >>> from lightning_kd.models import SqueezeNetFeatures
+        >>> network = PatchCore(SqueezeNetFeatures(), layers=["features.4"])
+        >>> network.train()(torch.zeros(2, 3, 32, 32)).shape  # 7 x 7 patches of each image
+        torch.Size([98, 128])
+
+    Source: Roth et al., Towards Total Recall in Industrial Anomaly Detection, arXiv 2106.08265.
+    """
+
+    def __new__(  # type: ignore[misc]  # noqa: D102 - what is made is anomalib's
+        cls,
+        backbone: str | nn.Module = "wide_resnet50_2",
+        layers: tuple[str, ...] = ("layer2", "layer3"),
+        pretrained: bool = True,
+        neighbors: int = 9,
+    ) -> nn.Module:
+        where = "anomalib.models.image.patchcore.torch_model"
+        model = late_import(where, "anomalib", "anomaly").PatchcoreModel
+        made: nn.Module = model(list(layers), backbone, pre_trained=pretrained, num_neighbors=neighbors)
+        return made
+
 
 class MemoryBank(nn.Module):
     """A detector of anomalib that remembers what is normal: PatchCore, PaDiM.
@@ -18,7 +57,7 @@ class MemoryBank(nn.Module):
 
     Args:
         network: ``PatchcoreModel`` or ``PadimModel`` of ``anomalib.models.image.<name>.torch_model``, which takes the
-            names of timm's networks or any network with layers as ``backbone``.
+            names of timm's networks or any network with layers as ``backbone``; :class:`PatchCore` makes the former.
         image_size: Height and width of the images.
         vectors: Of PatchCore: how many vectors it keeps.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.models import squeezenet1_1
 
-from lightning_kd.models import AnomalyNet, SqueezeNetFeatures
+from lightning_kd.models import AnomalyNet, Shrunk, SqueezeNetFeatures
 from lightning_kd.taps import Taps
 
 
@@ -18,6 +18,25 @@ def test_levels_have_the_channels_of_a_wider_teacher():
     assert shapes[0] == shapes[1] == [(2, 6, 16, 16), (2, 12, 8, 8), (2, 24, 4, 4)]
     with pytest.raises(ValueError, match="one for each level"):
         AnomalyNet(level_channels=(1, 2))
+
+
+def test_layers_behind_the_last_level_are_not_run():
+    net, images = SqueezeNetFeatures(levels=[7, 4]).eval(), torch.randn(1, 3, 64, 64)
+    called = []
+    for layer in net.features:
+        layer.register_forward_hook(lambda layer, *_: called.append(layer))
+    found = net(images)
+    assert called == list(net.features[:8])
+    for level, k in zip(found, (7, 4), strict=True):
+        torch.testing.assert_close(level, net.features[: k + 1](images))
+
+
+def test_a_network_sees_means_of_squares_of_pixels():
+    images = torch.arange(16.0).reshape(1, 1, 4, 4)
+    seen = Shrunk(torch.nn.Identity(), factor=2)(images)
+    torch.testing.assert_close(seen, torch.tensor([[[[2.5, 4.5], [10.5, 12.5]]]]))
+    with pytest.raises(ValueError, match=r"how many times smaller the images are, 1 or more; got 0\.5"):
+        Shrunk(torch.nn.Identity(), factor=0.5)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import torch
 from lightning import seed_everything
 from lightning_kd.tasks import AnomalyDetection
 from torch import nn
+from torch.nn import functional as F
 
-from lightning_kd.models import AnomalyNet, MemoryBank
+from lightning_kd.models import AnomalyNet, MemoryBank, PatchCore, SqueezeNetFeatures
 from lightning_kd.teachers import load_weights
 
 pytestmark = pytest.mark.slow
@@ -72,6 +73,20 @@ def test_what_is_collected_is_remembered_when_it_is_saved_and_not_in_parts(monke
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="MemoryBank remembers in one process, and this run has several"):
         bank.eval()(IMAGES[0])
+
+
+def test_patchcore_takes_a_network_of_features() -> None:
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    backbone = SqueezeNetFeatures()
+    network: Any = PatchCore(backbone, layers=("features.4", "features.7"), neighbors=3)
+    assert type(network) is PatchcoreModel
+    assert network.num_neighbors == 3
+    network.train()(IMAGES[0])
+    (embedding,) = network.embedding_store
+    level = F.avg_pool2d(backbone.features[:5](IMAGES[0]), 3, 1, 1)
+    torch.testing.assert_close(embedding[:, :128], level.permute(0, 2, 3, 1).flatten(0, 2))
+    assert embedding.shape[1] == 128 + 256
 
 
 @pytest.mark.parametrize("network", [AnomalyNet(width=2), nn.Identity()])

@@ -251,7 +251,8 @@ def test_efficient_ad_of_ours_runs_in_the_engine(folder: Callable[..., Any], tmp
 
     engine.trainer.save_checkpoint(tmp_path / "module.ckpt")
     keys = torch.load(tmp_path / "module.ckpt", weights_only=True)["state_dict"]
-    assert {key for key in keys if "teacher" in key} == {f"model.teacher.{n}" for n in ("count", "sums", "squares")}
+    figures = ("count", "idle", "sums", "squares")
+    assert {key for key in keys if "teacher" in key} == {f"model.teacher.{name}" for name in figures}
     loaded = EfficientADModule.load_from_checkpoint(
         tmp_path / "module.ckpt", student=EfficientADStudent(8, (64, 64), width=4), teacher=describer, **given
     ).eval()

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from lightning_kd import DistillationModule, Distiller, Term, losses
 from lightning_kd.data import Textures, UnrelatedImages
-from lightning_kd.models import AnomalyNet, EfficientADDetector, EfficientADStudent, PatchDescriber, Standardized
+from lightning_kd.models import (
+    AnomalyNet,
+    EfficientADDetector,
+    EfficientADStudent,
+    FeatureDescriber,
+    PatchDescriber,
+    SqueezeNetFeatures,
+    Standardized,
+)
 
 
 def _terms() -> dict[str, Term]:
@@ -132,6 +140,37 @@ def test_a_standardized_teacher_has_the_figures_of_all_that_it_saw() -> None:
     torch.testing.assert_close(found.std((0, 2, 3), correction=0), torch.ones(5))
     normed = F.batch_norm(maps, None, None, training=True, eps=1e-12)
     torch.testing.assert_close(found, normed, rtol=1e-4, atol=1e-4)
+
+
+def test_an_epoch_takes_a_teacher_s_figures_of_normal_images() -> None:
+    teacher, data = Standardized(PatchDescriber(channels=8, width=4), channels=8), _data()
+    module = DistillationModule(EfficientAD(), teacher, optimizer=torch.optim.AdamW)
+    trainer = pl.Trainer(**{**QUIET, "max_epochs": 1, "num_sanity_val_steps": 2})
+    trainer.fit(module, datamodule=data)
+    assert 0 <= trainer.callback_metrics["val/image_auroc"] <= 1
+    images, target = data.on_after_batch_transfer(data.splits["train"].__getitems__([*range(8)]), 0)
+    assert 0 < target["label"].sum() < 8
+    expected = copy.deepcopy(Standardized(teacher.network, channels=8)).standardize([images[~target["label"]]])
+    assert teacher.count == expected.count > 0
+    assert not teacher.idle
+    torch.testing.assert_close(teacher.eval()(images), expected(images))
+    said = module.task.eval()(teacher, (images, target))
+    far = teacher(images).square().mean(1, keepdim=True)
+    torch.testing.assert_close(said.anomaly_map, F.interpolate(far, (64, 64), mode="bilinear")[:, 0])
+    torch.testing.assert_close(said.pred_score, said.anomaly_map.flatten(1).amax(1))
+
+
+def test_features_describe_patches() -> None:
+    images = torch.randn(2, 3, 64, 48)
+    network = nn.Conv2d(3, 8, 8, stride=8)
+    found = FeatureDescriber(network, every=4)(images)
+    torch.testing.assert_close(found, F.interpolate(network(images)[:, [0, 4]], (16, 12), mode="bilinear"))
+    squeeze = SqueezeNetFeatures(levels=[7]).eval()
+    assert FeatureDescriber(squeeze)(images).shape == (2, 256, 16, 12)
+    with pytest.raises(ValueError, match=r"wants one map \(B, C, h, w\) of its network; got .*name one"):
+        FeatureDescriber(SqueezeNetFeatures(levels=[4, 7]))(images)
+    with pytest.raises(ValueError, match="every is a step through the channels, 1 or more; got 0"):
+        FeatureDescriber(network, every=0)
 
 
 def test_unrelated_images_come_from_a_folder_or_are_photographs(tmp_path: Path) -> None:
