@@ -38,12 +38,14 @@ class Drawing(NamedTuple):
         legend: Names, and the colours in which they were drawn.
         captions: A line for each image; none where the picture says all.
         of: Which of the given images these are; all of them unless said.
+        title: What is drawn, where it is not what one network predicts by itself.
     """
 
     images: Sequence[Tensor]
     legend: Mapping[str, Colour] = {}
     captions: Sequence[str] = ()
     of: Sequence[int] | None = None
+    title: str = ""
 
 
 def looks(images: Any, mean: Any = None, std: Any = None) -> list[Tensor] | None:

@@ -54,6 +54,9 @@ class TaskAdapter(nn.Module, ABC):
     drawn_among: int = 1
     """How many test images ``draw`` gets at once: more than one where what is said of an image is other images."""
 
+    told_among: int = 0
+    """Up to how many test samples ``tell`` gets at once; where there are more, or with 0, it is not asked."""
+
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
         """Is told which models meet, before they are called: to refuse a pair, or for its ``teacher_input``."""
 
@@ -162,6 +165,30 @@ class TaskAdapter(nn.Module, ABC):
             images: Those of the batch, as they look: ``(3, H, W)`` uint8 each; ``drawn_among`` of them.
             batch: As the model gets it.
             prediction: What ``predict_batch`` returned; None asks for the truth.
+        """
+        return None
+
+    def draw_with_teacher(self, images: Sequence[Tensor], batch: Any, prediction: Any, teacher: Any) -> Drawing | None:
+        """Returns pictures of what a distilled student and its teacher predict together, likewise; None to have none.
+
+        Args:
+            images: As of ``draw``.
+            batch: As the model gets it.
+            prediction: What ``predict_batch`` returned of the student.
+            teacher: What it returned of the teacher.
+        """
+        return None
+
+    def tell(
+        self, names: Sequence[str], batches: Sequence[Any], predictions: Mapping[str, Sequence[Any]], teacher: str
+    ) -> str | None:
+        """Returns Markdown about test data that are read and not looked at, for ``lightning-kd compare``.
+
+        Args:
+            names: What a person reads of each sample: the data set's ``names``.
+            batches: All of them, in this order.
+            predictions: By the network's name what ``predict_batch`` returned of each batch.
+            teacher: Which of them is the only teacher; empty, if there is none or more.
         """
         return None
 

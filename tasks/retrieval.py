@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 
+from lightning_kd.answers import answers
 from lightning_kd.drawing import Drawing, palette, spread, tiled
 from lightning_kd.metrics.retrieval import RetrievalQuality
 from lightning_kd.task import TaskAdapter
@@ -19,6 +20,10 @@ FIELDS = ("sentence_embedding", "embeddings", "embedding")
 
 DRAWN = 4
 """Images whose nearest are drawn."""
+
+
+TOLD = 5000
+"""Texts among which is searched once more, to show what is found."""
 
 
 class Retrieval(TaskAdapter):
@@ -101,6 +106,7 @@ class Retrieval(TaskAdapter):
         self.index_kind = index
         self.dims = tuple(dims)
         self.taught = False
+        self.told_among = 0 if relevance == "labels" else TOLD
         self.main_metric = f"recall@{recall_at[0] if recall_at else 1}" if relevance == "labels" else "ndcg@10"
 
     def meet(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -161,8 +167,9 @@ class Retrieval(TaskAdapter):
         metrics.update(self.embeddings(output), self.target(batch), self._relevant(batch), gains=self._gains(batch))
 
     def _relevant(self, batch: Any) -> Tensor | None:
-        if self.relevance == "labels":
-            return None
+        return self._judged(batch) if self.relevance == "judgments" else None
+
+    def _judged(self, batch: Any) -> Tensor:
         relevant = batch[2] if len(batch) > 2 else None
         if not isinstance(relevant, Tensor) or relevant.ndim != 2 or len(relevant) != len(batch[1]):
             got = tuple(relevant.shape) if isinstance(relevant, Tensor) else type(relevant).__name__
@@ -196,6 +203,16 @@ class Retrieval(TaskAdapter):
 
         None with judgments, which are of texts mostly, and where no image has another of its class.
         """
+        return self._nearest(images, batch, None if prediction is None else prediction @ prediction.T)
+
+    def draw_with_teacher(self, images: Sequence[Tensor], batch: Any, prediction: Any, teacher: Any) -> Drawing | None:
+        """Returns the four nearest in the teacher's index; None where embeddings differ in length."""
+        if prediction.shape != teacher.shape:
+            return None
+        drawn = self._nearest(images, batch, prediction @ teacher.T)
+        return drawn and drawn._replace(title="in the teacher's index")
+
+    def _nearest(self, images: Sequence[Tensor], batch: Any, similar: Tensor | None) -> Drawing | None:
         if self.relevance == "judgments":
             return None
         labels = self.target(batch).cpu()
@@ -204,15 +221,30 @@ class Retrieval(TaskAdapter):
         if not len(asked):
             return None
         asked = asked[spread(len(asked), DRAWN)]
-        near = like.float() if prediction is None else (prediction @ prediction.T).cpu().fill_diagonal_(-torch.inf)
+        near = like.float() if similar is None else similar.cpu().fill_diagonal_(-torch.inf)
         right, wrong = palette(4)[3], palette(1)[0]
         pictures = []
         for query in asked.tolist():
             found = near[query].sort(descending=True, stable=True).indices[:4].tolist()
-            found = [i for i in found if prediction is not None or like[query, i]]
+            found = [i for i in found if similar is not None or like[query, i]]
             pictures.append(tiled([images[i] for i in found], [right if like[query, i] else wrong for i in found]))
-        legend = {"of its class": right} if prediction is None else {"of its class": right, "of another": wrong}
+        legend = {"of its class": right} if similar is None else {"of its class": right, "of another": wrong}
         return Drawing(pictures, legend, of=asked.tolist())
+
+    def tell(
+        self, names: Sequence[str], batches: Sequence[Any], predictions: Mapping[str, Sequence[Any]], teacher: str
+    ) -> str | None:
+        """Returns tables of what each model finds for some questions, in its own index and in the teacher's."""
+        numbers = torch.cat([self.target(batch).cpu() for batch in batches])
+        relevant = [set(row) - {-1} for batch in batches for row in self._judged(batch).tolist()]
+        searches = {}
+        for name, said in predictions.items():
+            own = torch.cat(list(said))
+            searches[name] = (own, own)
+            index = torch.cat(list(predictions[teacher])) if teacher and name != teacher else own[:0]
+            if index.shape == own.shape:
+                searches[f"{name}, in the teacher's index"] = (own, index)
+        return answers(names, numbers, relevant, searches)
 
     def knowledge(self, model: nn.Module) -> Mapping[str, str]:
         """Offers ``embedding``, and the stages of a backbone of timm."""

@@ -70,14 +70,14 @@ def main(arguments: list[str]) -> None:
     report.save(rows, f"{text}\n\n{verdict}\n", output)
     plot.save(rows, output / "comparison.png")
     print(f"\n{text}\n\n{verdict}\n")
-    drawn = _draw(rows, tested, output / "examples.png")
-    print(f"saved: {output}/comparison.md, .csv, .png and runs.csv{', examples.png' if drawn else ''}")
+    files = [name for name in ("examples.png", "examples.md") if _draw(rows, tested, output / name)]
+    print(f"saved: {', '.join([f'{output}/comparison.md, .csv, .png and runs.csv', *files])}")
 
 
 def _draw(rows: list[Row], tested: dict[str, Tested], path: Path) -> bool:
-    """Whether the examples were drawn; what keeps them from it is said, and no reason to lose a comparison."""
+    """Whether the examples were drawn, or told; what keeps them from it is said, and no reason to lose a comparison."""
     try:
-        return examples.save(rows, tested, path)
+        return (examples.write if path.suffix == ".md" else examples.save)(rows, tested, path)
     except Exception as error:  # of a task or data of someone's own
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__}, {Path(place.filename).name}, line {place.lineno}"

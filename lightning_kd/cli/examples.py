@@ -1,4 +1,4 @@
-"""The picture of examples: some test images, the truth, and what every network of a comparison says of them."""
+"""Examples: some test images or questions, the truth, and what every network of a comparison says of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.report import Row, in_percent, mean_std, metric_names
@@ -54,6 +55,7 @@ def save(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
     legend: dict[str, Colour] = {}
     by_data: dict[str, list[Example]] = {}
     first: list[Example] = []
+    taught: list[Any] = []
     for row in rows:
         cli = tested[row.name].cli()
         if type(cli.model.task).draw is TaskAdapter.draw:  # its data may be anything: leave them alone
@@ -64,7 +66,7 @@ def save(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
         mine = by_data[key]
         if not columns:
             first = mine
-            truth = list(drawings(cli, mine, predict=False))
+            truth = list(drawings(cli, mine))
             if not truth:
                 return False
             images = [one.images[i] for one, each in zip(mine, truth, strict=True) for i in _of(one, each)]
@@ -76,10 +78,52 @@ def save(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
             for a, b in zip(one.images, other.images, strict=True)
         )
         if same:  # else its data show other images: there is nothing to stand beside
-            found = list(drawings(cli, mine, predict=True))
+            said = list(predicted(cli, [batch for _, batch in mine]))
+            found = list(drawings(cli, mine, said))
             columns.append(_column(found, _title(row, rows)))
             _add(legend, found)
+            if row.name == _only_teacher(rows):
+                taught = said
+            if taught and row.role == "distilled":
+                both = list(drawings(cli, mine, said, taught))
+                columns += [_column(both, f"{row.name.replace('_', ' ')}\n{both[0].title}")] if both else []
     _plot(columns, legend, path)
+    return True
+
+
+def write(rows: Sequence[Row], tested: Mapping[str, Tested], path: Path) -> bool:
+    """Write about data that are read, such as texts; the first seed of every network stands for it.
+
+    Args:
+        rows: Of the table.
+        tested: By the rows' names, the networks.
+        path: Where to.
+
+    Returns:
+        Whether there was something to tell: a task that does, and ``names`` of all that is in the test data.
+    """
+    first = tested[rows[0].name]
+    task, data = first.cli().model.task, first.settings["data"]
+    if type(task).tell is TaskAdapter.tell or not task.told_among:
+        return False
+    loader, _ = _loader(first.cli())
+    dataset = getattr(loader, "dataset", None)
+    names = getattr(dataset, "names", None)
+    batched = getattr(loader, "batch_sampler", None)
+    in_order = type(batched) is BatchSampler and isinstance(batched.sampler, SequentialSampler)
+    if names is None or not in_order or not 0 < len(names) <= task.told_among:
+        return False
+    batches: list[Any] = []
+    said = {}
+    for row in rows:
+        if tested[row.name].settings["data"] == data:
+            cli = tested[row.name].cli()
+            batches = batches or [_arrived(cli, raw) for raw in _loader(cli)[0]]
+            said[row.name] = list(predicted(cli, batches))
+    text = task.tell(names, batches, said, _only_teacher(rows))
+    if text is None:
+        return False
+    path.write_text(f"{text}\n", encoding="utf-8")
     return True
 
 
@@ -88,10 +132,7 @@ def examples(cli: DistillationCLI) -> list[Example]:
 
     Each is a batch of its own, since their sizes may differ, unless the task draws several together.
     """
-    data: Any = cli.datamodule
-    data.trainer = cli.trainer
-    data.setup("test")
-    loader = data.test_dataloader()
+    loader, data = _loader(cli)
     dataset: Any = getattr(loader, "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
@@ -104,21 +145,51 @@ def examples(cli: DistillationCLI) -> list[Example]:
         images = looks(cli.model.task.inputs(raw), getattr(data, "mean", None), getattr(data, "std", None))
         if images is None:
             return []
-        found.append(Example(images, data.on_after_batch_transfer(data.on_before_batch_transfer(raw, 0), 0)))
+        found.append(Example(images, _arrived(cli, raw)))
     return found
 
 
-def drawings(cli: DistillationCLI, given: Sequence[Example], predict: bool) -> Iterator[Drawing]:
-    """Yields what the task draws of each example: what the network predicts, or else the truth."""
+def _loader(cli: DistillationCLI) -> tuple[Any, Any]:
+    """The loader of the test data, and the data."""
+    data: Any = cli.datamodule
+    data.trainer = cli.trainer
+    data.setup("test")
+    return data.test_dataloader(), data
+
+
+def _arrived(cli: DistillationCLI, raw: Any) -> Any:
+    """A batch as the network gets it."""
+    data: Any = cli.datamodule
+    return data.on_after_batch_transfer(data.on_before_batch_transfer(raw, 0), 0)
+
+
+def predicted(cli: DistillationCLI, batches: Sequence[Any]) -> Iterator[Any]:
+    """Yields what the network predicts of each batch."""
     task, student = cli.model.task.eval(), cli.model.student.eval()
-    for images, batch in given:
-        found = None
-        if predict:
-            with torch.no_grad():
-                found = task.predict_batch(task(student, batch), batch)
-        drawn = task.draw(images, batch, found)
+    for batch in batches:
+        with torch.no_grad():
+            found = task.predict_batch(task(student, batch), batch)
+        yield found
+
+
+def drawings(
+    cli: DistillationCLI, given: Sequence[Example], said: Sequence[Any] = (), taught: Sequence[Any] = ()
+) -> Iterator[Drawing]:
+    """Yields what the task draws of each example: the truth, what the network said, or what it and its teacher did."""
+    task = cli.model.task
+    for i, (images, batch) in enumerate(given):
+        if taught:
+            drawn = task.draw_with_teacher(images, batch, said[i], taught[i])
+        else:
+            drawn = task.draw(images, batch, said[i] if said else None)
         if drawn is not None:
             yield drawn
+
+
+def _only_teacher(rows: Sequence[Row]) -> str:
+    """The name of the teacher's row, where there is one only."""
+    teachers = [row.name for row in rows if row.role == "teacher"]
+    return teachers[0] if len(teachers) == 1 else ""
 
 
 def _of(example: Example, drawn: Drawing) -> Sequence[int]:

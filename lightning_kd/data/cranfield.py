@@ -39,6 +39,11 @@ class Texts(Dataset[Text]):
     def __init__(self, texts: Sequence[Text]) -> None:
         self.texts = texts
 
+    @property
+    def names(self) -> list[str]:
+        """What a person reads."""
+        return [each.text for each in self.texts]
+
     def __len__(self) -> int:
         return len(self.texts)
 

@@ -9,8 +9,9 @@ import torch
 from lightning import LightningDataModule
 from lightning_kd.tasks import Classification, Detection, Retrieval, Segmentation, TaskAdapter
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_kd.answers import answers
 from lightning_kd.cli import compare, examples
 from lightning_kd.cli.report import Row
 from lightning_kd.data import Digits, MaskScenes, UnseenDigits
@@ -141,6 +142,48 @@ def test_what_is_found_among_other_images(tmp_path: Path, columns: dict[str, Any
         assert all(torch.equal(truth[:, y + frame, x + frame], green) for y in (0, half) for x in (0, half))
 
 
+def in_role(name: str, role: str) -> Row:
+    return Row(name, role, {0: {"recall@1": 0.5}}, higher={"recall@1": True})
+
+
+class Turned(nn.Module):
+    """Embeddings with the numbers in another order: nearest to each other as before, and far from where they were."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).roll(32, dims=1)
+
+
+class Half(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, ::2]
+
+
+def test_what_a_student_finds_in_its_teachers_index(tmp_path: Path, columns: dict[str, Any]) -> None:
+    students = {"teacher": nn.Flatten(), "alone": Turned(), "same": nn.Flatten(), "turned": Turned(), "half": Half()}
+    networks = {name: network(Retrieval(None), UnseenDigits(), student) for name, student in students.items()}
+    rows = [in_role("teacher", "teacher"), in_role("alone", "alone")]
+    rows += [in_role(name, "distilled") for name in ("same", "turned", "half")]
+    assert examples.save(rows, networks, tmp_path / "e.png")
+    names = [name.replace("\nrecall@1 50.0 %", "") for name in columns]
+    searched = ["same", "same\nin the teacher's index", "turned", "turned\nin the teacher's index", "half"]
+    assert names == ["image", "truth", "teacher", "alone", *searched, "legend"]
+    shown = {
+        name: torch.stack(found[0]) for name, found in zip(names, columns.values(), strict=True) if name != "legend"
+    }
+    assert torch.equal(shown["turned"], shown["teacher"])  # in its own index nothing is turned
+    assert torch.equal(shown["same\nin the teacher's index"], shown["teacher"])
+    assert not torch.equal(shown["turned\nin the teacher's index"], shown["teacher"])
+
+
+def test_of_two_teachers_it_is_not_known_whose_index_a_student_searches(
+    tmp_path: Path, columns: dict[str, Any]
+) -> None:
+    networks = {name: network(Retrieval(None), UnseenDigits(), nn.Flatten()) for name in ("one", "two", "student")}
+    rows = [in_role("one", "teacher"), in_role("two", "teacher"), in_role("student", "distilled")]
+    assert examples.save(rows, networks, tmp_path / "e.png")
+    assert not any("index" in name for name in columns)
+
+
 def test_images_that_are_all_different_find_nothing() -> None:
     images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3
     assert Retrieval(None).draw(images, (torch.zeros(3, 1, 8, 8), torch.arange(3)), torch.rand(3, 4)) is None
@@ -151,6 +194,80 @@ def test_few_queries_are_all_drawn_once() -> None:
     drawn = Retrieval(None).draw(images, (torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 0])), torch.rand(3, 4))
     assert drawn is not None
     assert drawn.of == [0, 2]
+
+
+class Readings(Dataset[Any]):
+    """Three documents and two questions, of which one is answered by the third; they are points."""
+
+    names = ("north", "east", "south | west", "whither?", "of nobody")
+
+    def __init__(self) -> None:
+        self.points = torch.tensor([[1.0, 0.0], [0.7, 0.7], [0.0, 1.0], [0.1, 0.9], [1.0, 1.0]])
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        answer = torch.tensor([12 if index == 3 else -1, -1])
+        return self.points[index], torch.tensor([10, 11, 12, -1, -1])[index], answer
+
+
+class Library(LightningDataModule):
+    def __init__(self, shuffle: bool = False) -> None:
+        super().__init__()
+        self.shuffle = shuffle
+
+    def test_dataloader(self) -> Any:
+        return DataLoader(Readings(), batch_size=2, shuffle=self.shuffle)
+
+
+class Mirrored(nn.Module):
+    def forward(self, points: Tensor) -> Tensor:
+        return points.flip(1)
+
+
+def library(shuffle: bool = False) -> tuple[list[Row], dict[str, Any]]:
+    task, data = Retrieval(None, relevance="judgments"), Library(shuffle)
+    networks = {
+        name: network(task, data, model) for name, model in {"teacher": nn.Identity(), "far": Mirrored()}.items()
+    }
+    return [in_role("teacher", "teacher"), in_role("far", "distilled")], networks
+
+
+def test_what_is_found_among_texts_is_told_in_a_table(tmp_path: Path) -> None:
+    rows, networks = library()
+    assert not examples.save(rows, networks, tmp_path / "e.png")
+    assert examples.write(rows, networks, tmp_path / "e.md")
+    assert (tmp_path / "e.md").read_text().splitlines() == [
+        "**whither?** (1 of 3 documents answers it)",
+        "",
+        "| found by | 1 | 2 | 3 |",
+        "|---|---|---|---|",
+        "| teacher | ✓ south \\| west | east | north |",
+        "| far | ✓ south \\| west | east | north |",
+        "| far, in the teacher's index | north | east | ✓ south \\| west |",
+    ]
+
+
+@pytest.mark.parametrize("why", ["in another order", "too many", "without names", "of labels"])
+def test_what_cannot_be_read_is_not_told(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, networks = library(shuffle=why == "in another order")
+    if why == "too many":
+        networks["teacher"].cli().model.task.told_among = 4
+    elif why == "without names":
+        monkeypatch.delattr(Readings, "names")
+    elif why == "of labels":
+        networks = {row.name: network(Retrieval(None), Library(), nn.Identity()) for row in rows}
+    assert not examples.write(rows, networks, tmp_path / "e.md")
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_texts_are_shortened_between_words() -> None:
+    points, numbers = torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, -1])
+    texts = ["a long text about birds", "unbreakablelongword", "a question that stays whole"]
+    told = answers(texts, numbers, [(), (), (0, 1)], {"teacher": (points, points)}, length=12)
+    assert told.splitlines()[0] == "**a question that stays whole** (2 of 2 documents answer it)"
+    assert told.splitlines()[-1] == "| teacher | ✓ a long text … | ✓ unbreakablel … |"
 
 
 class Stream(IterableDataset[Any]):
