@@ -1,11 +1,11 @@
-"""Magnetic tiles: detectors beside anomalib's own STFPM, on the same images, by the same metrics.
+"""Magnetic tiles: detectors beside anomalib's own, on the same images, by the same metrics.
 
     python benchmarks/anomaly_tiles.py --seeds 0 1 2 --output benchmarks/results/anomaly_tiles.csv
 
-Teacher of all are SqueezeNet's features of ImageNet; student is an untrained one, a decoder, or EfficientAD's. That of
-anomalib has its loss, its optimizer and its maps; its model is given these two networks, as it would make resnets by
-timm. ``--detectors`` names some of them: their rows are put in place of those that the file has. It needs
-LIGHTNING_KD_DATA.
+Teacher of all are SqueezeNet's features of ImageNet; student is an untrained one, a decoder, or EfficientAD's. Those of
+anomalib have its models, losses, optimizers and maps; what differs from them is that they are given SqueezeNet, where
+they would make resnets by timm, or load a describer of patches. ``--detectors`` names some of them: their rows are put
+in place of those that the file has. It needs LIGHTNING_KD_DATA.
 
 What of RD4AD fails, by leaving out one of its four differences from the variant for fabrics at a time::
 
@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,10 +37,19 @@ from lightning_kd.anomalies import StudentTeacher
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.costs import latency_ms
 from lightning_kd.data import AnomalyFolder, UnrelatedImages
-from lightning_kd.models import CifarResNet, EfficientADStudent, SideBySide, SqueezeNetFeatures, Standardized
+from lightning_kd.models import (
+    CifarResNet,
+    EfficientADStudent,
+    PatchDescriber,
+    ReverseDistillation,
+    SideBySide,
+    SqueezeNetFeatures,
+    Standardized,
+)
 
 ROOT, SIZE = "$LIGHTNING_KD_DATA/magnetic_tile", (128, 128)
 IMAGENET = "$LIGHTNING_KD_DATA/weights/squeezenet1_1_features_imagenet.pth"
+CAMVID = "$LIGHTNING_KD_DATA/camvid_half/train"
 CIFAR = "$LIGHTNING_KD_DATA/weights/resnet20-12fca82f.th"
 LAYERS = ("features.4", "features.7", "features.12")
 MIXED = [["fine.network.layer1", "fine.network.layer2"], ["deep.features.7", "deep.features.12"]]
@@ -50,9 +61,11 @@ DETECTORS = (
     "anomalib Stfpm",
     "magnetic_tile_reverse",
     "RD4AD",
+    "anomalib ReverseDistillation",
     "MixedTeacher",
     "EfficientAD",
     "EfficientAD, hard=0.999",
+    "anomalib EfficientAd",
 )
 RD4AD = {
     "position by position": ("--model.terms.rd.loss.init_args.flatten", "true"),
@@ -114,12 +127,12 @@ class Patches(nn.Module):
 class OneMap(nn.Module):
     """One of the two maps of EfficientAD: of the student and its teacher, or of the student and the autoencoder."""
 
-    def __init__(self, detector: nn.Module, which: int) -> None:
+    def __init__(self, maps: Callable[[Tensor], Any], which: int) -> None:
         super().__init__()
-        self.detector, self.which = detector, which
+        self.maps, self.which = maps, which
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.detector.raw(images)[self.which]
+        found: Tensor = self.maps(images)[self.which]
         return found
 
 
@@ -130,7 +143,7 @@ def efficient_ad(seed: int, epochs: int, hard: float) -> Trained:
     data.setup("fit")
     moved = (data.on_after_batch_transfer(batch, 0)[0] for batch in data.train_dataloader())
     module = DistillationModule(
-        EfficientAD(unrelated=UnrelatedImages("$LIGHTNING_KD_DATA/camvid_half/train")),
+        EfficientAD(unrelated=UnrelatedImages(CAMVID)),
         EfficientADStudent(Patches.channels, SIZE, width=16, padding=True),
         Standardized(Patches(), Patches.channels).standardize(moved),
         {
@@ -177,15 +190,27 @@ def mixed(seed: int, epochs: int) -> Trained:
     return module.task.deployed(module.student), data
 
 
-def anomalibs(seed: int, epochs: int) -> Trained:
-    """Train anomalib's own on the same images, in batches as large."""
+def looped(model: Any, data: Any, epochs: int, optimizer: Any, loss: Callable[[Tensor], Tensor]) -> Trained:
+    """Train a model of anomalib."""
+    data.setup("fit")
+    for _ in range(epochs):
+        model.train()
+        for batch in data.train_dataloader():
+            images, _ = data.on_after_batch_transfer(batch, 0)
+            optimizer.zero_grad()
+            loss(images).backward()
+            optimizer.step()
+    return model, data
+
+
+def anomalib_stfpm(seed: int, epochs: int) -> Trained:
+    """Train anomalib's STFPM on the same images, in batches as large."""
     from anomalib.models.components import TimmFeatureExtractor  # noqa: PLC0415 - only in this half
     from anomalib.models.image.stfpm.loss import STFPMLoss  # noqa: PLC0415
     from anomalib.models.image.stfpm.torch_model import STFPMModel  # noqa: PLC0415
 
     seed_everything(seed)
     data = AnomalyFolder(ROOT, image_size=SIZE)
-    data.setup("fit")
     teacher = SqueezeNetFeatures(IMAGENET)
     model = STFPMModel(backbone=teacher, layers=list(LAYERS))
     model.teacher_model = TimmFeatureExtractor(teacher, list(LAYERS)).eval()
@@ -193,15 +218,82 @@ def anomalibs(seed: int, epochs: int) -> Trained:
     teacher.requires_grad_(False)
     optimizer = torch.optim.SGD(model.student_model.parameters(), lr=0.4, momentum=0.9, weight_decay=0.001)
     loss = STFPMLoss()
-    for _ in range(epochs):
-        model.train()
-        model.teacher_model.eval()
-        for batch in data.train_dataloader():
-            images, _ = data.on_after_batch_transfer(batch, 0)
-            optimizer.zero_grad()
-            value = loss(*model(images))
-            value.backward()
-            optimizer.step()
+    return looped(model, data, epochs, optimizer, lambda images: loss(*model(images)))
+
+
+class Levels(nn.Module):
+    """SqueezeNet as an encoder for anomalib's decoder of ResNet-18: its channels, and sizes that are halved evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = SqueezeNetFeatures(IMAGENET, levels=[2, 5, 8]).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return levels of 64, 128 and 256 channels, a quarter, an eighth and a sixteenth of the images' size."""
+        sizes = [(images.shape[-2] // part, images.shape[-1] // part) for part in (4, 8, 16)]
+        return {
+            f"level{i}": F.interpolate(level, size, mode="bilinear", align_corners=False)
+            for i, (level, size) in enumerate(zip(self.network(images), sizes, strict=True))
+        }
+
+
+def anomalib_reverse(seed: int, epochs: int) -> Trained:
+    """Train anomalib's reverse distillation, with its bottleneck and its decoder, on SqueezeNet's levels."""
+    from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss  # noqa: PLC0415
+
+    seed_everything(seed)
+    data = AnomalyFolder(ROOT, image_size=SIZE)
+    model: Any = ReverseDistillation("resnet18", SIZE, pretrained=False)
+    model.encoder = Levels()
+    learning = [*model.decoder.parameters(), *model.bottleneck.parameters()]
+    optimizer = torch.optim.Adam(learning, lr=0.005, betas=(0.5, 0.99))
+    loss = ReverseDistillationLoss()
+    return looped(model, data, epochs, optimizer, lambda images: loss(*model(images)))
+
+
+class Normalising(nn.Module):
+    """A teacher that normalises images by itself, as anomalib's describers do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Call the network with images that are normalised as those of ImageNet."""
+        from anomalib.models.image.efficient_ad.torch_model import imagenet_norm_batch  # noqa: PLC0415
+
+        described: Tensor = self.network(imagenet_norm_batch(images))
+        return described
+
+
+def anomalib_efficient_ad(seed: int, epochs: int) -> Trained:
+    """Train anomalib's EfficientAd, in batches of one image, with our describer and a student as narrow as ours."""
+    from anomalib.models import EfficientAd  # noqa: PLC0415
+
+    seed_everything(seed)
+    as_read: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    data = AnomalyFolder(ROOT, image_size=SIZE, batch_size=1, **as_read)
+    data.setup("fit")
+    whole: Any = EfficientAd(teacher_out_channels=Patches.channels, padding=True, pad_maps=False)
+    model = whole.model
+    model.teacher = Normalising(Patches()).requires_grad_(False).eval()
+    for name, layer in PatchDescriber(2 * Patches.channels, width=16, padding=True).named_children():
+        setattr(model.student, name, layer)
+    model.ae.encoder.enconv6 = nn.Conv2d(64, 64, (SIZE[0] // 32, SIZE[1] // 32))  # 8 there, of 256 pixels
+    unrelated = UnrelatedImages(CAMVID, **as_read)
+
+    def batches(loader: Any) -> Iterable[Any]:
+        for batch in loader:
+            images, target = data.on_after_batch_transfer(batch, 0)
+            yield SimpleNamespace(image=images, gt_label=target["label"])
+
+    model.mean_std.update(whole.teacher_channel_mean_std(batches(data.train_dataloader())))
+    learning = [*model.student.parameters(), *model.ae.parameters()]
+    # Its schedule counts epochs by a number of steps: the rate stays as it is.
+    optimizer = torch.optim.Adam(learning, lr=whole.lr, weight_decay=whole.weight_decay)
+    looped(model, data, epochs, optimizer, lambda images: sum(model(images, unrelated(images))))
+    if epochs:
+        model.eval().quantiles.update(whole.map_norm_quantiles(batches(data.val_dataloader())))
     return model, data
 
 
@@ -209,12 +301,16 @@ def trained(name: str, seed: int, train: bool = True) -> Trained:
     """Train a detector, by its name; or only make it, by one step at most."""
     short = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
     changes = [] if train else [f"--trainer.{key}={value}" for key, value in short.items()]
-    if name.startswith("EfficientAD"):
-        return efficient_ad(seed, 5 * train, 0.999 if name.endswith("hard=0.999") else 0.0)
-    if name == "MixedTeacher":
-        return mixed(seed, 20 * train)
-    if name == "anomalib Stfpm":
-        return anomalibs(seed, 20 * train)
+    made: dict[str, Callable[[], Trained]] = {
+        "anomalib Stfpm": lambda: anomalib_stfpm(seed, 20 * train),
+        "anomalib ReverseDistillation": lambda: anomalib_reverse(seed, 10 * train),
+        "anomalib EfficientAd": lambda: anomalib_efficient_ad(seed, 5 * train),
+        "EfficientAD": lambda: efficient_ad(seed, 5 * train, 0.0),
+        "EfficientAD, hard=0.999": lambda: efficient_ad(seed, 5 * train, 0.999),
+        "MixedTeacher": lambda: mixed(seed, 20 * train),
+    }
+    if name in made:
+        return made[name]()
     if name.startswith("RD4AD"):
         return reversed_as_first(name.removeprefix("RD4AD, "), seed, *changes)
     return shipped(name, seed, *changes)
@@ -227,9 +323,10 @@ def measured(name: str, detector: Any, data: Any) -> Measured:
         detector.align_corners = False
         found[f"{name}, align_corners=False"] = quality(detector, data)
         detector.align_corners = True
-    if name.startswith("EfficientAD"):
-        found[f"{name}, teacher's map"] = quality(OneMap(detector, 0), data)
-        found[f"{name}, autoencoder's map"] = quality(OneMap(detector, 1), data)
+    if "EfficientA" in name:
+        maps = detector.get_maps if name.startswith("anomalib") else detector.raw
+        found[f"{name}, teacher's map"] = quality(OneMap(maps, 0), data)
+        found[f"{name}, autoencoder's map"] = quality(OneMap(maps, 1), data)
     if name == "MixedTeacher":
         networks: Any = detector.student, detector.teacher
         how: Any = {"combine": "sum", "smoothing": 4.0}
