@@ -1,4 +1,4 @@
-"""Terms that were measured beside the shipped ones, in comparisons of `docs/results.md` without configurations.
+"""Terms beside the shipped ones, in comparisons of `docs/results.md` without configurations.
 
     python benchmarks/other_terms.py omniglot_scores --seeds 0 1 2 --output omniglot_scores
 
@@ -42,7 +42,8 @@ def loss(name: str, inner: dict[str, Any] | None = None, **settings: Any) -> dic
 
 
 LISTWISE = loss("InBatch", loss("KD", temperature=1.0))
-MATRYOSHKA = loss("Matryoshka", loss("RKD", distance=1.0, angle=2.0), dims=[8, 64], whole_teacher=True)
+RELATIONS = loss("RKD", distance=1.0, angle=2.0)
+MATRYOSHKA = loss("Matryoshka", RELATIONS, dims=[8, 64], whole_teacher=True)
 OVER_CELLS = loss("Jointwise", loss("KD", temperature=0.1))
 ABSOLUTE = loss("Jointwise", loss("torch.nn.L1Loss"))
 
@@ -51,9 +52,15 @@ ROWS: dict[str, tuple[str, dict[str, Any], float]] = {  # of which configuration
     "omniglot_inbatch": ("omniglot_leaf", LISTWISE, 1.0),
     "omniglot_marginmse": ("omniglot_leaf", loss("InBatch", loss("MarginMSE")), 0.02),
     "omniglot_matryoshka": ("omniglot_rkd", MATRYOSHKA, 1.0),
+    # As large as LEAF with 5: FitNet is the mean over the teacher's 64 numbers, LEAF their sum.
+    "omniglot_fitnet": ("omniglot_leaf", loss("FitNet"), 320.0),
     "cranfield_infonce": ("cranfield_leaf", loss("InfoNCE"), 1.0),
     "cranfield_inbatch": ("cranfield_leaf", LISTWISE, 1.0),
     "cranfield_marginmse": ("cranfield_leaf", loss(f"{Path(__file__).stem}.OfItsClass"), 1.0),
+    "cranfield_rkd": ("cranfield_leaf", RELATIONS, 1.0),
+    "cranfield_pkt": ("cranfield_leaf", loss("PKT"), 10000.0),
+    "cranfield_seed": ("cranfield_leaf", loss("SEED"), 1.0),
+    "cranfield_matryoshka": ("cranfield_leaf", loss("Matryoshka", RELATIONS, dims=[48, 384], whole_teacher=True), 1.0),
     "face68_pose_heatmap_kd": ("face68_pose_heatmap", OVER_CELLS, 1.0),
     "face68_pose_squared": ("face68_pose_aloss", loss("Jointwise", loss("FitNet")), 30.0),
     "face68_pose_absolute": ("face68_pose_aloss", ABSOLUTE, 2.0),
@@ -62,7 +69,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], float]] = {  # of which configuration
 COMPARISONS: dict[str, tuple[list[str], list[str]]] = {  # of which rows and shipped configurations, with which settings
     "omniglot_scores": (["omniglot_infonce", "omniglot_inbatch", "omniglot_marginmse"], []),
     "omniglot_matryoshka": (["omniglot_rkd", "omniglot_matryoshka"], ["--model.task.init_args.dims=[8]"]),
+    "omniglot_projected": (["omniglot_fitnet"], ["--model.student.init_args.dim=32"]),
     "cranfield_scores": (["cranfield_infonce", "cranfield_inbatch", "cranfield_marginmse"], []),
+    "cranfield_relations": (["cranfield_seed", "cranfield_rkd"], []),
+    # Not measured yet.
+    "cranfield_more": (["cranfield_pkt", "cranfield_matryoshka"], ["--model.task.init_args.dims=[48]"]),
     "face68_heatmap": (["face68_pose_heatmap", "face68_pose_heatmap_kd"], []),
     "face68_coordinates": (["face68_pose_aloss", "face68_pose_squared", "face68_pose_absolute"], []),
 }
