@@ -27,32 +27,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
-from lightning_kd.tasks import AnomalyDetection, EfficientAD
+from lightning import seed_everything
+from lightning_kd.tasks import AnomalyDetection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kd import DistillationModule, Term, losses, schedules
 from lightning_kd.anomalies import StudentTeacher
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.costs import latency_ms
 from lightning_kd.data import AnomalyFolder, UnrelatedImages
-from lightning_kd.models import (
-    CifarResNet,
-    EfficientADStudent,
-    PatchDescriber,
-    ReverseDistillation,
-    SideBySide,
-    SqueezeNetFeatures,
-    Standardized,
-)
+from lightning_kd.models import FeatureDescriber, PatchDescriber, ReverseDistillation, SqueezeNetFeatures
 
 ROOT, SIZE = "$LIGHTNING_KD_DATA/magnetic_tile", (128, 128)
 IMAGENET = "$LIGHTNING_KD_DATA/weights/squeezenet1_1_features_imagenet.pth"
 CAMVID = "$LIGHTNING_KD_DATA/camvid_half/train"
-CIFAR = "$LIGHTNING_KD_DATA/weights/resnet20-12fca82f.th"
 LAYERS = ("features.4", "features.7", "features.12")
-MIXED = [["fine.network.layer1", "fine.network.layer2"], ["deep.features.7", "deep.features.12"]]
 QUIET: dict[str, Any] = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
 }  # fmt: skip
@@ -68,14 +57,27 @@ DETECTORS = (
     "anomalib EfficientAd",
 )
 RD4AD = {
-    "position by position": ("--model.terms.rd.loss.init_args.flatten", "true"),
-    "levels weighed": ("--model.task.init_args.weights", "null"),
-    "decoder sees the encoder": ("--model.student.init_args.residual", "false"),
-    "usual betas": ("--model.optimizer.init_args.betas", "[0.5, 0.999]"),
+    "position by position": "--model.terms.rd.loss.init_args.flatten=false",
+    "levels weighed": "--model.task.init_args.weights=[0.0625, 0.0625, 0.25, 1.0]",
+    "decoder sees the encoder": "--model.student.init_args.residual=true",
+    "usual betas": "--model.optimizer.init_args.betas=[0.9, 0.999]",
 }
-"""What makes of the variant for fabrics the original, by what is without it."""
+"""What makes of the original the variant for fabrics, one by one."""
 
 ABLATION = tuple(f"RD4AD, {without}" for without in RD4AD)
+
+CONFIGS = {
+    "RD4AD": "magnetic_tile_rd4ad",
+    "MixedTeacher": "magnetic_tile_mixed_teacher",
+    "EfficientAD": "magnetic_tile_efficient_ad",
+}
+"""Shipped configurations, by what the detectors are called here."""
+
+CHANGES = RD4AD | {"hard=0.999": "--model.terms.hard.loss.init_args.hard=0.999"}
+"""Of one of these, by what is behind the comma."""
+
+MIXED = [["fine.network.layer1", "fine.network.layer2"], ["deep.features.7", "deep.features.12"]]
+"""The levels of MixedTeacher."""
 
 Measured = dict[str, dict[str, float]]
 """Figures by the names of what they are of."""
@@ -102,28 +104,6 @@ def shipped(config: str, seed: int, *changes: str) -> Trained:
     return cli.model.task.deployed(cli.model.student), cli.datamodule
 
 
-def reversed_as_first(without: str, seed: int, *changes: str) -> Trained:
-    """Train RD4AD, without one of the changes that make it of the variant for fabrics."""
-    original = [text for name, change in RD4AD.items() if name != without for text in change]
-    corners = ["--model.task.init_args.align_corners", "true"]
-    return shipped("magnetic_tile_reverse", seed, *original, *corners, *changes)
-
-
-class Patches(nn.Module):
-    """EfficientAD's teacher: each fourth channel of SqueezeNet's seventh layer, at a quarter of the resolution."""
-
-    channels = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*list(SqueezeNetFeatures(IMAGENET).features)[:8])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W) -> (B, 64, H / 4, W / 4)``."""
-        size = images.shape[-2] // 4, images.shape[-1] // 4
-        return F.interpolate(self.layers(images)[:, ::4], size, mode="bilinear", align_corners=False)
-
-
 class OneMap(nn.Module):
     """One of the two maps of EfficientAD: of the student and its teacher, or of the student and the autoencoder."""
 
@@ -134,60 +114,6 @@ class OneMap(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: Tensor = self.maps(images)[self.which]
         return found
-
-
-def efficient_ad(seed: int, epochs: int, hard: float) -> Trained:
-    """Train EfficientAD, whose describer of patches is SqueezeNet."""
-    seed_everything(seed)
-    data = AnomalyFolder(ROOT, image_size=SIZE, batch_size=4)
-    data.setup("fit")
-    moved = (data.on_after_batch_transfer(batch, 0)[0] for batch in data.train_dataloader())
-    module = DistillationModule(
-        EfficientAD(unrelated=UnrelatedImages(CAMVID)),
-        EfficientADStudent(Patches.channels, SIZE, width=16, padding=True),
-        Standardized(Patches(), Patches.channels).standardize(moved),
-        {
-            "hard": Term(losses.EfficientAD(hard), student="output.local", teacher="output"),
-            "autoencoder": Term(losses.FitNet(), student="output.autoencoder", teacher="output"),
-        },
-        lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-5),
-    )
-    # The quantiles are those of the last validation.
-    if epochs:
-        trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **QUIET)
-        trainer.fit(module, datamodule=data)
-        print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()}, flush=True)
-    return module.task.deployed(module.student), data
-
-
-class Halved(nn.Module):
-    """A network of CIFAR's, on images of half the size: nearer to those that it knows."""
-
-    def __init__(self, depth: int, weights: str | None = None) -> None:
-        super().__init__()
-        self.network = CifarResNet(depth, weights=weights)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to logits."""
-        logits: Tensor = self.network(F.avg_pool2d(images, 2))
-        return logits
-
-
-def mixed(seed: int, epochs: int) -> Trained:
-    """Train MixedTeacher: early levels of a ResNet that knows CIFAR-10, late ones of SqueezeNet."""
-    seed_everything(seed)
-    data = AnomalyFolder(ROOT, image_size=SIZE)
-    module = DistillationModule(
-        AnomalyDetection(difference=MIXED, combine="sum", smoothing=4.0),
-        SideBySide({"fine": Halved(8), "deep": SqueezeNetFeatures()}),
-        SideBySide({"fine": Halved(20, CIFAR), "deep": SqueezeNetFeatures(IMAGENET)}),
-        {path.replace(".", "_"): Term(losses.STFPM(), student=path, teacher=path) for each in MIXED for path in each},
-        lambda parameters: torch.optim.AdamW(parameters, lr=0.001),
-        lr_scheduler=schedules.Cosine(1.0, 0.0),
-    )
-    if epochs:
-        Trainer(max_epochs=epochs, limit_val_batches=0, **QUIET).fit(module, datamodule=data)
-    return module.task.deployed(module.student), data
 
 
 def looped(model: Any, data: Any, epochs: int, optimizer: Any, loss: Callable[[Tensor], Tensor]) -> Trained:
@@ -270,14 +196,16 @@ def anomalib_efficient_ad(seed: int, epochs: int) -> Trained:
     """Train anomalib's EfficientAd, in batches of one image, with our describer and a student as narrow as ours."""
     from anomalib.models import EfficientAd  # noqa: PLC0415
 
+    channels = 64
     seed_everything(seed)
     as_read: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     data = AnomalyFolder(ROOT, image_size=SIZE, batch_size=1, **as_read)
     data.setup("fit")
-    whole: Any = EfficientAd(teacher_out_channels=Patches.channels, padding=True, pad_maps=False)
+    whole: Any = EfficientAd(teacher_out_channels=channels, padding=True, pad_maps=False)
     model = whole.model
-    model.teacher = Normalising(Patches()).requires_grad_(False).eval()
-    for name, layer in PatchDescriber(2 * Patches.channels, width=16, padding=True).named_children():
+    describer = FeatureDescriber(SqueezeNetFeatures(IMAGENET, levels=[7]), every=4)
+    model.teacher = Normalising(describer).requires_grad_(False).eval()
+    for name, layer in PatchDescriber(2 * channels, width=16, padding=True).named_children():
         setattr(model.student, name, layer)
     model.ae.encoder.enconv6 = nn.Conv2d(64, 64, (SIZE[0] // 32, SIZE[1] // 32))  # 8 there, of 256 pixels
     unrelated = UnrelatedImages(CAMVID, **as_read)
@@ -305,15 +233,13 @@ def trained(name: str, seed: int, train: bool = True) -> Trained:
         "anomalib Stfpm": lambda: anomalib_stfpm(seed, 20 * train),
         "anomalib ReverseDistillation": lambda: anomalib_reverse(seed, 10 * train),
         "anomalib EfficientAd": lambda: anomalib_efficient_ad(seed, 5 * train),
-        "EfficientAD": lambda: efficient_ad(seed, 5 * train, 0.0),
-        "EfficientAD, hard=0.999": lambda: efficient_ad(seed, 5 * train, 0.999),
-        "MixedTeacher": lambda: mixed(seed, 20 * train),
     }
     if name in made:
         return made[name]()
-    if name.startswith("RD4AD"):
-        return reversed_as_first(name.removeprefix("RD4AD, "), seed, *changes)
-    return shipped(name, seed, *changes)
+    first, _, change = name.partition(", ")
+    if first == "EfficientAD" and not train:
+        changes += ["--teacher_fit=null", "--model.teacher.init_args.checkpoint=null"]
+    return shipped(CONFIGS.get(first, name), seed, *changes, *([CHANGES[change]] if change else []))
 
 
 def measured(name: str, detector: Any, data: Any) -> Measured:
@@ -327,14 +253,12 @@ def measured(name: str, detector: Any, data: Any) -> Measured:
         maps = detector.get_maps if name.startswith("anomalib") else detector.raw
         found[f"{name}, teacher's map"] = quality(OneMap(maps, 0), data)
         found[f"{name}, autoencoder's map"] = quality(OneMap(maps, 1), data)
-    if name == "MixedTeacher":
+    if name.startswith("MixedTeacher"):
         networks: Any = detector.student, detector.teacher
         how: Any = {"combine": "sum", "smoothing": 4.0}
         for kind, layers in zip(("early levels of CIFAR-10", "late levels of ImageNet"), MIXED, strict=True):
-            found[f"{name}, {kind}"] = quality(StudentTeacher(*networks, layers, **how), data)
-        # A level counts four times as much as the one before it, as in the authors' code.
-        weighed = StudentTeacher(*networks, MIXED, weights=[[1.0, 4.0], [1.0, 4.0]], **how)
-        found[f"{name}, levels weighed"] = quality(weighed, data)
+            found[f"{name}, {kind}"] = quality(StudentTeacher(*networks, layers, weights=[1.0, 4.0], **how), data)
+        found[f"{name}, levels alike"] = quality(StudentTeacher(*networks, MIXED, **how), data)
     return found
 
 
