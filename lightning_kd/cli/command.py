@@ -25,7 +25,7 @@ from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
-from lightning_kd.cli.recipe import KEY, Recipe, accepts, plain, read
+from lightning_kd.cli.recipe import KEY, Recipe, accepts, not_made_again, plain, read
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.cli.terms import name_term, terms_in
@@ -250,6 +250,10 @@ class DistillationCLI(LightningCLI):
     def recipes(self) -> tuple[Recipe, list[Recipe]]:
         """The student's class and arguments, with what was linked filled in, and those of its peers."""
         recipe = self._linked(plain(self.own_config["model"]["student"]), "student.init_args.")
+        for argument in not_made_again(recipe):
+            print(
+                f"student: lightning-kd export will not make it again, of an argument that is {argument}: name a class"
+            )
         return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
 
     def _linked(self, recipe: Recipe, prefix: str) -> Recipe:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,34 @@ def plain(value: Any, initial: bool = False) -> Any:
         return kept
     if isinstance(value, list | tuple):
         return [plain(v, initial) for v in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    return value if isinstance(value, bool | int | float | str | None) else _named(value)
+
+
+def _named(value: Any) -> str | Recipe:
+    """What says of an argument that is no plain type how it is found again."""
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if isinstance(value, Enum):
+        return {KEY: "enum", "of": _import_path(type(value)), "name": value.name}
+    if isinstance(value, type):
+        return {KEY: "class", "of": _import_path(value)}
+    if isinstance(value, torch.dtype):
+        return {KEY: "dtype", "of": str(value).removeprefix("torch.")}
+    of = f"{value.__module__}.{value.__qualname__}" if inspect.isroutine(value) else str(value)
+    return {KEY: "function" if inspect.isroutine(value) else type(value).__name__, "of": of}
+
+
+def _import_path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def not_made_again(recipe: Any) -> list[str]:
+    """What of a network's arguments is not made out of a file: functions, and objects that are no networks."""
+    if isinstance(recipe, dict):
+        if recipe.get(KEY) not in (None, "enum", "class", "dtype"):
+            return [f"{recipe['of']}, a {recipe[KEY]}"]
+        recipe = list(recipe.values())
+    return [each for part in recipe for each in not_made_again(part)] if isinstance(recipe, list) else []
 
 
 def accepts(class_path: str, argument: str) -> bool:
@@ -54,7 +84,8 @@ def accepts(class_path: str, argument: str) -> bool:
 def build(recipe: Any) -> Any:
     """The network of a recipe, with fresh weights.
 
-    A recipe comes from a file, so it is not trusted: it can name subclasses of ``nn.Module`` and nothing else.
+    A recipe comes from a file, so it is not trusted: it can name subclasses of ``nn.Module``, members of an ``Enum``,
+    types of tensors, and nothing else.
 
     Raises:
         UsageError: If it names something else, or something that cannot be imported or built.
@@ -63,6 +94,8 @@ def build(recipe: Any) -> Any:
         return [build(part) for part in recipe]
     if not isinstance(recipe, dict):
         return recipe
+    if KEY in recipe:
+        return _argument(recipe)
     if "class_path" not in recipe:
         return {key: build(value) for key, value in recipe.items()}
     kind = _import(str(recipe["class_path"]))
@@ -73,14 +106,31 @@ def build(recipe: Any) -> Any:
         raise UsageError(f"{recipe['class_path']}({arguments}) cannot be built: {error}") from error
 
 
-def _import(class_path: str) -> type[nn.Module]:
+def _argument(recipe: Recipe) -> Any:
+    """What stands in a recipe for an argument that is no plain type."""
+    kind, of = recipe[KEY], str(recipe.get("of"))
+    if kind == "class":
+        return _import(of)
+    if kind == "enum":
+        return _import(of, Enum)[str(recipe.get("name"))]
+    if kind == "dtype" and isinstance(getattr(torch, of, None), torch.dtype):
+        return getattr(torch, of)
+    raise UsageError(
+        f"an argument of the network was {of}, a {kind}, and none is made out of a checkpoint, which may be from "
+        "someone else. Make it a subclass of torch.nn.Module or a member of an Enum; or load the weights by your own "
+        "code: teachers.load_weights(network, file)"
+    )
+
+
+def _import(class_path: str, base: type = nn.Module) -> Any:
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"cannot import {class_path!r}, the class of the saved network: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UsageError(f"refused: {class_path!r} is no subclass of torch.nn.Module; is the file from someone else?")
+        raise UsageError(f"cannot import {class_path!r}, a class of the saved network: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        what = "torch.nn.Module" if base is nn.Module else base.__name__
+        raise UsageError(f"refused: {class_path!r} is no subclass of {what}; is the file from someone else?")
     return found
 
 
@@ -164,10 +214,11 @@ class Saved:
         """What the task makes of the student, and of its teacher."""
         if not self.deployed:
             return student.eval()
-        makes = self.deployed.get("teacher_input")
-        if isinstance(makes, str):
+        makes: Any = self.deployed.get("teacher_input")
+        if isinstance(makes, str) or not_made_again(makes):
+            said = makes if isinstance(makes, str) else makes["of"]
             raise UsageError(
-                f"the teacher is called by a function, teacher_input={makes}, and out of a checkpoint only networks "
+                f"the teacher is called by a function, teacher_input={said}, and out of a checkpoint only networks "
                 "are made: export task.deployed(student) by your own code, or make it a torch.nn.Module"
             )
         task, teacher, makes = (build(self.deployed.get(part)) for part in ("task", "teacher", "teacher_input"))
@@ -198,7 +249,10 @@ class Saved:
     def example(self, batch: int, larger: bool = False) -> tuple[Any, ...]:
         """Random inputs of the shapes that the student was trained on; or with images larger than these."""
         if not self.inputs:
-            raise UsageError("the checkpoint does not hold the shapes of the student's inputs (not plain tensors)")
+            raise UsageError(
+                "the checkpoint does not hold the shapes of the student's inputs: it was called with something else "
+                "than tensors, or with some that its forward does not name in order; --format state_dict needs none"
+            )
         if not larger:
             return random_inputs(self.inputs, batch, self.model)
         # Steps that most networks take, and different ones, so that height and width are not taken for one number.
@@ -216,17 +270,26 @@ def _of_items(name: str) -> str:
     return name.removeprefix("list[").removesuffix("]")
 
 
-def inputs_of(arguments: tuple[Any, ...]) -> Inputs:
-    """What a network was given: tensors or lists of them; empty, if it was something else.
+def inputs_of(network: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Inputs:
+    """What a network was given: tensors or lists of them, in the order of its forward; empty, if it was something else.
 
-    The targets that detectors take in training, a list of dicts, are no inputs.
+    The targets that detectors take in training, a list of dicts, are no inputs, nor is what is as it is by default.
 
     Example:
-        >>> inputs_of((torch.zeros(8, 3, 32, 32),))
+        >>> inputs_of(nn.ReLU(), (torch.zeros(8, 3, 32, 32),), {})
         [([3, 32, 32], 'float32')]
-        >>> inputs_of(([torch.zeros(3, 60, 80), torch.zeros(3, 64, 64)], [{}, {}]))
+        >>> inputs_of(nn.ReLU(), (), {"input": torch.zeros(8, 3)})
+        [([3], 'float32')]
+        >>> inputs_of(nn.ReLU(), ([torch.zeros(3, 60, 80), torch.zeros(3, 64, 64)], [{}, {}]), {})
         [([3, 60, 80], 'list[float32]')]
     """
+    if named:
+        signature = inspect.signature(network.forward)
+        default = {name: each.default for name, each in signature.parameters.items()}
+        bound = signature.bind(*arguments, **{k: v for k, v in named.items() if v is not default.get(k)})
+        arguments = bound.args
+        if bound.kwargs:
+            return []
     found: Inputs = []
     for given in arguments:
         several = list(given) if isinstance(given, list | tuple) else []

@@ -155,11 +155,11 @@ class Tested:
         cli = self.cli()
         seen: Inputs = []
 
-        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def see(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not seen:
-                seen.extend(inputs_of(args))
+                seen.extend(inputs_of(network, args, kwargs))
 
-        handle = cli.model.student.register_forward_pre_hook(see)
+        handle = cli.model.student.register_forward_pre_hook(see, with_kwargs=True)
         tested = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         handle.remove()
         if not tested:

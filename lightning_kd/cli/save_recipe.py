@@ -38,14 +38,14 @@ class SaveRecipe(Callback):
         """Wait for the first call of the student, to see what it is given."""
         student = pl_module.student
         assert isinstance(student, nn.Module)
-        self._handle = student.register_forward_pre_hook(self._see)
+        self._handle = student.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def on_train_start(self, *_: Any) -> None:
         """Keep in mind that there was something to train: a run that is over is not begun again."""
         self.trained = True
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inputs = inputs_of(args)
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs = inputs_of(module, args, kwargs)
         self.on_fit_end()
 
     def on_fit_end(self, *_: Any) -> None:

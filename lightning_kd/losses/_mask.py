@@ -24,8 +24,8 @@ def counted(mask: Tensor | None, x: Tensor, dim: int = 1) -> Tensor | None:
         return None
     if x.ndim != 4:
         raise ValueError(
-            f"a mask is for maps (B, C, H, W), and this is {tuple(x.shape)}. Lay tokens out as a map first: "
-            "projectors.TokensToMap."
+            f"a mask is for maps (B, C, H, W), and this is {tuple(x.shape)}. Lay tokens of images out as a map first, "
+            "projectors.TokensToMap; of texts leave the padding out by a loss of your own, which may ask for any label."
         )
     if mask.dtype != torch.bool or mask.ndim != 3 or len(mask) != len(x):
         raise ValueError(

@@ -16,7 +16,8 @@ def at(student: Tensor, teacher: Tensor, p: float = 2.0, squared: bool = True, m
     if student.ndim < 3 or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be maps (B, C, ...) of "
-            "the same resolution; channels may differ. Let the term's projector align the size."
+            "the same resolution; channels may differ. Tap layers that return maps, and let the term's projector align "
+            "their size."
         )
     _check.positions(student, teacher, 2, "the attention to the only one is always 1, and the term silently zero.")
     student, teacher, here = _mask.blanked(student, teacher.detach(), mask)

@@ -1,18 +1,21 @@
 """What is exported, by what reads it: onnxruntime, and the plain class."""
 
 import json
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_kd.anomalies import StudentTeacher
 from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli import command, costs, main
-from lightning_kd.cli.recipe import Saved, build
+from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.recipe import Saved, build, inputs_of
 from lightning_kd.models import AnomalyNet
 
 SMALL = {"num_classes": 3, "backbone": "mobilenet_v3_small", "channels": 32, "min_size": 64, "max_size": 64}
@@ -32,6 +35,100 @@ def checkpoint(path: Path, class_path: str, arguments: dict[str, Any], inputs: l
     state = {f"student.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "lightning_kd": {"student": recipe, "inputs": inputs, **more}}, path)
     return model
+
+
+class Act(Enum):
+    relu = nn.ReLU
+    gelu = nn.GELU
+
+
+class Chosen(nn.Module):
+    """Of which layers it is made, arguments say that are no plain types."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        act: Act = Act.relu,
+        norm: type[nn.Module] = nn.BatchNorm2d,
+        dtype: torch.dtype = torch.float32,
+        last: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer3 = nn.Sequential(
+            nn.Conv2d(1, 4, 3, dtype=dtype), norm(4), nn.GELU() if act is Act.gelu else nn.ReLU()
+        )
+        self.head = nn.Linear(4, num_classes)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.layer3(x).mean((2, 3)))
+        return found if self.last is None else self.last(found)
+
+
+QUICK = [
+    "--model.teacher=null", "--model.terms=null", "--teacher_fit=null", "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false", f"--model.student={__name__}.Chosen",
+]  # fmt: skip
+
+
+def test_arguments_that_are_members_of_an_enum_and_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--model.student.act=gelu", "--model.student.norm=torch.nn.Identity"]
+    assert main(["fit", "--config", "digits_kd", *QUICK, *chosen, "--traceback"]) == 0
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert main(["export", str(saved), "--format", "onnx", "--output", "a.onnx", "--traceback"]) == 0
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    trained = Chosen(10, Act.gelu, nn.Identity).eval()
+    trained.load_state_dict({key.removeprefix("student."): value for key, value in state.items()})
+    images = torch.randn(2, 1, 8, 8)
+    (found,) = onnxruntime.InferenceSession("a.onnx", providers=["CPUExecutionProvider"]).run(
+        None, {"x": images.numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(found), trained(images).detach(), rtol=1e-4, atol=1e-5)
+    other = Chosen(10, Act.relu, nn.Identity).eval()
+    other.load_state_dict(trained.state_dict())
+    assert not torch.allclose(other(images), trained(images), atol=1e-3)
+
+
+def test_a_function_among_the_arguments_is_told_when_the_fit_begins_and_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "digits_kd", *QUICK, "--model.student.last=torch.relu", "--traceback"]) == 0
+    assert "lightning-kd export will not make it again, of an argument that is" in capsys.readouterr().out
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert main(["export", str(saved), "--format", "state_dict"]) == 2
+    assert "relu, a function, and none is made out of a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ({"lightning_kd": "class", "of": "subprocess.Popen"}, "'subprocess.Popen' is no subclass of torch.nn.Module"),
+        ({"lightning_kd": "enum", "of": "subprocess.Popen", "name": "a"}, "'subprocess.Popen' is no subclass of Enum"),
+        ({"lightning_kd": "dtype", "of": "load"}, "an argument of the network was load, a dtype"),
+        ({"lightning_kd": "function", "of": "os.system"}, "an argument of the network was os.system, a function"),
+    ],
+)
+def test_a_file_makes_nothing_else(argument: dict[str, str], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        build({"class_path": f"{__name__}.Chosen", "init_args": {"num_classes": 2, "act": argument}})
+
+
+class Masked(nn.Module):
+    def forward(self, ids: Tensor, mask: Tensor | None = None, flag: bool = False, **more: Any) -> Tensor:
+        return ids if mask is None else ids * mask
+
+
+def test_inputs_that_are_given_by_name_are_inputs() -> None:
+    ids, mask = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)
+    both = [([5], "int64"), ([5], "bool")]
+    assert inputs_of(Masked(), (ids,), {"mask": mask}) == both
+    assert inputs_of(Masked(), (), {"mask": mask, "ids": ids}) == both
+    assert inputs_of(Masked(), (ids,), {"mask": None, "flag": False}) == both[:1]
+    for named in ({"flag": True}, {"other": mask}, {"mask": mask, "flag": True}):
+        assert inputs_of(Masked(), (ids,), named) == []
 
 
 def test_a_detector_in_two_stages_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
