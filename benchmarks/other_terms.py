@@ -72,7 +72,6 @@ COMPARISONS: dict[str, tuple[list[str], list[str]]] = {  # of which rows and shi
     "omniglot_projected": (["omniglot_fitnet"], ["--model.student.init_args.dim=32"]),
     "cranfield_scores": (["cranfield_infonce", "cranfield_inbatch", "cranfield_marginmse"], []),
     "cranfield_relations": (["cranfield_seed", "cranfield_rkd", "cranfield_pkt"], []),
-    # Not measured yet.
     "cranfield_matryoshka": (["cranfield_rkd", "cranfield_matryoshka"], ["--model.task.init_args.dims=[48]"]),
     "face68_heatmap": (["face68_pose_heatmap", "face68_pose_heatmap_kd"], []),
     "face68_coordinates": (["face68_pose_aloss", "face68_pose_squared", "face68_pose_absolute"], []),
