@@ -46,7 +46,8 @@ def plain(value: Any, initial: bool = False) -> Any:
         return kept
     if isinstance(value, list | tuple):
         return [plain(v, initial) for v in value]
-    return value if isinstance(value, bool | int | float | str | None) else _named(value)
+    kept = isinstance(value, bool | int | float | str | None) and not isinstance(value, Enum)  # a StrEnum's are texts
+    return value if kept else _named(value)
 
 
 def _named(value: Any) -> str | Recipe:
@@ -111,8 +112,8 @@ def _argument(recipe: Recipe) -> Any:
     kind, of = recipe[KEY], str(recipe.get("of"))
     if kind == "class":
         return _import(of)
-    if kind == "enum":
-        return _import(of, Enum)[str(recipe.get("name"))]
+    if kind == "enum" and (name := recipe.get("name")) in (members := _import(of, Enum).__members__):
+        return members[name]
     if kind == "dtype" and isinstance(getattr(torch, of, None), torch.dtype):
         return getattr(torch, of)
     raise UsageError(

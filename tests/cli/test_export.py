@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_kd.anomalies import StudentTeacher
 from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli import command, costs, main
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.cli.recipe import Saved, build, inputs_of
+from lightning_kd.cli.recipe import Saved, build, inputs_of, plain
 from lightning_kd.models import AnomalyNet
 
 SMALL = {"num_classes": 3, "backbone": "mobilenet_v3_small", "channels": 32, "min_size": 64, "max_size": 64}
@@ -40,6 +40,11 @@ def checkpoint(path: Path, class_path: str, arguments: dict[str, Any], inputs: l
 class Act(Enum):
     relu = nn.ReLU
     gelu = nn.GELU
+
+
+class Text(StrEnum):
+    relu = "relu"
+    gelu = "gelu"
 
 
 class Chosen(nn.Module):
@@ -102,9 +107,19 @@ def test_a_function_among_the_arguments_is_told_when_the_fit_begins_and_is_not_m
     assert "relu, a function, and none is made out of a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argument", [Act.gelu, Text.gelu, nn.GELU, torch.float16])
+def test_what_is_no_plain_type_is_found_again(argument: Any, tmp_path: Path) -> None:
+    torch.save(plain({"argument": [argument]}), tmp_path / "a.pt")
+    assert build(torch.load(tmp_path / "a.pt", weights_only=True))["argument"][0] is argument
+
+
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
+        (
+            {"lightning_kd": "enum", "of": f"{__name__}.Act", "name": "tanh"},
+            "an argument of the network was .*Act, a enum",
+        ),
         ({"lightning_kd": "class", "of": "subprocess.Popen"}, "'subprocess.Popen' is no subclass of torch.nn.Module"),
         ({"lightning_kd": "enum", "of": "subprocess.Popen", "name": "a"}, "'subprocess.Popen' is no subclass of Enum"),
         ({"lightning_kd": "dtype", "of": "load"}, "an argument of the network was load, a dtype"),
