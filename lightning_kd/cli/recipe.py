@@ -46,8 +46,9 @@ def plain(value: Any, initial: bool = False) -> Any:
         return kept
     if isinstance(value, list | tuple):
         return [plain(v, initial) for v in value]
-    kept = isinstance(value, bool | int | float | str | None) and not isinstance(value, Enum)  # a StrEnum's are texts
-    return value if kept else _named(value)
+    if isinstance(value, bool | int | float | str | None) and not isinstance(value, Enum):  # a StrEnum's are texts
+        return value
+    return _named(value)
 
 
 def _named(value: Any) -> str | Recipe:
