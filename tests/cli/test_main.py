@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from small_run import ALONE, SMALL
 
 from lightning_kd import __version__
 from lightning_kd.cli import export, main, teacher
@@ -19,13 +20,6 @@ from lightning_kd.cli.progress import progress
 from lightning_kd.data import Digits
 from lightning_kd.models import CifarResNet
 from lightning_kd.predictions import TorchFile
-
-SMALL = [
-    "--trainer.max_epochs", "2", "--teacher_fit.max_epochs", "2",
-    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-]  # fmt: skip
-ALONE = ["--model.teacher", "null", "--model.terms", "null", "--teacher_fit", "null"]
-OWN_SCHEDULER = "--teacher_fit.lr_scheduler"
 
 
 @pytest.fixture(scope="module")

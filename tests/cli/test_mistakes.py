@@ -10,18 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import ALONE, SMALL
 from torch.utils.data import DataLoader
 
 from lightning_kd.cli import main, teacher
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.data import Digits
-
-SMALL = [
-    "--trainer.max_epochs", "2", "--teacher_fit.max_epochs", "2",
-    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-]  # fmt: skip
-ALONE = ["--model.teacher", "null", "--model.terms", "null", "--teacher_fit", "null"]
-OWN_SCHEDULER = "--teacher_fit.lr_scheduler"
 
 
 def test_data_that_know_their_classes_too_late_are_told(
