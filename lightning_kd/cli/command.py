@@ -25,11 +25,12 @@ from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
-from lightning_kd.cli.recipe import KEY, Recipe, accepts, not_made_again, plain, read
+from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, accepts, plain, read, recipe_of
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.cli.terms import name_term, terms_in
 from lightning_kd.module import DistillationModule
+from lightning_kd.teachers import Peers
 
 SWITCHES = {
     "enable_checkpointing": Checkpoint,
@@ -242,19 +243,23 @@ class DistillationCLI(LightningCLI):
             print(f"predictions: of a fast_dev_run none are written to {output}")
         elif output:
             callbacks.append(SavePredictions(Path(output)))
-        self.recipe_saver = SaveRecipe(*self.recipes(), self.deployed())
+        nothing_is_kept = config.get("fast_dev_run") or self.subcommand in ("validate", "test", "predict")
+        self.recipe_saver = SaveRecipe({}) if nothing_is_kept else SaveRecipe(*self.recipes(), self.deployed())
         kwargs = config | {"callbacks": [*callbacks, self.recipe_saver]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 
     def recipes(self) -> tuple[Recipe, list[Recipe]]:
         """The student's class and arguments, with what was linked filled in, and those of its peers."""
-        recipe = self._linked(plain(self.own_config["model"]["student"]), "student.init_args.")
-        for argument in not_made_again(recipe):
-            print(
-                f"student: lightning-kd export will not make it again, of an argument that is {argument}: name a class"
-            )
-        return recipe, plain(self.own_config.get("model.teacher.init_args.peers") or [])
+        model = self.own_config["model"]
+        student = recipe_of(self.model.student, model["student"], partial(self._linked, prefix="student.init_args."))
+        learning = self.model.teacher.peers if isinstance(self.model.teacher, Peers) else ()
+        configs = model.get("teacher.init_args.peers") or []
+        peers = [recipe_of(*each) for each in zip(learning, configs, strict=True)]
+        for network, recipe in {"student": student, **{f"peer {i}": each for i, each in enumerate(peers, 1)}}.items():
+            if UNLIKE in recipe:
+                _tell(f"{network}: lightning-kd export will not make it again: {recipe[UNLIKE]}")
+        return student, peers
 
     def _linked(self, recipe: Recipe, prefix: str) -> Recipe:
         """A recipe with what was linked filled in."""
@@ -310,6 +315,11 @@ class DistillationCLI(LightningCLI):
     def note_saved(self) -> None:
         """Say where the student is."""
         print(f"student saved: {self.saved}")
+
+
+@rank_zero_only
+def _tell(what: str) -> None:
+    print(what)
 
 
 @rank_zero_only

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from lightning_kd.boxes import detections
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.cli.recipe import Saved
+from lightning_kd.cli.saved import Saved
+
+FAILURES = (RuntimeError, torch.onnx.OnnxExporterError, torch.jit.TracingCheckError)  # type: ignore[attr-defined]  # torch's own gap
+"""What a network raises that cannot be written."""
 
 Outputs = list[Tensor]
 Run = Callable[[tuple[Any, ...]], Outputs]
@@ -74,7 +77,7 @@ def main(arguments: list[str]) -> None:
         try:
             run = write(saved, part)
             difference = _difference(saved, run) if checked else 0.0
-        except (RuntimeError, torch.onnx.OnnxExporterError) as error:
+        except FAILURES as error:
             why = next(filter(None, str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UsageError(
                 f"--format {options.format}: the network cannot be written so: {why} (--traceback shows where); "
@@ -107,17 +110,35 @@ def _worst(saved: Saved, run: Run, examples: Iterable[tuple[Any, ...]]) -> float
     worst = 0.0
     for inputs in examples:
         with torch.no_grad():
-            value, received = saved.model(*inputs), run(inputs)
+            value = saved.model(*inputs)
+            try:
+                received = run(inputs)
+            except Exception as error:
+                said = next(filter(None, str(error).splitlines()), type(error).__name__)
+                raise RuntimeError(f"what was written does not take a batch of {len(inputs[0])}: {said}") from None
         expected = outputs(value)
         if detections(value):
             worst = max(worst, _unmatched(expected, received))
             continue
         if [e.shape for e in expected] != [r.shape for r in received]:
             return float("inf")
-        for e, r in zip(expected, received, strict=True):
-            e, r = e.double(), r.double()  # noqa: PLW2901 - also what was decided, True and False
-            worst = max(worst, float((e - r).abs().max() / e.abs().max().clamp(min=TINY)))
+        worst = max([worst, *map(_distance, expected, received)])
     return worst
+
+
+def _distance(expected: Tensor, received: Tensor) -> float:
+    """Largest difference relative to the largest value; infinity, where one is no number and the other not the same."""
+    expected, received = expected.double(), received.double()  # also what was decided, True and False
+    numbers = expected.isfinite()
+    if expected.numel() and not numbers.any():
+        raise UsageError(
+            "the network's outputs of random inputs are no finite numbers, so there is nothing to compare, and nothing "
+            "was written. Are its weights numbers? If it takes positive inputs alone, say, export it by your own code"
+        )
+    if not torch.allclose(expected[~numbers], received[~numbers], rtol=0, atol=0, equal_nan=True):
+        return float("inf")
+    difference = (expected - received)[numbers].abs().nan_to_num(nan=float("inf"))
+    return float(difference.amax() / expected[numbers].abs().amax().clamp(min=TINY)) if len(difference) else 0.0
 
 
 def _unmatched(expected: Outputs, received: Outputs) -> float:
@@ -127,7 +148,7 @@ def _unmatched(expected: Outputs, received: Outputs) -> float:
     if not len(mine) or not len(theirs):
         return 0.0 if len(mine) == len(theirs) else float("inf")
     scale = torch.cat([mine, theirs]).abs().amax(0).clamp(min=1.0)
-    distance = torch.cdist(mine / scale, theirs / scale, p=float("inf"))
+    distance = torch.cdist(mine / scale, theirs / scale, p=float("inf")).nan_to_num(nan=float("inf"))
     return float(torch.maximum(distance.amin(0).amax(), distance.amin(1).amax()))
 
 

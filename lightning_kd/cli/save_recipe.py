@@ -9,7 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kd.cli.recipe import KEY, Inputs, Recipe, inputs_of, teacher_mark
+from lightning_kd.cli.inputs import Inputs, inputs_of
+from lightning_kd.cli.recipe import KEY, Recipe, teacher_mark
 from lightning_kd.module import DistillationModule
 
 

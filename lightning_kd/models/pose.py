@@ -81,13 +81,13 @@ class PoseNet(nn.Module):
             "coordinates": lambda: CoordinateHead(width, num_keypoints),
         }
         self.head: nn.Module = heads[head]()
-        self.stands_still = backbone_from is not None
         if backbone_from is not None:
             fresh = self.head
             self.head = heads[head]()
             load_weights(self, backbone_from)
             self.head = fresh
             self.backbone.requires_grad_(False)
+            self.backbone.register_forward_pre_hook(_in_evaluation)
 
     def forward(self, images: Tensor) -> Said:
         """Finds the joints."""
@@ -96,8 +96,6 @@ class PoseNet(nn.Module):
                 f"PoseNet is for images of {self.image_size[0]} x {self.image_size[1]} pixels, and these have "
                 f"{images.shape[-2]} x {images.shape[-1]}. Resize them in the data, or set image_size."
             )
-        if self.stands_still:
-            self.backbone.eval()  # whatever train() was called around it
         found: Said = self.head(self.backbone(images)[-1])
         return found
 
@@ -146,3 +144,8 @@ class CoordinateHead(nn.Module):
     def forward(self, x: Tensor) -> Coordinates:
         """Returns x and y of each joint."""
         return Coordinates(self.linear(x.mean((2, 3))).unflatten(1, (-1, 2)))
+
+
+def _in_evaluation(backbone: nn.Module, _: object) -> None:
+    """Stands still, whatever train() was called around it."""
+    backbone.eval()

@@ -1,6 +1,7 @@
 """What is exported, by what reads it: onnxruntime, and the plain class."""
 
 import json
+import re
 from collections.abc import Callable
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from lightning_kd.anomalies import StudentTeacher
 from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli import command, costs, main
 from lightning_kd.cli.errors import UsageError
-from lightning_kd.cli.recipe import Saved, build, inputs_of, plain
+from lightning_kd.cli.inputs import inputs_of, random_inputs
+from lightning_kd.cli.recipe import UNLIKE, build, plain, recipe_of, unlike
+from lightning_kd.cli.saved import Saved
 from lightning_kd.models import AnomalyNet
 
 SMALL = {"num_classes": 3, "backbone": "mobilenet_v3_small", "channels": 32, "min_size": 64, "max_size": 64}
@@ -101,16 +105,118 @@ def test_a_function_among_the_arguments_is_told_when_the_fit_begins_and_is_not_m
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "digits_kd", *QUICK, "--model.student.last=torch.relu", "--traceback"]) == 0
-    assert "lightning-kd export will not make it again, of an argument that is" in capsys.readouterr().out
+    told = "relu, a function, and none is made out of a checkpoint"
+    assert "student: lightning-kd export will not make it again: an argument" in (said := capsys.readouterr().out)
+    assert told in said
     (saved,) = tmp_path.rglob("*.ckpt")
     assert main(["export", str(saved), "--format", "state_dict"]) == 2
-    assert "relu, a function, and none is made out of a checkpoint" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", [Act.gelu, Text.gelu, nn.GELU, torch.float16])
-def test_what_is_no_plain_type_is_found_again(argument: Any, tmp_path: Path) -> None:
+class Child(Chosen):
+    """Gives on what its parent takes, the number of classes among it."""
+
+    def __init__(self, width: PositiveInt = 2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+
+
+def test_arguments_that_are_given_on_and_restricted_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = [f"--model.student={__name__}.Child", "--model.student.width=3", "--model.student.act=gelu"]
+    assert main(["fit", "--config", "digits_kd", *QUICK, *chosen, "--traceback"]) == 0
+    assert "will not make it again" not in capsys.readouterr().out
+    (saved,) = tmp_path.rglob("*.ckpt")
+    made = Saved(saved).model
+    assert made.width == 3
+    assert isinstance(made.layer3[2], nn.GELU)
+    assert made.head.out_features == 10
+    assert main(["test", "--config", "digits_kd", *QUICK, *chosen, "--ckpt_path", str(saved), "--traceback"]) == 0
+
+
+class Holding(nn.Module):
+    """Keeps what it was given."""
+
+    class Mode(Enum):
+        slow = 1
+
+    def __init__(self, argument: Any = None, weights: Any = None, pretrained: bool = False, **more: Any) -> None:
+        super().__init__()
+        self.argument, self.weights, self.more = argument, weights, more
+        self.auxiliary = nn.Linear(2, 2) if pretrained else None
+
+
+class Restricted(float):
+    """As jsonargparse restricts numbers, and numpy has its own."""
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        Act.gelu, Text.gelu, Holding.Mode.slow, nn.GELU, torch.float16, (2, (3, Act.relu)), {0: 1.5, Act.gelu: (1,)},
+        {"a": [None, True]}, Restricted(2.5), Path("a/b"), "text",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_are_found_again(argument: Any, tmp_path: Path) -> None:
     torch.save(plain({"argument": [argument]}), tmp_path / "a.pt")
-    assert build(torch.load(tmp_path / "a.pt", weights_only=True))["argument"][0] is argument
+    (again,) = build(torch.load(tmp_path / "a.pt", weights_only=True))["argument"]
+    assert again == argument
+    assert isinstance(argument, type(again))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ({"argument": 1, "more": {"scale": 5.0}}, {}),
+        ({"weights": [0.5, 2.0]}, {"weights": [0.5, 2.0]}),  # of its branches
+        ({"pretrained": True}, {"pretrained": True}),  # without it a layer is not there
+        ({"argument": 1, "weights": None}, {"weights": None}),
+    ],
+    ids=str,
+)
+def test_a_recipe_makes_the_network_that_was_trained(
+    arguments: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+) -> None:
+    more = arguments.pop("more", {})
+    config = {"class_path": f"{__name__}.Holding", "init_args": arguments, "dict_kwargs": more}
+    network = Holding(**arguments, **more)
+    torch.save(recipe_of(network, config), tmp_path / "a.pt")
+    recipe = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert UNLIKE not in recipe
+    assert recipe["init_args"].items() >= kept.items()
+    assert vars(build(recipe))["more"] == more
+    assert unlike(network, recipe) is None
+
+
+def test_weights_that_training_started_from_are_left_out_where_the_network_is_the_same_without_them() -> None:
+    config = {"class_path": f"{__name__}.Started", "init_args": {"weights": "a.pt"}}
+    assert recipe_of(Started("a.pt"), config)["init_args"] == {"weights": None}
+
+
+class Started(nn.Module):
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "told"),
+    [
+        (Holding(lambda: 1), {"init_args": {"argument": len}}, "an argument of the network was .*len, a function"),
+        (Holding(2), {"init_args": {"argument": 3}}, "made again, its argument is 3, and was 2"),
+        (Holding((2,)), {"init_args": {"argument": [2]}}, r"its argument is \[2\], and was \(2,\)"),
+        (Holding({1: 2}), {"init_args": {"argument": {"1": 2}}}, "its argument is {'1': 2}, and was {1: 2}"),
+        (Holding(pretrained=True), {"init_args": {}}, "its auxiliary's class is None, and was 'torch.nn.modules.lin"),
+        (Holding(float("nan")), {"init_args": {"argument": 1.0}}, "its argument is 1.0, and was nan"),
+        (Holding(), {"init_args": {"weights": "b"}, "class_path": "torch.nn.BatchNorm2d"}, "cannot be built"),
+    ],
+    ids=str,
+)
+def test_a_network_that_is_not_made_again_is_told(network: nn.Module, config: dict[str, Any], told: str) -> None:
+    assert re.search(told, recipe_of(network, {"class_path": f"{__name__}.Holding", **config})[UNLIKE])
 
 
 @pytest.mark.parametrize(
@@ -129,6 +235,52 @@ def test_what_is_no_plain_type_is_found_again(argument: Any, tmp_path: Path) -> 
 def test_a_file_makes_nothing_else(argument: dict[str, str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         build({"class_path": f"{__name__}.Chosen", "init_args": {"num_classes": 2, "act": argument}})
+
+
+class Rooted(nn.Module):
+    """What the batch size is written into, where it is traced; of numbers below 0 it says nothing."""
+
+    def __init__(self, minus: float | None = None) -> None:
+        super().__init__()
+        self.minus = minus
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.scale * x / float(x.shape[0])
+        return found.sqrt() - x.amax() if self.minus is None else found.masked_fill(x > x.mean(), self.minus)
+
+
+@pytest.mark.parametrize(
+    ("minus", "ending", "told"),
+    [
+        (-torch.inf, "torchscript", "the exported network differs by 0.5"),
+        (torch.nan, "torchscript", "the exported network differs by 0.5"),
+        (-torch.inf, "onnx", "differs by|cannot be written so"),
+        (None, "torchscript", "the exported network differs by 0.4"),
+    ],
+)
+def test_what_is_no_number_hides_no_difference(
+    minus: float | None, ending: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path / "a.ckpt", f"{__name__}.Rooted", {"minus": minus}, [[[4], "float32"]])
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", ending]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(tmp_path / "a.ckpt", "torch.nn.Linear", {"in_features": 4, "out_features": 2}, [[[4], "float32"]])
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["state_dict"]["student.weight"].fill_(torch.nan)
+    torch.save(content, tmp_path / "a.ckpt")
+    assert main(["export", str(tmp_path / "a.ckpt"), "--format", "onnx"]) == 2
+    assert "outputs of random inputs are no finite numbers" in capsys.readouterr().err
+
+
+def test_of_a_mask_neither_all_nor_nothing() -> None:
+    (mask,) = random_inputs([([6], "bool")], 9, nn.Identity())
+    assert mask.any(1).all()
+    assert not mask.all(1).any()
 
 
 class Masked(nn.Module):
@@ -290,7 +442,7 @@ def test_a_teacher_that_was_moved_is_given_and_another_refused(tmp_path: Path, c
     torch.save(AnomalyNet(width=4).state_dict(), tmp_path / "other.pt")
     assert main([*export, "--teacher", str(tmp_path / "other.pt")]) == 2
     assert "the teacher is not the one of the training" in capfd.readouterr().err
-    difference_of_two(tmp_path, teacher_input="my_module.crop")
+    difference_of_two(tmp_path, teacher_input={"lightning_kd": "function", "of": "my_module.crop"})
     assert main(export) == 2
     assert "the teacher is called by a function, teacher_input=my_module.crop" in capfd.readouterr().err
     difference_of_two(tmp_path, task={"class_path": "torch.nn.ReLU"})

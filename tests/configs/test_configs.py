@@ -6,6 +6,7 @@ import torch
 
 from lightning_kd.cli import command, main
 from lightning_kd.cli.configs import shipped, summary
+from lightning_kd.cli.recipe import INITIAL_WEIGHTS, KEY, UNLIKE
 from lightning_kd.models import PoseNet
 from lightning_kd.teachers import Ensemble, Frozen, load_weights
 
@@ -67,6 +68,9 @@ def test_every_config_runs_from_nothing_and_keeps_the_invariants(
     (checkpoint,) = Path("runs").rglob("*.ckpt")
     content = torch.load(checkpoint, weights_only=True)
     assert set(content["state_dict"]) == {f"student.{key}" for key in student.state_dict()}
+    recipes = [content[KEY]["student"], *content[KEY].get("peers", [])]
+    assert not any(UNLIKE in each for each in recipes), recipes
+    assert not any((each.get("init_args") or {}).get(name) for each in recipes for name in INITIAL_WEIGHTS)
     for module in (*student.modules(), *teacher.modules()):
         assert not module._forward_hooks
     if not trained:
