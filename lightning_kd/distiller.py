@@ -14,7 +14,7 @@ from lightning_kd.overwriting import one_memory, overwritten
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record
 from lightning_kd.teachers import Frozen, Teacher
-from lightning_kd.teachers.base import labels_asked
+from lightning_kd.teachers.base import labels_asked, refuse_labels, values_at
 from lightning_kd.teachers.stillness import refuse_taught
 from lightning_kd.term import Term
 from lightning_kd.watching import ANSWER, Call, LabelsOf, Watcher, merged
@@ -132,6 +132,7 @@ class Distiller(nn.Module):
                     f"{type(teacher).__name__}.{name} is a {hidden}, and hides the method of that name that every "
                     "teacher has. Call the attribute something else."
                 )
+        refuse_labels(teacher)
         object.__setattr__(self, "teacher", teacher)
 
     def mirrored(self, teacher: Teacher) -> "Distiller":
@@ -227,7 +228,9 @@ class Distiller(nn.Module):
                 refuse_taught(self.teacher, term)
         paths = {path.module for path in self._teacher_paths.values()}
         try:
-            self.teacher.bind(student, paths | {OUTPUT} if ANSWER in labels_asked(self.student_input) else paths)
+            asked = paths | {OUTPUT} if ANSWER in labels_asked(self.student_input) else paths
+            self.teacher.bind(student, asked)
+            self.teacher.bound_to = frozenset(asked)
             for name, term in self.named_terms():
                 with _naming(name):
                     term.meet(self.teacher.still)
@@ -329,14 +332,9 @@ class Distiller(nn.Module):
 
     def _captured(self, name: str, call: Call) -> tuple[list[Any], list[Any]]:
         student, teacher = self._student_paths[name], self._teacher_paths[name]
-        if teacher.module not in call.teacher:
-            raise RuntimeError(
-                f"the teacher gave no {teacher.module!r}: another Distiller that was attached since has the same one. "
-                "Give each a teachers.Frozen of its own, of one model."
-            )
         return (
             [student.select(value) for value in call.student[student.module]],
-            [teacher.select(value) for value in call.teacher[teacher.module]],
+            [teacher.select(value) for value in values_at(self.teacher, call.teacher, teacher.module)],
         )
 
     def forward(self, calls: Sequence[Call], **labels: Any) -> dict[str, Tensor]:

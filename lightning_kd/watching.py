@@ -16,7 +16,7 @@ from lightning_kd.holding import Left
 from lightning_kd.overwriting import Given, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
 from lightning_kd.recomputation import Recomputation
 from lightning_kd.taps import Record, Taps
-from lightning_kd.teachers.base import Teacher, labels_asked, made_by
+from lightning_kd.teachers.base import Teacher, labels_asked, made_by, refuse_answer, values_at
 from lightning_kd.wiring import OUTPUT, Path, describe
 
 ANSWER = "teacher"
@@ -166,10 +166,12 @@ class Watcher:
                 "teacher_input= makes the teacher's arguments out of the student's."
             )
             raise
+        refuse_answer(self.teacher, answer)
         refuse_overwriting_teacher(given)
         call = Call(student={}, teacher=answer, versions=versions_of(answer))
         if self.student_input is not None and self._asks_teacher:
-            own = view("student_input", self.student_input, {**labels, ANSWER: answer[OUTPUT][0]})
+            said = values_at(self.teacher, answer, OUTPUT)[0]
+            own = view("student_input", self.student_input, {**labels, ANSWER: said})
         return call, own
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:

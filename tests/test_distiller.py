@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -309,6 +309,53 @@ def test_a_teacher_that_is_no_network_answers_paths_of_its_own() -> None:
     with distiller.watch() as calls:
         student(torch.randn(2, 4))
     assert distiller(calls)["kd"] > 0
+
+
+class Own(Teacher):
+    """A teacher whose answer is made by a function of its logits."""
+
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def bind(self, student: nn.Module, paths: Collection[str]) -> None: ...
+
+    def unbind(self) -> None: ...
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(torch.ones(len(x), 3))
+
+
+@pytest.mark.parametrize("student_input", [None, lambda x, *, teacher: x])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda z: z, TypeError, r"forward of Own returned a tensor of shape \(., 3\). A teacher returns by path"),
+        (lambda z: {"output": z}, TypeError, r"forward of Own returned a tensor .* at 'output'. A teacher returns by"),
+        (lambda z: {"output": (z, z)}, TypeError, "returned a tuple of 2 items at 'output'"),
+        (lambda z: {"output": {"logits": z}}, TypeError, "returned a dict with the keys 'logits' at 'output'"),
+        (lambda z: {"output.logits": [z]}, ValueError, "Own was asked for 'output' and answered 'output.logits'. A te"),
+        (lambda z: {}, ValueError, "Own was asked for 'output' and answered nothing"),
+    ],
+)
+def test_an_answer_of_another_form_is_told(
+    answer: Callable[[Tensor], Any], error: type[Exception], message: str, samples: int, student_input: Any
+) -> None:
+    student = nn.Linear(4, 3)
+    distiller = Distiller({"kd": Term(losses.KD())}, Own(answer), student_input=student_input)
+    with pytest.raises(error, match=message):
+        distiller(watched(distiller, student, torch.randn(samples, 4)))
+
+
+@pytest.mark.parametrize("labels", [("target",), {"target"}, ["target"], {"target": "yes"}, {1: True}])
+@pytest.mark.parametrize("of_class", [True, False])
+def test_labels_of_a_teacher_say_whether_they_are_needed(labels: Any, of_class: bool) -> None:
+    teacher = (type("Own", (Own,), {"labels": labels}) if of_class else Own)(lambda z: {"output": [z]})
+    if not of_class:
+        teacher.labels = labels
+    with pytest.raises(TypeError, match=r"labels of Own say what .*\{'target': True\}; got [\[({]'?[t1]"):
+        Distiller({"kd": Term(losses.KD())}, teacher)
 
 
 def test_a_teacher_that_remembers_takes_it_back() -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record
+from lightning_kd.wiring import describe
 
 
 class Teacher(nn.Module, ABC):
@@ -37,6 +38,9 @@ class Teacher(nn.Module, ABC):
 
     labels: Mapping[str, bool] = {}
     """What ``look`` and ``losses`` read of a batch, by name, and whether they cannot do without; see ``order``, too."""
+
+    bound_to: frozenset[str] = frozenset()
+    """The paths that it was asked for when it was attached last; a distiller says it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -129,6 +133,53 @@ class Teacher(nn.Module, ABC):
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights that checkpoints hold in place of the student's, if it is ``evaluated``."""
         return {}
+
+
+def refuse_labels(teacher: Teacher) -> None:
+    """Raises ``TypeError`` where the ``labels`` of a teacher are not names with whether it cannot do without."""
+    labels: object = teacher.labels  # what an author without a type checker may write
+    names = isinstance(labels, Mapping) and all(isinstance(name, str) for name in labels)
+    if not (names and all(isinstance(needed, bool) for needed in labels.values())):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"labels of {type(teacher).__name__} say what it reads of a batch, and whether it cannot do without: "
+            f"{{'target': True}}; got {labels!r}."
+        )
+
+
+def refuse_answer(teacher: Teacher, answer: object) -> None:
+    """Raises ``TypeError`` where a teacher has not answered with a list of values for each path."""
+    if isinstance(answer, Mapping):
+        wrong = [f"{describe(value)} at {path!r}" for path, value in answer.items() if not isinstance(value, list)]
+        got = wrong[0] if wrong else None
+    else:
+        got = describe(answer)
+    if got is not None:
+        raise TypeError(
+            f"forward of {type(teacher).__name__} returned {got}. A teacher returns by path a list of values, one for "
+            "each call of the module: {'output': [logits]}."
+        )
+
+
+def values_at(teacher: Teacher, answer: Record, path: str) -> list[Any]:
+    """Returns what a teacher answered for a path, one value for each call of the module.
+
+    Raises:
+        ValueError: If it was asked for that and has not answered it.
+        RuntimeError: If another distiller has asked for something else since.
+    """
+    if path in answer:
+        return answer[path]
+    if path in teacher.bound_to:
+        paths = ", ".join(map(repr, answer)) or "nothing"
+        raise ValueError(
+            f"{type(teacher).__name__} was asked for {path!r} and answered {paths}. A teacher answers the paths that "
+            "bind is told; what a term selects inside of one, 'output.logits', is in its values: {'output': "
+            "[{'logits': logits}]}."
+        )
+    raise RuntimeError(
+        f"the teacher gave no {path!r}: another Distiller that was attached since has the same one. Give each a "
+        "teachers.Frozen of its own, of one model."
+    )
 
 
 def in_type_of(
