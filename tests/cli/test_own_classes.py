@@ -143,7 +143,7 @@ def test_the_folder_one_stands_in_stands_once_and_first(
 
 def test_one_callback_alone_is_a_list_of_one(project: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path.cwd())
-    options = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
+    options = [f"--trainer.callbacks={ONE['class_path']}", "--trainer.callbacks.monitor=val/loss"]
     Path("one.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": ONE}}))
     for given in (options, ["--config", "one.yaml"]):
         cli = DistillationCLI(["--config", project, *given], run=False, make=False)
