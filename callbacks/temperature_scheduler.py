@@ -9,8 +9,8 @@ class TemperatureScheduler(Scheduler):
     """Changes the temperature of a term over the run.
 
     It stands beside whatever distils: ``Distillation``, ``EMATeacher``, or a ``DistillationModule``, in any order.
-    The temperature of each step is logged as ``train/<term>/temperature``. After the fit the loss has the temperature
-    that it had.
+    The temperature of each step is logged as ``train/<term>/temperature``. That which the loss was given does not count
+    in the fit, and is there again when it has ended.
 
     Args:
         term: Name of the term; its loss has a ``temperature``, wrapped losses included.

@@ -169,7 +169,7 @@ def test_nothing_is_left_behind_and_a_second_fit_is_the_same(interrupted: bool) 
             if interrupted and trainer.global_step == 3:
                 raise RuntimeError("stop")
 
-    term = Term(losses.KD(temperature=3.0), weight=0.5)
+    term = Term(losses.KD(temperature=3.0))
     own = distillation(kd=term)
     schedulers = (
         TemperatureScheduler("kd", schedules.Linear(8.0, 1.0)),
@@ -179,7 +179,7 @@ def test_nothing_is_left_behind_and_a_second_fit_is_the_same(interrupted: bool) 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="stop") if interrupted else nullcontext():
             runs.append(fit(own, *schedulers, Interrupt())[0].steps)
-        assert (term.loss.temperature, term.weight, term.schedules) == (3.0, 0.5, {})
+        assert (term.loss.temperature, term.weight, term.schedules) == (3.0, 1.0, {})
         assert not term.needs_end
     assert interrupted or runs[0] == runs[1]
     for scheduler in schedulers:

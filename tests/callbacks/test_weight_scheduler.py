@@ -1,5 +1,6 @@
 """What differs between schedules of a weight and those of a temperature; the rest is tried with the latter."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ class Module(LightningModule):
         return self.model(batch).sum()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.seen.append(float(self.trainer.callback_metrics["train/kd/weight"]))
+        self.seen += [float(v) for name, v in self.trainer.callback_metrics.items() if name == "train/kd/weight"]
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -41,17 +42,32 @@ def fit(weight: float | schedules.Schedule, *schedulers: WeightScheduler) -> tup
 
 def test_it_is_the_schedule_of_the_term_from_outside() -> None:
     schedule = schedules.Cosine(100.0, 0.0)
-    lent, term = fit(0.25, WeightScheduler("kd", schedule))
+    lent, term = fit(1.0, WeightScheduler("kd", schedule))
     own, _ = fit(schedule)
     assert lent.seen == own.seen
     assert lent.seen[:5:4] == [100.0, pytest.approx(50.0)]
     assert torch.equal(lent.model.weight, own.model.weight)
-    assert term.weight == 0.25
+    assert term.weight == 1.0
 
 
 def test_a_term_has_one_schedule_of_its_weight() -> None:
     with pytest.raises(ValueError, match=r"the weight of that term follows Constant\(1.0\) already. Keep one"):
         fit(schedules.Constant(1.0), WeightScheduler("kd", schedules.Linear(1.0, 0.0)))
+
+
+def test_a_term_that_is_switched_off_stays_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        lent, term = fit(0.0, WeightScheduler("kd", schedules.Constant(100.0)))
+    own, _ = fit(0.0)
+    assert torch.equal(lent.model.weight, own.model.weight)
+    assert lent.seen == []
+    assert term.weight == 0.0
+    assert caplog.text.count("WeightScheduler('kd') leaves that term alone: its weight is 0") == 1
+
+
+def test_a_weight_that_would_not_count_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"WeightScheduler\('kd'\): that term has the weight 0.25, which the schedule"):
+        fit(0.25, WeightScheduler("kd", schedules.Linear(1.0, 0.0)))
 
 
 @pytest.mark.parametrize("term", [None, Term(losses.KD())])
