@@ -42,7 +42,7 @@ class WeightScheduler(Scheduler):
         elif before != 1:
             raise ValueError(
                 f"WeightScheduler({self.term!r}): that term has the weight {before}, which the schedule would replace. "
-                "Put it into the schedule, whose values are the weight, and leave the term's out (a 0 switches it off); "
+                "Put it into the schedule, whose values are the weight, and leave the term's out (0 switches it off), "
                 "or take the scheduler out."
             )
         else:
