@@ -43,6 +43,8 @@ def test_every_config_runs_from_nothing_and_keeps_the_invariants(
     ]  # fmt: skip
     if name.startswith(("camvid", "magnetic", "scenes_segmentation")):  # large images
         short += ["--data.init_args.batch_size", "4"]
+    if name.startswith("scenes"):  # which are drawn first
+        short += ["--data.init_args.train_size", "32", "--data.init_args.val_size", "8"]
     if name == "face68_pose_dwpose_head":  # what the first stage exports
         Path("checkpoints").mkdir()
         first = PoseNet("mobilenetv4_conv_small_050", 68, (48, 48), stride=16, channels=64)
