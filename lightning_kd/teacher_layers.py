@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_kd.sharding import is_sharded
+from lightning_kd.teachers.stillness import remember_modes, set_training
 from lightning_kd.wiring import Path, find_module
 
 
@@ -56,6 +57,7 @@ class TeacherLayers(nn.Module):
         self.paths = [Path(layer) for layer in layers]
         self.before = before
         self._layers: list[nn.Module] = []  # in a list, so that they are no submodules
+        self._overwrites = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layers": []}
@@ -69,6 +71,7 @@ class TeacherLayers(nn.Module):
                 "Take one trained model as the teacher, or a projector of your own."
             )
         self._layers = [layer for path in self.paths for layer in _found(teacher, path)]
+        self._overwrites = any(_may_overwrite(part) for layer in self._layers for part in layer.modules())
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns what the teacher's layers make of the student's feature."""
@@ -77,11 +80,18 @@ class TeacherLayers(nn.Module):
         if self.before is not None:
             x = self.before(x)
         self._check_channels(x)
-        if getattr(self._layers[0], "inplace", False):
+        if self._overwrites:
             x = x.clone()  # what the student computed stays what it is
+        restore = remember_modes(part for layer in self._layers for part in layer.modules())
+        try:
+            return self._through(x)
+        finally:
+            restore()  # a layer that the student has, too, is in the student's mode there
+
+    def _through(self, x: Tensor) -> Tensor:
         feature = x
         for layer in self._layers:
-            layer.eval()  # as the teacher is, whatever is called around it
+            set_training(layer, False)  # as the teacher is, whatever is called around it
             own = {name: value.detach() for name, value in layer.named_parameters()}
             # BatchNorm may have float32 between layers of half precision, which it takes; they do not take float32.
             dtype = min((value.dtype for value in own.values()), key=lambda each: each.itemsize, default=x.dtype)
@@ -111,6 +121,11 @@ class TeacherLayers(nn.Module):
                     f"{self.paths[0].text!r}, which takes {wanted} channels: give "
                     f"TeacherLayers(..., before=nn.Conv2d({x.shape[dim]}, {wanted}, 1)), or tap another layer."
                 )
+
+
+def _may_overwrite(part: nn.Module) -> bool:
+    """Tells whether a layer may work in place; torch's own say so, and of others nobody knows what they do."""
+    return bool(getattr(part, "inplace", False)) or not type(part).__module__.startswith("torch.nn.")
 
 
 def _found(teacher: nn.Module, path: Path) -> Iterator[nn.Module]:

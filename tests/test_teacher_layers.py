@@ -157,6 +157,46 @@ def test_the_layers_are_in_evaluation_mode_and_overwrite_nothing() -> None:
     torch.testing.assert_close(value, teacher.eval().rest(kept))
 
 
+class Doubling(nn.Module):
+    """Works in place, and does not say so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4)),
+        nn.Sequential(nn.Dropout(), nn.Sequential(nn.Hardswish(inplace=True)), nn.Linear(8, 4)),
+        nn.Sequential(Doubling(), nn.Linear(8, 4)),
+    ],
+    ids=["first", "behind what passes on", "unsaid"],
+)
+def test_a_block_that_works_in_place_leaves_the_students_feature_as_it_is(head: nn.Module) -> None:
+    projector, feature = TeacherLayers(["1"]), torch.randn(3, 8)
+    projector.meet(nn.Sequential(nn.Linear(6, 8), head).eval())
+    kept = feature.clone()
+    value = projector(feature)
+    assert torch.equal(feature, kept)
+    assert torch.equal(value, head(kept))
+
+
+def test_layers_that_the_student_has_too_stay_in_its_mode() -> None:
+    head = nn.Sequential(nn.Dropout(), nn.Linear(8, 4)).requires_grad_(requires_grad=False)
+    teacher, student = (nn.Sequential(nn.Linear(6, 8), head) for _ in range(2))
+    term = Term(losses.KD(), student="0", teacher="output", projector=TeacherLayers(["1"]))
+    distiller, x = Distiller({"cross": term}, teacher), torch.randn(16, 6)
+    distiller.attach(student)
+    head[1].eval()  # part of it stands still there
+    for _ in range(2):
+        with distiller.watch() as calls:
+            student(x)
+        value = distiller(calls)["cross"]
+        torch.testing.assert_close(value, losses.KD()(head[1](student[0](x)), head[1](teacher[0](x))))
+        assert [part.training for part in head.modules()] == [True, True, False]
+
+
 def test_a_teacher_of_another_type_is_asked_in_its_own() -> None:
     teacher = Norm().double()
     projector = TeacherLayers(["rest"])
