@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lightning_kd.data.splits import SplitDataModule
 from lightning_kd.extras import late_import
 from lightning_kd.paths import expand_path
+from lightning_kd.task import UNLABELLED
 
 Sample = tuple[Tensor, Tensor]
 """An image ``(3, H, W)``, and its keypoints ``(K, 3)``: x, y in its pixels, and visibility."""
@@ -104,9 +105,9 @@ class KeypointCsv(SplitDataModule):
     """Images and a CSV file with one row for each: ``file``, ``split``, ``x0``, ``y0``, ``x1``, ... and others.
 
     An empty place means that the joint has no label; columns ``v0``, ``v1``, ... hold visibilities as COCO has them,
-    where there are any. A joint outside of its image has no part in losses and metrics: see
-    :class:`lightning_kd.tasks.Pose`. Batches are images ``(N, 3, H, W)`` float32 and keypoints ``(N, K, 3)`` float32.
-    The resized images are kept in memory.
+    where there are any, and -100 of a joint that was not looked for, whose place may be empty, too. A joint outside of
+    its image has no part in losses and metrics: see :class:`lightning_kd.tasks.Pose`. Batches are images
+    ``(N, 3, H, W)`` float32 and keypoints ``(N, K, 3)`` float32. The resized images are kept in memory.
 
     Args:
         root: Folder of the CSV file; ``$LIGHTNING_KD_DATA`` and ``~`` in it are filled in.
@@ -225,12 +226,13 @@ def _joint(row: dict[str, str | None], k: int) -> list[float]:
     x, y = row[f"x{k}"], row[f"y{k}"]
     if x is None or y is None:
         raise ValueError(f"the row ends before joint {k}; of a joint without a label both are empty")
+    visible = float(row.get(f"v{k}") or 2)
     if not x.strip() or not y.strip():
-        return [0.0, 0.0, 0.0]
+        return [0.0, 0.0, float(UNLABELLED) if visible == UNLABELLED else 0.0]
     place = [float(x), float(y)]
     if not all(map(math.isfinite, place)):
         raise ValueError(f"joint {k} is at {x!r}, {y!r}; of a joint without a label both are empty")
-    return [*place, float(row.get(f"v{k}") or 2)]
+    return [*place, visible]
 
 
 def _stacked(samples: list[Sample]) -> Sample:

@@ -26,14 +26,13 @@ def aloss(
         )
     s, t = upcast(student), upcast(teacher.detach())
     truth = points.to(s.dtype)
-    if joints is not None:
-        here = joints.unsqueeze(-1)
-        s, t, truth = (torch.where(here, x, 0.0) for x in (s, t, truth))
+    known = ~truth.isnan().any(-1)
+    joints = known if joints is None else joints & known
+    here = joints.unsqueeze(-1)
+    s, t, truth = (torch.where(here, x, 0.0) for x in (s, t, truth))
     error, of_teacher = (s - truth).abs(), (t - truth).abs()
     zone = -repel * ((error >= inner * of_teacher) & (error <= of_teacher)) + attract * (error > of_teacher)
     each = zone * (error - of_teacher).abs()
-    if joints is None:
-        return each.mean()
     return each.sum() / (joints.sum() * each.shape[-1]).clamp_min(1)
 
 
@@ -50,8 +49,8 @@ class ALoss(nn.Module):
     code, whose condition is a product of signs, such a coordinate counts 0. The teacher is thought of on the student's
     side of the truth. One term has a tough teacher, which learned the true points (1.9, 0.45), another one a tolerant
     one, which learned smoothed points (1.8, 0.4). It is never above ``attract * |student - teacher|``, and below 0
-    where the student is better. The paper's main loss, which depends on the tolerant teacher, is not a part of it: that
-    is the task's.
+    where the student is better. A joint whose true point is NaN has none, and does not count. The paper's main loss,
+    which depends on the tolerant teacher, is not a part of it: that is the task's.
 
     Args:
         attract: Weight where the student is worse.

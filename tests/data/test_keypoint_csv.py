@@ -107,6 +107,15 @@ def test_visibilities_are_read(root: Path) -> None:
     assert data.splits["test"][0][1][:, 2].tolist() == [0, 1]
 
 
+def test_a_joint_that_was_not_looked_for_needs_no_place(root: Path) -> None:
+    write(root, [row | {"x0": "", "y0": "", "v0": "-100", "x1": "", "y1": "", "v1": "2"} for row in table(root)])
+    data = KeypointCsv(str(root), (20, 40))
+    data.setup("test")
+    image, points = data.splits["test"][0]
+    assert points[:, 2].tolist() == [-100, 0]
+    assert Pose(2).joints((image[None], points[None])).tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

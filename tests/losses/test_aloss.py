@@ -60,6 +60,15 @@ def test_joints_that_do_not_count_have_no_influence():
     assert losses.ALoss()(s, t, y, torch.zeros_like(joints)) == 0
 
 
+def test_joints_without_a_true_point_have_no_influence():
+    s, t, y, known = torch.rand(3, 5, 2), torch.rand(3, 5, 2), torch.rand(3, 5, 2), torch.rand(3, 5) < 0.5
+    known[0, 0] = True
+    value = aloss(s, t, y, known)
+    y[~known, 1] = torch.nan
+    torch.testing.assert_close(aloss(s, t, y), value)
+    torch.testing.assert_close(aloss(s, t, y, torch.ones_like(known)), value)
+
+
 def test_what_does_not_fit_is_told():
     s = torch.rand(3, 5, 2)
     with pytest.raises(ValueError, match="Student and teacher say where the same joints are"):
