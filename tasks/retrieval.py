@@ -21,7 +21,6 @@ FIELDS = ("sentence_embedding", "embeddings", "embedding")
 DRAWN = 4
 """Images whose nearest are drawn."""
 
-
 TOLD = 5000
 """Texts among which is searched once more, to show what is found."""
 
@@ -35,9 +34,10 @@ class Retrieval(TaskAdapter):
       are to be found. Metrics are ``recall@1``, ``recall@5`` (one of the k nearest is of the class) and ``map@r``.
     - ``relevance="judgments"``: in evaluation batches ``(inputs, numbers, relevant)``, documents and queries in any
       order: ``numbers`` ``(B,)`` are the documents', and -1 for a query; ``relevant`` ``(B, R)`` are the numbers of
-      the documents that answer it, padded with -1. Metrics are ``ndcg@10``, ``mrr@10`` and ``recall@100`` (the
-      fraction of what is relevant that is found). Judgments with grades are ``(inputs, numbers, relevant, gains)``:
-      ``gains`` ``(B, R)`` are how much each of ``relevant`` is worth, and ``ndcg_graded@10`` is measured by them, too.
+      the documents that answer it, padded with -1, in each batch as far as it needs. Metrics are ``ndcg@10``,
+      ``mrr@10`` and ``recall@100`` (the fraction of what is relevant that is found). Judgments with grades are
+      ``(inputs, numbers, relevant, gains)``: ``gains`` ``(B, R)`` are how much each of ``relevant`` is worth, and
+      ``ndcg_graded@10`` is measured by them, too. A batch of documents alone needs none.
 
     In tests with a teacher whose embeddings are as long as the student's the same metrics are computed for the
     student's queries in the teacher's index, ``asymmetric_recall@1`` and so on: a student that is aligned to its

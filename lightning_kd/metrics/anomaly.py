@@ -9,6 +9,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_precisio
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_kd.extras import late_import
+from lightning_kd.metrics._check import refuse_no_numbers
 
 
 def aupro(maps: Tensor, masks: Tensor, limit: float = 0.3) -> Tensor:
@@ -118,12 +119,8 @@ class AnomalyQuality(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the values by their names."""
         maps, scores, masks, labels = map(dim_zero_cat, (self.maps, self.scores, self.masks, self.labels))
-        wrong = int((maps.isnan().flatten(1).any(1) | scores.isnan()).sum())
-        if wrong:
-            raise ValueError(
-                f"the anomaly maps or scores of {wrong} of {len(maps)} images have values that are not numbers: the "
-                "network has diverged, or divides by zero. Nothing is measured of them."
-            )
+        wrong = maps.isnan().flatten(1).any(1) | scores.isnan()
+        refuse_no_numbers("the anomaly maps or scores", wrong.sum(), len(maps))
         return {
             "image_auroc": _auroc(scores, labels),
             "pixel_auroc": _auroc(maps.flatten(), masks.flatten()),

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_kd.extras import late_import
+from lightning_kd.metrics._check import refuse_no_numbers
 
 CHUNK = 1024
 """Queries that are compared with the whole index at once."""
@@ -69,7 +70,8 @@ class RetrievalQuality(Metric):
         ndcg_graded@k = mean over queries of sum_(i <= k) gain(i) / log2(i + 1), over the same of the best ranking
 
     Queries to which nothing is relevant are left out of the means, and stay in the index. Where nothing can be told,
-    because no query has something to find or there is one class only, all values are nan.
+    because no query has something to find or there is one class only, all values are nan. The best ranking is of all
+    that was judged, in the index or not. A document that stands twice among a query's counts once, by its largest gain.
 
     Args:
         relevance: What is relevant to a query.
@@ -81,7 +83,8 @@ class RetrievalQuality(Metric):
         dim: Length to which embeddings are cut first, with which the names end then: ``recall@1_dim16``.
 
     Raises:
-        ValueError: If an embedding is shorter than that, or gains are not one positive number for each judgment.
+        ValueError: If an embedding is shorter than that, or gains are not one positive number for each judgment; at the
+            end, if an embedding has values that are not finite, or some queries' judgments have gains and others' none.
 
     Source:
         mAP@R: Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505, section 3.2. nDCG of gains: Jarvelin
@@ -102,6 +105,7 @@ class RetrievalQuality(Metric):
     labels: list[Tensor]
     relevant: list[Tensor]
     gains: list[Tensor]
+    widths: list[Tensor]
 
     def __init__(
         self,
@@ -121,7 +125,8 @@ class RetrievalQuality(Metric):
         self.cosine = cosine
         self.index = index
         self.prefix = prefix
-        for name in ("queries", "items", "labels", "relevant", "gains"):
+        # Judgments are kept in one long row, and of each sample how many: batches, and processes, may differ in that.
+        for name in ("queries", "items", "labels", "relevant", "gains", "widths"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
@@ -137,19 +142,22 @@ class RetrievalQuality(Metric):
         Args:
             queries: ``(B, D)``.
             labels: ``(B,)``: classes; with judgments the documents' numbers, and -1 for a query.
-            relevant: With judgments, ``(B, R)``: the numbers of the documents that are relevant, then -1.
+            relevant: With judgments, ``(B, R)``: the numbers of the documents that are relevant, then -1. ``R`` may be
+                another one in each batch.
             items: ``(B, D)``, the same samples as the index has them, of another model; those of ``queries`` unless
                 given.
-            gains: ``(B, R)``: how much each of ``relevant`` is worth, positive; what stands behind them is not read.
+            gains: ``(B, R)``: how much each of ``relevant`` is worth, positive; what stands behind them is not read. A
+                batch in which nothing is relevant needs none.
         """
-        if relevant is not None and gains is not None:
-            self.gains.append(_gains(relevant, gains))
+        if relevant is not None:
+            unknown = torch.full(relevant.shape, torch.nan, device=relevant.device)
+            self.gains.append((unknown if gains is None else _gains(relevant, gains)).flatten())
+            self.relevant.append(relevant.flatten())
+            self.widths.append(torch.full(relevant.shape[:1], relevant.shape[1], device=relevant.device))
         self.queries.append(self._scaled(queries))
         if items is not None:
             self.items.append(self._scaled(items))
         self.labels.append(labels)
-        if relevant is not None:
-            self.relevant.append(relevant)
 
     def _scaled(self, embeddings: Tensor) -> Tensor:
         if self.dim is not None and embeddings.shape[1] < self.dim:
@@ -161,13 +169,23 @@ class RetrievalQuality(Metric):
         """Return the values by name."""
         queries, labels = dim_zero_cat(self.queries), dim_zero_cat(self.labels)
         items = dim_zero_cat(self.items) if len(self.items) else queries  # none of two processes are an empty tensor
+        wrong = ~(queries.isfinite() & items.isfinite()).all(1)
+        refuse_no_numbers("the embeddings", wrong.sum(), len(queries), "samples")
         if self.judged:
-            gains = dim_zero_cat(self.gains) if len(self.gains) else queries.new_zeros(0)
-            values = self._of_judgments(queries, items, labels, dim_zero_cat(self.relevant), gains)
+            values = self._of_judgments(queries, items, labels, *self._judgments())
         else:
             values = self._of_labels(queries, items, labels)
         suffix = "" if self.dim is None else f"_dim{self.dim}"
         return {f"{self.prefix}{name}{suffix}": value for name, value in values.items()}
+
+    def _judgments(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the relevant documents ``(N, R)``, then -1, and gains, NaN where there are none."""
+        widths = dim_zero_cat(self.widths)
+        there = torch.arange(int(widths.max()), device=widths.device) < widths[:, None]
+        relevant = torch.full(there.shape, -1, device=there.device)
+        gains = torch.full(there.shape, torch.nan, device=there.device)
+        relevant[there], gains[there] = dim_zero_cat(self.relevant).to(relevant), dim_zero_cat(self.gains).to(gains)
+        return relevant, gains
 
     def _of_labels(self, queries: Tensor, items: Tensor, labels: Tensor) -> dict[str, Tensor]:
         _, of_class, counts = torch.unique(labels, return_inverse=True, return_counts=True)
@@ -194,9 +212,9 @@ class RetrievalQuality(Metric):
         self, queries: Tensor, items: Tensor, labels: Tensor, relevant: Tensor, gains: Tensor
     ) -> dict[str, Tensor]:
         names = [f"ndcg@{self.cutoff}", f"mrr@{self.cutoff}", *(f"recall@{k}" for k in self.recall_at)]
-        names += [f"ndcg_graded@{self.cutoff}"] if gains.numel() else []
-        wanted = (relevant >= 0).sum(1)
-        asked, document = (labels < 0) & (wanted > 0), labels >= 0
+        graded = bool((~gains.isnan()).any())
+        names += [f"ndcg_graded@{self.cutoff}"] if graded else []
+        asked, document = (labels < 0) & (relevant >= 0).any(1), labels >= 0
         if not asked.any() or not document.any():
             return dict.fromkeys(names, queries.new_tensor(torch.nan))
         # Two processes that share data unevenly repeat some of it: a document is in the index once.
@@ -205,15 +223,22 @@ class RetrievalQuality(Metric):
         k = min(max(*self.recall_at, self.cutoff), len(numbers))
         found = search(queries[asked], items[document][first], k, self.index)
         ranked = torch.where(found >= 0, numbers[found], -2)
-        relevant, wanted = relevant[asked], wanted[asked]
+        relevant, gains = _once(relevant[asked], gains[asked])
+        wanted = (relevant >= 0).sum(1)
+        missing = ((relevant >= 0) & gains.isnan()).any(1)
+        if graded and missing.any():
+            raise ValueError(
+                f"the judgments of {int(missing.sum())} of {len(missing)} queries have no gains, and others have: give "
+                "gains in every batch in which something is relevant, 1 where there are no grades, or in none."
+            )
         right = (ranked[:, :, None] == relevant[:, None, :]).any(2).float()
         rank = torch.arange(1, k + 1, device=right.device)
         reciprocal = (right * (rank <= self.cutoff) / rank).amax(1)
         recalls = [(right[:, :n].sum(1) / wanted).mean() for n in self.recall_at]
         ranked = ranked[:, : self.cutoff]
-        values = [_ndcg(ranked, relevant, (relevant >= 0).float()), reciprocal.mean(), *recalls]
-        if len(values) < len(names):
-            values.append(_ndcg(ranked, relevant, gains[asked]))
+        values = [_ndcg(ranked, relevant, (relevant >= 0).float(), self.cutoff), reciprocal.mean(), *recalls]
+        if graded:
+            values.append(_ndcg(ranked, relevant, gains.where(relevant >= 0, 0.0), self.cutoff))
         return dict(zip(names, values, strict=True))
 
 
@@ -238,9 +263,19 @@ def _gains(relevant: Tensor, gains: Tensor) -> Tensor:
     return gains
 
 
-def _ndcg(ranked: Tensor, relevant: Tensor, gains: Tensor) -> Tensor:
-    """Return the mean of the discounted gains of documents ``(Q, k)``, over those of the best of ``(Q, R)``."""
-    discount = 1 / torch.arange(2, ranked.shape[1] + 2, device=ranked.device).log2()
+def _once(relevant: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """Return judgments in which each document of a row stands once, with the largest of its gains."""
+    order = gains.argsort(dim=1, descending=True)
+    relevant, gains = relevant.gather(1, order), gains.gather(1, order)
+    relevant, order = relevant.sort(dim=1, stable=True)
+    again = F.pad(relevant[:, 1:] == relevant[:, :-1], (1, 0))
+    return relevant.masked_fill(again, -1), gains.gather(1, order)
+
+
+def _ndcg(ranked: Tensor, relevant: Tensor, gains: Tensor, k: int) -> Tensor:
+    """Return the mean of the discounted gains of documents ``(Q, n <= k)``, over those of the best k of ``(Q, R)``."""
+    discount = 1 / torch.arange(2, k + 2, device=ranked.device).log2()
     gained = torch.where(ranked[:, :, None] == relevant[:, None, :], gains[:, None, :], 0.0).amax(2)
-    best = gains.sort(dim=1, descending=True).values[:, : ranked.shape[1]]
-    return ((gained * discount).sum(1) / (best * discount[: best.shape[1]]).sum(1)).mean()
+    best = gains.sort(dim=1, descending=True).values[:, :k]
+    gained, best = (each * discount[: each.shape[1]] for each in (gained, best))
+    return (gained.sum(1) / best.sum(1)).mean()

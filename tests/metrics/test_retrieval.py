@@ -13,6 +13,7 @@ from torchmetrics.functional.retrieval import (
     retrieval_recall,
     retrieval_reciprocal_rank,
 )
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_kd.metrics import RetrievalQuality
 from lightning_kd.metrics.retrieval import search
@@ -77,6 +78,21 @@ def test_a_class_of_one_asks_nothing_and_stays_in_the_index() -> None:
     assert found == {"recall@1": 0.0, "recall@2": 1.0, "map@r": 0.0}
 
 
+@pytest.mark.parametrize("kind", ["labels", "judgments"])
+@pytest.mark.parametrize("side", ["queries", "items"])
+@pytest.mark.parametrize(("value", "cosine"), [(math.nan, True), (math.inf, True), (math.inf, False)])
+def test_embeddings_that_are_no_numbers_are_not_measured(
+    kind: Literal["labels", "judgments"], side: str, value: float, cosine: bool
+) -> None:
+    points, numbers, relevant = judged()
+    quality, wrong = RetrievalQuality(kind, cosine=cosine), points.clone()
+    wrong[2:5, 1] = value
+    both = {"queries": points, "items": points} | {side: wrong}
+    quality.update(both["queries"], numbers, relevant if kind == "judgments" else None, both["items"])
+    with pytest.raises(ValueError, match="the embeddings of 3 of 36 samples have values that are not numbers"):
+        quality.compute()
+
+
 @pytest.mark.parametrize("labels", [torch.arange(5), torch.zeros(5, dtype=torch.long)], ids=["lone", "one class"])
 def test_what_cannot_be_told_is_nan(labels: Tensor) -> None:
     found = measured(RetrievalQuality(), (embeddings(5), labels))
@@ -132,6 +148,58 @@ def test_what_two_processes_have_kept_is_measured_together(kind: Literal["labels
     quality.distributed_available_fn = lambda: True
     quality.dist_sync_fn = lambda state, group: [state, state]
     assert measured(quality, kept) == expected  # and nothing of grades, which neither process has
+
+
+def in_batches(batch: tuple[Tensor, ...], size: int = 9) -> list[tuple[Tensor, ...]]:
+    """Return batches whose judgments, and what stands beside them, are as wide as each needs, and at least one."""
+    found = []
+    for points, numbers, relevant, *gains in zip(*(each.split(size) for each in batch), strict=True):
+        width = max(1, int((relevant >= 0).sum(1).max()))
+        found.append((points, numbers, *(each[:, :width] for each in (relevant, *gains))))
+    assert len({batch[2].shape[1] for batch in found}) > 1
+    return found
+
+
+@pytest.mark.parametrize("with_gains", [False, True])
+def test_judgments_are_as_wide_as_each_batch_and_process_needs(with_gains: bool) -> None:
+    points, numbers, relevant = judged()
+    gains = torch.randint(1, 5, relevant.shape).float()
+    batches = in_batches((points, numbers, relevant, gains))
+    whole, parts, others = (RetrievalQuality("judgments") for _ in range(3))
+    kept = [(*batch[:3], None, batch[3] if with_gains else None) for batch in batches]
+    whole.update(points, numbers, relevant, gains=gains if with_gains else None)
+    for quality, mine in ((parts, kept[:2]), (others, kept[2:])):
+        for batch in mine:
+            quality.update(*batch)
+    # Each process concatenates what it has, and gets what all have.
+    ends = {
+        name: [dim_zero_cat(getattr(q, name)) for q in (parts, others) if getattr(q, name)] for name in parts._defaults
+    }
+    for name, gathered in ends.items():
+        setattr(parts, name, gathered)
+    assert {k: float(v) for k, v in parts.compute().items()} == {k: float(v) for k, v in whole.compute().items()}
+
+
+def test_a_document_that_is_named_twice_counts_once() -> None:
+    points, numbers, relevant = judged()
+    twice, gains = torch.cat([relevant, relevant[:, :2]], dim=1), torch.randint(2, 5, relevant.shape)
+    assert measured(RetrievalQuality("judgments"), (points, numbers, twice)) == measured(
+        RetrievalQuality("judgments"), (points, numbers, relevant)
+    )
+    less = torch.cat([gains, gains[:, :2] - 1], dim=1)  # the largest gain counts
+    assert graded((points, numbers, twice), less) == graded((points, numbers, relevant), gains)
+
+
+def test_the_best_ranking_does_not_end_with_a_small_index() -> None:
+    """Two documents are left of five, three were judged to answer and none of the others was ever to be found."""
+    points, missing = torch.eye(6)[[0, 1, 0]], torch.tensor([0, 1, 7, 8, 9])
+    relevant = torch.full((3, 5), -1)
+    relevant[2] = missing
+    found = measured(RetrievalQuality("judgments"), (points, torch.tensor([0, 1, -1]), relevant))
+    best = sum(1 / math.log2(i + 2) for i in range(5))
+    assert found["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3)) / best)
+    with_gains = graded((points, torch.tensor([0, 1, -1]), relevant), torch.full((3, 5), 2))
+    assert with_gains["ndcg_graded@10"] == pytest.approx(found["ndcg@10"])
 
 
 def test_a_relevant_document_that_is_not_in_the_index_counts_as_missed() -> None:
@@ -203,6 +271,19 @@ def test_gains_with_nothing_to_find_are_nan() -> None:
     points, numbers, relevant = (each[:3] for each in judged())
     found = graded((points, torch.full_like(numbers, -1), relevant), torch.ones_like(relevant))
     assert math.isnan(found["ndcg_graded@10"])
+
+
+def test_documents_need_no_gains_and_queries_all_or_none() -> None:
+    points, numbers, relevant = judged()
+    gains, query = torch.randint(1, 5, relevant.shape), numbers < 0
+    quality = RetrievalQuality("judgments")
+    quality.update(points[~query], numbers[~query], relevant[~query, :1])
+    quality.update(points[query], numbers[query], relevant[query], gains=gains[query])
+    of_all = graded((points, numbers, relevant), gains)
+    assert {k: float(v) for k, v in quality.compute().items()} == {k: pytest.approx(v) for k, v in of_all.items()}
+    quality.update(points[query][:2], numbers[query][:2], relevant[query][:2].clamp(min=1))
+    with pytest.raises(ValueError, match="the judgments of 2 of 7 queries have no gains, and others have"):
+        quality.compute()
 
 
 @pytest.mark.parametrize("gains", [torch.ones(36), torch.ones(36, 4), [1.0] * 36], ids=["flat", "short", "list"])
