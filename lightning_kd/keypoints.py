@@ -129,7 +129,8 @@ def decode(output: Said) -> tuple[Tensor, Tensor]:
 
     Returns:
         Places ``(B, K, 2)`` in fractions of the input, and scores ``(B, K)``: the height of a heatmap's peak, the
-        geometric mean of the probabilities of the two highest bins, or 1 for coordinates, which have none.
+        geometric mean of the probabilities of the two highest bins, or 1 for coordinates, which have none. Where a map
+        or bins have a value that is not a number, neither has the place.
 
     Example:
         >>> x = log_gaussian(torch.tensor([[0.3]]), 16, sigma=0.05)
@@ -160,4 +161,5 @@ def _peak(logs: Tensor) -> Tensor:
     curvature = 2 * middle - left - right
     inside = (at > 0) & (at < cells - 1) & (curvature > 1e-6)
     shift = ((right - left) / (2 * curvature)).where(inside, 0.0).clamp(-0.5, 0.5)
-    return ((at + shift + 0.5) / cells).squeeze(-1)
+    place = (at + shift + 0.5) / cells
+    return place.where(~middle.isnan(), torch.nan).squeeze(-1)

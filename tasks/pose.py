@@ -39,7 +39,8 @@ class Pose(TaskAdapter):
 
     Which joints count: those with ``visible > 0`` (1 is hidden, 2 is seen: both have a place) that lie inside of the
     image. A joint with 0 has no label, and counts nowhere: neither in the loss and the metrics nor in any term. A joint
-    with -100 was not looked for: terms use it. Terms on what is said of joints need ``losses.Jointwise``.
+    with -100 was not looked for, and its place is not read: terms use what is said of it, unless they ask for the true
+    ``points`` (``losses.ALoss``). Terms on what is said of joints need ``losses.Jointwise``.
 
     Networks may return :class:`~lightning_kd.keypoints.Heatmaps`, :class:`~lightning_kd.keypoints.SimCC` or
     :class:`~lightning_kd.keypoints.Coordinates` (``models.PoseNet``), anything with such fields (Hugging Face's
@@ -96,6 +97,13 @@ class Pose(TaskAdapter):
         self.oks_sigmas = None if oks_sigmas is None else list(oks_sigmas)
         self.known: Tensor | None
         self.register_buffer("known", None, persistent=False)  # of a teacher: it follows to the device
+        self._own: Tensor | None = None  # likewise of the network that was called last
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Calls the model; of one that knows some of the joints, ``models.PartExperts``, the metrics are of those."""
+        known = getattr(model, "known", None)
+        self._own = known if isinstance(known, Tensor) else None
+        return super().forward(model, batch)
 
     def target(self, batch: Any) -> Labelled:
         """Returns what is known of a batch, whichever way it is given."""
@@ -112,11 +120,15 @@ class Pose(TaskAdapter):
                 f"Pose(num_keypoints={self.num_keypoints}) wants labels (B, {self.num_keypoints}, 3) of x, y and "
                 f"visibility, or these apart; got points {tuple(points.shape)} and visibilities {tuple(visible.shape)}."
             )
-        return Labelled(points.as_subclass(Tensor), visible.as_subclass(Tensor), area)
+        points = points.as_subclass(Tensor)
+        return Labelled(points if points.is_floating_point() else points.float(), visible.as_subclass(Tensor), area)
 
     def labels(self) -> dict[str, Callable[[Any], Any]]:
-        """Offers losses which ``joints`` count, bool ``(B, K)``, and true ``points`` in fractions of the image."""
-        return {"index": self.index, "joints": self.joints, "points": self.places}
+        """Offers losses which ``joints`` count, bool ``(B, K)``, and true ``points`` in fractions of the image.
+
+        NaN stands where there is no true point.
+        """
+        return {"index": self.index, "joints": self.joints, "points": self.truth}
 
     def joints(self, batch: Any) -> Tensor:
         """Returns the joints that count in terms, bool ``(B, K)``: the labelled ones, and those not looked for."""
@@ -128,6 +140,10 @@ class Pose(TaskAdapter):
         points = self.target(batch).points
         height, width = self.inputs(batch).shape[-2:]
         return torch.stack((points[..., 0] / width, points[..., 1] / height), dim=-1)
+
+    def truth(self, batch: Any) -> Tensor:
+        """Returns the same, NaN of joints that have no label inside of the image."""
+        return self.places(batch).where(self._counted(batch).unsqueeze(-1), torch.nan)
 
     def _counted(self, batch: Any) -> Tensor:
         """Returns which joints have a label and are inside of the image."""
@@ -165,6 +181,8 @@ class Pose(TaskAdapter):
         points, _, area = self.target(batch)
         counted = self._counted(batch)
         places, scores = keypoints.decode(self.said(output))
+        if self._own is not None:
+            counted, scores = counted & self._own, scores.where(self._own, 0.0)
         height, width = self.inputs(batch).shape[-2:]
         box = _box_area(points, counted)
         if self.scale is None:

@@ -41,6 +41,14 @@ def test_a_peak_between_cells_of_noise_and_below_zero_is_within_the_cell() -> No
     assert (score == 0.5).all()
 
 
+@pytest.mark.parametrize("kind", ["heatmaps", "simcc"])
+def test_of_values_that_are_no_numbers_there_is_no_place(kind: str) -> None:
+    output = targets(torch.rand(2, 3, 2))[kind]
+    output[0][1, 2, 5] = torch.nan  # any axis is enough for the score, and a map is of both
+    places, scores = decode(output)
+    assert scores.isnan().tolist() == places.isnan().any(-1).tolist() == [[False] * 3, [False, False, True]]
+
+
 def test_the_scores_of_bins_are_probabilities() -> None:
     x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 6)
     _, score = decode(SimCC(x, y))

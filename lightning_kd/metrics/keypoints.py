@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_kd.extras import late_import
+from lightning_kd.metrics._check import refuse_no_numbers
 
 
 class NormalizedError(Metric):
@@ -21,6 +22,9 @@ class NormalizedError(Metric):
     .. math:: \frac{1}{N} \sum_n \frac{1}{|J_n|} \sum_{j \in J_n} \frac{\lVert \hat p_{nj} - p_{nj} \rVert}{d_n}
 
     Images with no joint that counts, or whose scale is not positive, are left out.
+
+    Raises:
+        ValueError: At the end, if a joint that counts was said to be at no number.
 
     Example:
         >>> metric = NormalizedError()
@@ -38,11 +42,13 @@ class NormalizedError(Metric):
     full_state_update = False
     total: Tensor
     images: Tensor
+    wrong: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("wrong", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predicted: Tensor, points: Tensor, counted: Tensor, scale: Tensor) -> None:
         """Adds images: points ``(B, K, 2)`` twice, which count ``(B, K)``, and what one is, ``(B,)``."""
@@ -51,9 +57,11 @@ class NormalizedError(Metric):
         error = distance.sum(1) / counted.sum(1).clamp(min=1) / scale
         self.total += error.where(known, 0.0).double().sum()
         self.images += known.sum()
+        self.wrong += (error.isnan() & known).sum()
 
     def compute(self) -> Tensor:
         """The mean; nan of no image."""
+        refuse_no_numbers("the places", self.wrong, int(self.images))
         return (self.total / self.images).float()
 
 
@@ -64,7 +72,7 @@ class PCK(Metric):
         threshold: Largest distance of a joint that is found, in units of the image's scale.
 
     Raises:
-        ValueError: If the threshold is not positive.
+        ValueError: If the threshold is not positive; at the end, if a joint that counts was said to be at no number.
 
     Example:
         >>> metric = PCK(threshold=0.1)
@@ -82,6 +90,7 @@ class PCK(Metric):
     full_state_update = False
     found: Tensor
     joints: Tensor
+    wrong: Tensor
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
@@ -90,6 +99,7 @@ class PCK(Metric):
         self.threshold = threshold
         self.add_state("found", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("joints", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("wrong", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predicted: Tensor, points: Tensor, counted: Tensor, scale: Tensor) -> None:
         """Adds images: points ``(B, K, 2)`` twice, which count ``(B, K)``, and what one is, ``(B,)``."""
@@ -97,9 +107,11 @@ class PCK(Metric):
         known = counted & (scale > 0).unsqueeze(1)
         self.found += ((distance <= self.threshold * scale.unsqueeze(1)) & known).sum()
         self.joints += known.sum()
+        self.wrong += (distance.isnan() & known).sum()
 
     def compute(self) -> Tensor:
         """The fraction; nan of no joint."""
+        refuse_no_numbers("the places", self.wrong, int(self.joints), "joints")
         return (self.found / self.joints).float()
 
 
@@ -107,13 +119,15 @@ class KeypointPrecision(Metric):
     """COCO's mean average precision by object keypoint similarity, by pycocotools.
 
     ``oks_ap`` over the similarities 0.5 to 0.95, ``oks_ap50`` and ``oks_ap75``, of images with one person each, whose
-    score is the mean of the joints'. It is computed at the end of an epoch.
+    score is the mean of the joints'. Images with no joint that counts, or whose area is not positive, are left out. It
+    is computed at the end of an epoch.
 
     Args:
         sigmas: Of each joint: how exactly people mark it, COCO's ``kpt_oks_sigmas``.
 
     Raises:
         ModuleNotFoundError: Without pycocotools.
+        ValueError: At the end, if a joint that counts was said to be at no number, or a score is none.
 
     Example:
         >>> metric = KeypointPrecision(sigmas=[0.05] * 4)
@@ -147,11 +161,18 @@ class KeypointPrecision(Metric):
         coco: Any = late_import("pycocotools.coco", "pycocotools", "pose")
         cocoeval: Any = late_import("pycocotools.cocoeval", "pycocotools", "pose")
         numpy: Any = late_import("numpy", "numpy", "pose")
+        names = ("oks_ap", "oks_ap50", "oks_ap75")
         everything = dim_zero_cat(self.rows).double().cpu()
+        everything = everything[(everything[..., 4] > 0).any(1) & (everything[:, 0, 6] > 0)]
+        if not len(everything):
+            return dict.fromkeys(names, torch.tensor(torch.nan))
+        nowhere = everything[..., :2].isnan().any(-1) & (everything[..., 4] > 0)
+        wrong = (nowhere | everything[..., 5].isnan()).any(1)
+        refuse_no_numbers("the places or scores", wrong.sum(), len(everything))
         truth, found = [], []
         for i, image in enumerate(everything, 1):
             area = float(image[0, 6])
-            side = max(area, 0.0) ** 0.5
+            side = area**0.5
             common = {"id": i, "image_id": i, "category_id": 1, "area": area, "bbox": [0.0, 0.0, side, side]}
             joints = torch.cat((image[:, 2:4], 2 * image[:, 4:5]), dim=1).flatten().tolist()
             number = int(image[:, 4].sum())
@@ -172,6 +193,4 @@ class KeypointPrecision(Metric):
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        values = [torch.tensor(float(value)) for value in evaluation.stats[:3]]
-        named = dict(zip(("oks_ap", "oks_ap50", "oks_ap75"), values, strict=True))
-        return {name: value if value >= 0 else torch.full_like(value, torch.nan) for name, value in named.items()}
+        return {name: torch.tensor(float(value)) for name, value in zip(names, evaluation.stats[:3], strict=True)}

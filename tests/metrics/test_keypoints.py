@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,51 @@ def test_precision_counts_the_thresholds_below_the_similarity(similarity: float,
     assert float(found["oks_ap"]) == pytest.approx(expected)
     assert float(found["oks_ap50"]) == 1.0
     assert float(found["oks_ap75"]) == float(similarity > 0.75)
+
+
+@pytest.mark.parametrize("area", [400.0, 0.0])
+def test_images_with_nothing_to_find_are_no_false_positives(area: float) -> None:
+    points, counted = 10 + 10 * torch.rand(4, 5, 2), torch.ones(4, 5, dtype=torch.bool)
+    counted[2:] = False
+    predicted, scores, areas = points.clone(), torch.full((4, 5), 0.5), torch.full((4,), 400.0)
+    predicted[1] += 4.0  # so that there is a threshold that is not reached
+    predicted[2:] += 500.0
+    scores[2:], areas[2:] = 0.9, area
+    metrics = KeypointPrecision([0.05] * 5), KeypointPrecision([0.05] * 5)
+    for metric, part in zip(metrics, (slice(None), slice(0, 2)), strict=True):
+        metric.update(predicted[part], points[part], counted[part], scores[part], areas[part])
+    found, alone = (metric.compute() for metric in metrics)
+    assert found == alone
+    assert 0.5 < float(found["oks_ap"]) < 1
+
+
+def test_an_image_without_an_area_is_not_measured() -> None:
+    """One joint has no box around it, and a distance no unit."""
+    points, counted = 10 * torch.rand(2, 3, 2), torch.ones(2, 3, dtype=torch.bool)
+    metric = KeypointPrecision([0.1] * 3)
+    metric.update(points + 1e-3, points, counted, torch.ones(2, 3), torch.tensor([0.0, 100.0]))
+    assert float(metric.compute()["oks_ap"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "metric", [NormalizedError(), PCK(0.1), KeypointPrecision([0.1] * 3)], ids=["nme", "pck", "oks"]
+)
+@pytest.mark.parametrize("wrong", ["counted", "uncounted"])
+def test_places_that_are_no_numbers_are_not_measured(metric: Any, wrong: str) -> None:
+    points, counted = 10 * torch.rand(2, 3, 2), torch.ones(2, 3, dtype=torch.bool)
+    counted[1, 2] = False
+    predicted = points.clone()
+    predicted[1, 1 if wrong == "counted" else 2, 0] = torch.nan
+    metric.reset()
+    more = {"scores": torch.ones(2, 3), "area": torch.ones(2), "scale": torch.ones(2)}
+    metric.update(predicted, points, counted, **metric._filter_kwargs(**more))
+    if wrong == "counted":
+        with pytest.raises(
+            ValueError, match=r"the places.* of 1 of \d (images|joints) have values that are not numbers"
+        ):
+            metric.compute()
+    else:
+        assert metric.compute() is not None  # of what does not count nobody asks
 
 
 def test_a_threshold_is_positive() -> None:

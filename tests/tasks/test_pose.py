@@ -6,12 +6,13 @@ from lightning import LightningModule, Trainer
 from lightning_kd.callbacks import Distillation
 from lightning_kd.tasks import Pose
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
 
 from lightning_kd import DistillationModule, Term, losses
 from lightning_kd.data import KeypointScenes
 from lightning_kd.keypoints import Coordinates, Heatmaps, SimCC, log_gaussian
-from lightning_kd.models import PoseNet
+from lightning_kd.models import PartExperts, PoseNet
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 IMAGES = torch.zeros(2, 3, 20, 40)
@@ -44,6 +45,19 @@ def test_joints_count_if_they_have_a_label_inside_of_the_image() -> None:
     metrics = task.metrics()
     task.update(metrics, wrong, (IMAGES, target))
     assert float(metrics.compute()["pck"]) == 0.5  # of the second image: one joint has no box around it
+
+
+@pytest.mark.parametrize("place", [0.0, 1000.0, torch.nan])
+def test_the_place_of_a_joint_that_was_not_looked_for_is_not_read(place: float) -> None:
+    target, (said, taught) = labels(), torch.rand(2, 2, 4, 2)
+    target[1, 1] = torch.tensor([place, place, -100.0])
+    given = {name: of((IMAGES, target)) for name, of in Pose(4).labels().items() if name != "index"}
+    known = torch.ones(2, 4, dtype=torch.bool)
+    known[1, 1] = False
+    assert given["joints"].all()  # other terms use what is said of it
+    assert torch.equal(~given["points"].isnan().any(-1), known)
+    expected = losses.ALoss()(said, taught, target[..., :2] / torch.tensor([40.0, 20.0]), known)
+    torch.testing.assert_close(losses.ALoss()(said, taught, **given), expected)
 
 
 def test_three_ways_to_give_labels_are_one() -> None:
@@ -116,6 +130,39 @@ def test_distances_are_in_units_of_the_box_or_of_two_joints() -> None:
     task, metrics = Pose(4, scale=(0, 3)), Pose(4).metrics()
     task.update(metrics, places, (IMAGES[:1], target))
     assert metrics.compute()["nme"].isnan()  # the scale is not known
+
+
+@pytest.mark.parametrize("scale", ["box", (0, 1)])
+def test_points_may_be_whole_numbers(scale: Any) -> None:
+    whole, task = labels().long(), Pose(4, scale=scale, oks_sigmas=[0.1] * 4)
+    measured = []
+    for target in (whole, whole.float()):
+        metrics = task.metrics()
+        task.update(metrics, target[..., :2] / torch.tensor([40.0, 20.0]) + 0.01, (IMAGES, target))
+        measured.append(metrics.compute())
+    assert measured[0] == measured[1]
+    assert 0 < float(measured[0]["nme"]) < 1
+
+
+@pytest.mark.parametrize("head", ["coordinates", "simcc", "heatmap"])
+def test_of_a_network_that_has_diverged_nothing_is_measured(head: str, scenes: KeypointScenes) -> None:
+    network = net(head)
+    for parameter in network.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the places of 4 of 4 images have values that are not numbers"):
+        Trainer(**QUIET).test(DistillationModule(Pose(9), network), scenes, verbose=False)
+
+
+def test_part_experts_are_measured_on_the_joints_that_they_know(scenes: KeypointScenes) -> None:
+    part, known = PoseNet("resnet10t", 3, (32, 32), stride=16), [0, 4, 5]
+    module = DistillationModule(Pose(9, oks_sigmas=[0.1] * 9), PartExperts([(part, known)], 9))
+    images, points = scenes.on_after_batch_transfer(next(iter(scenes.val_dataloader())), 0)
+    (found,) = Trainer(**QUIET).test(module, DataLoader([(images, points)], None), verbose=False)
+    alone = DistillationModule(Pose(3, oks_sigmas=[0.1] * 3), part)
+    (expected,) = Trainer(**QUIET).test(alone, DataLoader([(images, points[:, known])], None), verbose=False)
+    assert {name: found[name] for name in found if name != "test/loss"} == {
+        name: pytest.approx(value) for name, value in expected.items() if name != "test/loss"
+    }
 
 
 def test_pictures_show_true_and_predicted_points_that_count() -> None:
