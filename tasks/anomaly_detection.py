@@ -174,6 +174,11 @@ class AnomalyDetection(TaskAdapter):
             given = super().target(batch)
             mask, label = (given.get("mask"), given.get("label")) if isinstance(given, Mapping) else (given, None)
         shape = (len(images), *images.shape[-2:])
+        if label is not None and not (isinstance(label, Tensor) and label.shape == shape[:1]):
+            got = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
+            raise ValueError(
+                f"AnomalyDetection wants labels {shape[:1]}, one for each image, True where it is anomalous; got {got}."
+            )
         if mask is None and label is not None and not label.any():
             mask = torch.zeros(shape, dtype=torch.bool, device=images.device)
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:

@@ -75,6 +75,13 @@ def test_a_missing_or_wrong_mask_is_told():
             task.target((images, wrong))
 
 
+@pytest.mark.parametrize("label", [torch.zeros(4, 1), torch.zeros(3), [0, 0, 0, 0]], ids=["column", "three", "list"])
+def test_labels_are_one_for_each_image(label):
+    images, masks = _batch()
+    with pytest.raises(ValueError, match=r"wants labels \(4,\), one for each image, True where it is anomalous; got"):
+        AnomalyDetection().target((images, {"mask": masks, "label": label}))
+
+
 def test_an_anomaly_that_nobody_marked_is_not_learned():
     images, masks = _batch(anomalous=False)
     batch = images, {"mask": masks, "label": torch.tensor([False, True, False, True])}
