@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_kd.counts import COUNTS
 from lightning_kd.overwriting import one_memory, overwritten
 from lightning_kd.schedules import Moment
+from lightning_kd.sequences import Layout
 from lightning_kd.taps import Record
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.base import labels_asked, refuse_labels, values_at
@@ -211,7 +212,11 @@ class Distiller(nn.Module):
             )
         self._student_paths = self._resolve("student", student)
         # Some teachers know themselves, in bind, which paths they can answer: a cache on disk has no modules.
-        self._teacher_paths = self._resolve("teacher", self.teacher.root(student))
+        root = self.teacher.root(student)
+        self._teacher_paths = self._resolve("teacher", root)
+        for name, term in self.named_terms():
+            of_teacher = Layout() if root is None else Layout.of(_at(root, self._teacher_paths[name]), root)
+            term.layouts = Layout.of(_at(student, self._student_paths[name]), student), of_teacher
         for name, term in self.named_terms() if self.teacher.same_call else ():
             here, there = (
                 (_at(student, start), [*start.selectors, *inside.selectors])

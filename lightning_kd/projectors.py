@@ -2,8 +2,8 @@
 
 Three layouts are told apart by their number of dimensions: vectors ``(B, C)``, tokens ``(B, N, C)`` and
 maps ``(B, C, H, W)``. Tokens of a vision transformer are a square grid of patches behind a few prefix
-tokens (class, distillation, registers), which have no place in a map. Maps ``(B, H, W, C)`` are for a
-projector that says so.
+tokens (class, distillation, registers), which have no place in a map. Maps ``(B, H, W, C)`` and sequences
+``(B, C, L)`` are for a projector that says so.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_kd.sequences import between
 from lightning_kd.teacher_layers import TeacherLayers as TeacherLayers  # noqa: PLC0414 - offered here
 
 Align = Literal["none", "map", "size", "shape"]
@@ -227,7 +228,9 @@ def _size(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape[1:-1] if x.ndim == 3 else x.shape[2:])
 
 
-def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn.Module, nn.Module]:
+def bridge(
+    student: Tensor, teacher: Tensor, align: Align = "shape", sequences: tuple[bool, bool] = (False, False)
+) -> tuple[nn.Module, nn.Module]:
     """Builds what brings a student's tensor to its teacher's shape.
 
     Args:
@@ -235,6 +238,7 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
         teacher: A sample of the teacher's tensor, for the same batch.
         align: ``"shape"`` for the same channels and resolution, ``"size"`` for the same resolution only, ``"map"`` for
             the same resolution of maps, and whatever else there is as it is.
+        sequences: Which of the two is known to be ``(B, C, L)``.
 
     Returns:
         The student's projector, and what is to be done with the teacher's tensor (it never has parameters).
@@ -256,6 +260,14 @@ def bridge(student: Tensor, teacher: Tensor, align: Align = "shape") -> tuple[nn
     shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
     if student.shape[:1] != teacher.shape[:1]:
         raise ValueError(f"{shapes} differ in their batch size: the two models did not see the same samples.")
+    if any(sequences):
+        both = all(sequences)
+        which = "these are" if both else f"the {'student' if sequences[0] else 'teacher'}'s is"
+        raise ValueError(
+            f"{shapes}: {which} (B, C, L), as one-dimensional convolutions return it, and three dimensions are bridged "
+            f"as tokens (B, N, C). Give the term its projector{': ' + between(student, teacher, align) if both else ''}"
+            f"{'' if both else ', a module that turns the first into the second'}."
+        )
     if (_channels_last(student) or _channels_last(teacher)) and not _one_shape_of_image(student, teacher):
         raise ValueError(
             f"{shapes}: maps are (B, C, H, W), and one of these seems to be (B, H, W, C), as the layers of Swin return "

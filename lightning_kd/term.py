@@ -14,6 +14,7 @@ from lightning_kd.losses import _check
 from lightning_kd.projectors import Align, PerLevel, bridge, follow
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
+from lightning_kd.sequences import Layout
 from lightning_kd.wiring import OUTPUT, Levels, Path, describe
 
 Selected = Tensor | Levels
@@ -85,6 +86,8 @@ class Term(nn.Module):
         self.labels = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind not in variadic}
         self._built = self.projector is not None and not hasattr(loss, "build")
         self._bridged = False
+        self.layouts = Layout(), Layout()
+        """What is known of how the tensors of student and teacher are laid out, of the modules that are tapped."""
         self.unfreezes = False
         """Whether what the student's tensor is computed with is frozen, and learns later: then it may teach nothing."""
         self.at(Moment())
@@ -174,7 +177,10 @@ class Term(nn.Module):
         device, dtype = sample.device, sample.dtype if sample.dtype in dtypes else None
         if self.projector is None:
             align: Align = getattr(self.loss, "align", "none")
-            bridges = [bridge(s, t, align) for s, t in self._levels(student, teacher)]
+            of_student, of_teacher = self.layouts
+            bridges = [
+                bridge(s, t, align, (of_student.tell(s), of_teacher.tell(t))) for s, t in self._levels(student, teacher)
+            ]
             if isinstance(student, Levels):
                 self.projector, self.teacher_side = (PerLevel(side) for side in zip(*bridges, strict=True))
             else:
