@@ -117,7 +117,7 @@ def test_what_is_scheduled_is_so_for_every_network_and_ends_with_the_fit() -> No
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
             seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if "train/kd/" in k})
 
-    callback = mutual(Net(7), Net(9), terms={"kd": Term(losses.KD(temperature=2.0), weight=0.3)})
+    callback = mutual(Net(7), Net(9), terms={"kd": Term(losses.KD(temperature=2.0))})
     scheduled = (TemperatureScheduler("kd", schedules.Linear(8.0, 1.0)), WeightScheduler("kd", lambda done: 1 - done))
     module = Lit()
     fit(module, *scheduled, callback, See())
@@ -128,7 +128,7 @@ def test_what_is_scheduled_is_so_for_every_network_and_ends_with_the_fit() -> No
     fit(module, callback, max_epochs=1)
     for distiller in callback._distillers:
         ((_, term),) = distiller.named_terms()
-        assert (term.loss.temperature, term.weight, term.schedules) == (2.0, 0.3, {})
+        assert (term.loss.temperature, term.weight, term.schedules) == (2.0, 1.0, {})
 
 
 @pytest.mark.parametrize("calls", [1, 2])
