@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ DETECTORS = (
     "RD4AD",
     "anomalib ReverseDistillation",
     "MixedTeacher",
+    "MixedTeacher, whole students",
     "EfficientAD",
     "EfficientAD, hard=0.999",
     "anomalib EfficientAd",
@@ -73,7 +75,19 @@ CONFIGS = {
 }
 """Shipped configurations, by what the detectors are called here."""
 
-CHANGES = RD4AD | {"hard=0.999": "--model.terms.hard.loss.init_args.hard=0.999"}
+WHOLE = {
+    "fine": {
+        "class_path": "lightning_kd.models.Shrunk",
+        "init_args": {"network": {"class_path": "lightning_kd.models.CifarResNet", "init_args": {"depth": 20}}},
+    },
+    "deep": {"class_path": "lightning_kd.models.SqueezeNetFeatures"},
+}
+"""The networks of MixedTeacher's student, both as deep as their teachers."""
+
+CHANGES = RD4AD | {
+    "hard=0.999": "--model.terms.hard.loss.init_args.hard=0.999",
+    "whole students": f"--model.student.init_args.networks={json.dumps(WHOLE)}",
+}
 """Of one of these, by what is behind the comma."""
 
 MIXED = [["fine.network.layer1", "fine.network.layer2"], ["deep.features.7", "deep.features.12"]]
