@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import pydoc
 import traceback
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def compare(
     """
     runs = output / "runs"
     teachers: dict[str, Row] = {}
-    alone: dict[str, Row] = {}
+    alone: dict[tuple[str, str], Row] = {}
     others: list[Row] = []
     tested: dict[str, Tested] = {}
 
@@ -194,15 +195,20 @@ def compare(
         each_seed = {seed: fit(settings | {"seed_everything": seed}, runs, f"{name}, seed {seed}") for seed in seeded}
         for i, network in enumerate(networks):
             own = single | {"model": single["model"] | {"student": network}}
-            key = teacher.fingerprint(own | {"seed_everything": seeded})
-            if key not in alone:
+            measured_by = own if i else alone_measuring
+            training = teacher.fingerprint(own | {"seed_everything": seeded})
+            # Beside another teacher the same networks agree otherwise: they are trained once, and measured again.
+            beside = training, teacher.fingerprint({"teacher": measured_by["model"]["teacher"]})
+            if beside not in alone:
                 title = f"{name}, peer {i} alone" if i else f"student alone{_number(alone)}"
-                alone[key] = row(title, "alone", _train(title, own, alone_measuring if i == 0 else own, seeded, runs))
+                if before := next((row.name for (known, _), row in alone.items() if known == training), None):
+                    title = f"{before}, teacher of {name}"
+                alone[beside] = row(title, "alone", _train(title, own, measured_by, seeded, runs))
             found = {
                 seed: Tested((own if i else measuring) | {"seed_everything": seed}, peer_file(file, i), runs)
                 for seed, file in each_seed.items()
             }
-            others.append(row(f"{name}, peer {i}" if i else name, "distilled", found, baseline=alone[key].name))
+            others.append(row(f"{name}, peer {i}" if i else name, "distilled", found, baseline=alone[beside].name))
     first = next(iter(configs.values()))
     for path in students:
         others.append(row(str(path), "given", {0: Tested(first, path, runs)}))
@@ -226,7 +232,7 @@ def _train(name: str, training: Settings, measuring: Settings, seeds: list[int],
     return tested
 
 
-def _number(so_far: dict[str, Row]) -> str:
+def _number(so_far: Sized) -> str:
     return f" {len(so_far) + 1}" if so_far else ""
 
 

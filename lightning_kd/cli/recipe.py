@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli.errors import UsageError
@@ -110,57 +111,92 @@ def recipe_of(network: nn.Module, config: Any, fill: Callable[[Recipe], Recipe] 
         config: How it was made: ``class_path`` and ``init_args``.
         fill: What fills in what is linked.
     """
-    recipes = [fill(plain(config, initial)) for initial in (False, True)]
-    why = [unlike(network, recipe) for recipe in recipes[: 1 + (recipes[0] != recipes[1])]]
-    return recipes[why.index(None)] if None in why else recipes[0] | {UNLIKE: why[0]}
+    without, whole = (fill(plain(config, initial)) for initial in (False, True))
+    if without != whole and unlike(network, without, tensors=True) is None:
+        return without
+    why = unlike(network, whole)
+    return whole if why is None else without | {UNLIKE: why}
 
 
-def unlike(network: nn.Module, recipe: Recipe) -> str | None:
+def unlike(network: nn.Module, recipe: Recipe, tensors: bool = False) -> str | None:
     """What of a network is otherwise when it is made again by a recipe, or why it cannot be; None, if it is the same.
 
-    Compared are all modules by their classes, what they hold in public as plain types, and the shapes of weights.
+    Compared are all modules by their classes, what they hold in public as plain types, and the shapes of weights. What
+    is another each time, a time or a number that counts them, says nothing.
+
+    Args:
+        network: The network.
+        recipe: What it is made of again.
+        tensors: Whether to compare the values of tensors, too, that no file of weights holds: constants, if they are
+            not drawn.
     """
     try:
-        with warnings.catch_warnings(), isolate_rng(include_cuda=False):
-            warnings.simplefilter("ignore")  # they were shown when the network was made
-            made = build(recipe)
+        was, now = _contents(network, tensors), _made(recipe, tensors)
+        differing = [key for key in {**was, **now} if not _alike(was.get(key), now.get(key))]
+        again = _made(recipe, tensors) if differing else now
+        differing = [key for key in differing if _alike(now.get(key), again.get(key))]
     except UsageError as error:
         return str(error)
-    was, now = _contents(network), _contents(made)
-    differing = (key for key in {**was, **now} if not _alike(was.get(key), now.get(key)))
-    for key in differing:
-        return f"made again, its {key} is {now.get(key)!r}, and was {was.get(key)!r}"
-    return None
+    except Exception as error:  # of whatever a network holds
+        return f"made again, it cannot be compared: {error!r}"
+    if not differing:
+        return None
+    key = differing[0]
+    return f"made again, its {key} is {_shown(now.get(key))}, and was {_shown(was.get(key))}"
 
 
-def _contents(network: nn.Module) -> dict[str, Any]:
+def _made(recipe: Recipe, tensors: bool) -> dict[str, Any]:
+    """The contents of a network that is made for that alone."""
+    with warnings.catch_warnings(), isolate_rng(include_cuda=False):
+        warnings.simplefilter("ignore")  # they were shown when the network was made
+        return _contents(build(recipe), tensors)
+
+
+def _contents(network: nn.Module, tensors: bool) -> dict[str, Any]:
     """What there is to compare of a network, by what a person calls it."""
     found: dict[str, Any] = {}
+    weights = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+    buffers = {name: value for name, value in network.named_buffers() if name not in weights}
     for name, module in network.named_modules():
         found[f"{name or 'network'}'s class"] = _import_path(type(module))
         own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE and key[0] != "_"}
         found |= {f"{name}.{key}".lstrip("."): value for key, value in own.items()}
-    weights = {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
-    return found | {f"{key}'s shape": list(value.shape) for key, value in weights.items()}
+    kept = {key: value for key, value in (found | buffers).items() if tensors or not isinstance(value, Tensor)}
+    return kept | {f"{key}'s shape": list(value.shape) for key, value in weights.items() if not is_lazy(value)}
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
-_COMPARED = (Real, str, Enum, type, torch.dtype, type(None), list, tuple, dict)
+_COMPARED = (Real, str, Enum, type, torch.dtype, type(None))
+_DEPTH = 20
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two values are the same; those of which one cannot say it, objects of any class, count as that."""
-    if isinstance(one, os.PathLike) and isinstance(other, os.PathLike | str):
-        return str(one) == str(other)
+def _alike(one: Any, other: Any, depth: int = _DEPTH) -> bool:
+    """Whether two values are the same; so are objects that cannot say it, and what is too deep inside to look."""
+    if any(isinstance(one, kind) != isinstance(other, kind) for kind in (list, tuple, dict, Tensor)):
+        return False
+    if isinstance(one, list | tuple) and depth:
+        return len(one) == len(other) and all(_alike(*each, depth - 1) for each in zip(one, other, strict=True))
+    if isinstance(one, dict) and depth and all(isinstance(key, Real | str | Enum) for key in (*one, *other)):
+        return bool(one.keys() == other.keys()) and all(_alike(one[key], other[key], depth - 1) for key in one)
+    return isinstance(one, list | tuple | dict) or _same(one, other)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values that hold no others are the same; objects that cannot say it count as that."""
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    if inspect.isroutine(one) and inspect.isroutine(other):
+        return bool(_named(one, initial=True) == _named(other, initial=True))
+    one, other = (str(each) if isinstance(each, os.PathLike) else each for each in (one, other))
     if not isinstance(one, _COMPARED) and not isinstance(other, _COMPARED):
         return True
-    if any(isinstance(one, kind) != isinstance(other, kind) for kind in (list, tuple, dict)):
-        return False
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, dict) and all(isinstance(key, Real | str | Enum) for key in (*one, *other)):
-        return bool(one.keys() == other.keys()) and all(_alike(value, other[key]) for key, value in one.items())
-    return bool(isinstance(one, dict) or one == other or repr(one) == repr(other))  # NaN is not itself
+    return bool(one == other or repr(one) == repr(other))  # NaN is not itself
+
+
+def _shown(value: Any, length: int = 60) -> str:
+    """A value as a message shows it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 @cache

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+import uuid
 from collections.abc import Callable
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -189,6 +191,41 @@ def test_a_recipe_makes_the_network_that_was_trained(
     assert recipe["init_args"].items() >= kept.items()
     assert vars(build(recipe))["more"] == more
     assert unlike(network, recipe) is None
+
+
+class Pretrained(nn.Module):
+    """What its weights know decides constants, too, which no file of weights holds."""
+
+    def __init__(self, how: str, pretrained: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(2) if how == "lazy" else nn.Linear(2, 2)
+        if how == "buffer":
+            self.register_buffer("mean", torch.tensor(0.5 if pretrained else 0.0), persistent=False)
+        elif how == "tensor":
+            self.mean = torch.tensor(0.5 if pretrained else 0.0)
+        elif how == "function":
+            self.act = torch.sigmoid if pretrained else torch.relu
+        elif how == "each time":
+            self.made = object.__hash__(self), time.perf_counter_ns(), uuid.uuid4().hex
+        elif how == "drawn":
+            nn.utils.parametrizations.weight_norm(self.layer)
+            self.drawn = torch.rand(2)
+        elif how == "itself":
+            self.all: list[Any] = [1]
+            self.all.append(self.all)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("how", ["buffer", "tensor", "function", "each time", "drawn", "itself", "lazy"])
+def test_constants_are_those_of_the_network_that_was_trained(how: str, pretrained: bool) -> None:
+    arguments = {"how": how, "pretrained": pretrained}
+    network = Pretrained(**arguments)
+    recipe = recipe_of(network, {"class_path": f"{__name__}.Pretrained", "init_args": arguments})
+    assert UNLIKE not in recipe
+    asked_again = pretrained and how in ("buffer", "tensor", "function", "drawn")
+    assert recipe["init_args"]["pretrained"] == asked_again
+    if how != "drawn":
+        assert unlike(network, recipe, tensors=True) is None
 
 
 def test_weights_that_training_started_from_are_left_out_where_the_network_is_the_same_without_them() -> None:

@@ -1,3 +1,4 @@
+import csv
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from small_run import ALONE, SMALL
 
 from lightning_kd import __version__
 from lightning_kd.cli import export, main, teacher
+from lightning_kd.cli.configs import shipped
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.listing import KINDS, members
 from lightning_kd.cli.progress import progress
@@ -354,16 +356,25 @@ def test_compare_trains_once_and_goes_on(
     assert measured.read_text() == whole
 
 
-def test_compare_takes_a_teacher_whose_network_brings_its_weights(
+def test_compare_takes_teachers_whose_networks_bring_their_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     own = ["--teacher_fit", "null", "--model.teacher.init_args.checkpoint", "null", "--trainer.max_epochs", "1"]
-    assert main(["compare", "--config", "digits_kd", *SMALL[4:], *own, "--output", "out", "--traceback"]) == 0
-    assert "teacher: no checkpoint is given; it has the weights that its network brings" in capsys.readouterr().out
-    assert [line.split(",")[0] for line in Path("out", "comparison.csv").read_text().splitlines()[1:]] == [
-        "teacher", "student alone", "digits_kd",
+    narrow = Path("narrow.yaml")
+    narrow.write_text(shipped()["digits_kd"].read_text().replace("width: 16", "width: 4"))
+    configs = ["--config", "digits_kd", str(narrow)]
+    assert main(["compare", *configs, *SMALL[4:], *own, "--output", "out", "--traceback"]) == 0
+    out = capsys.readouterr().out
+    assert "teacher: no checkpoint is given; it has the weights that its network brings" in out
+    rows = list(csv.DictReader(Path("out", "comparison.csv").read_text().splitlines()))
+    assert [row["name"] for row in rows] == [
+        "teacher", "teacher 2", "student alone", "student alone, teacher of narrow", "digits_kd", "narrow",
     ]  # fmt: skip
+    # One network, trained once: what it agrees with is another.
+    assert out.count("seed 0: training") == 3
+    assert rows[2]["accuracy_mean"] == rows[3]["accuracy_mean"]
+    assert rows[2]["agreement_mean"] != rows[3]["agreement_mean"]
     assert not Path("checkpoints").exists()
 
 
