@@ -159,7 +159,7 @@ def _peak(logs: Tensor) -> Tensor:
     at = logs.argmax(-1, keepdim=True)
     left, middle, right = (logs.gather(-1, (at + d).clamp(0, cells - 1)) for d in (-1, 0, 1))
     curvature = 2 * middle - left - right
-    inside = (at > 0) & (at < cells - 1) & (curvature > 1e-6)
+    inside = (at > 0) & (at < cells - 1) & (curvature > 1e-6) & curvature.isfinite()
     shift = ((right - left) / (2 * curvature)).where(inside, 0.0).clamp(-0.5, 0.5)
     place = (at + shift + 0.5) / cells
     return place.where(~middle.isnan(), torch.nan).squeeze(-1)

@@ -165,9 +165,14 @@ class Pose(TaskAdapter):
             )
         return said
 
+    def _of_own(self, values: Tensor, other: float) -> Tensor:
+        """Returns ``(B, K)`` with another value at the joints that the network which was called last does not know."""
+        return values if self._own is None else values.where(self._own, other)
+
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Returns the supervised loss over the joints that count."""
-        return keypoints.loss(self.said(output), self.places(batch), self._counted(batch), self.sigma)
+        counted = self._of_own(self._counted(batch), False)
+        return keypoints.loss(self.said(output), self.places(batch), counted, self.sigma)
 
     def metrics(self) -> MetricCollection:
         """Returns the error, the fraction of correct keypoints and, where asked, COCO's precision."""
@@ -179,10 +184,8 @@ class Pose(TaskAdapter):
     def update(self, metrics: MetricCollection, output: Any, batch: Any) -> None:
         """Updates the metrics with the places that were found."""
         points, _, area = self.target(batch)
-        counted = self._counted(batch)
         places, scores = keypoints.decode(self.said(output))
-        if self._own is not None:
-            counted, scores = counted & self._own, scores.where(self._own, 0.0)
+        counted, scores = self._of_own(self._counted(batch), False), self._of_own(scores, 0.0)
         height, width = self.inputs(batch).shape[-2:]
         box = _box_area(points, counted)
         if self.scale is None:

@@ -41,6 +41,14 @@ def test_a_peak_between_cells_of_noise_and_below_zero_is_within_the_cell() -> No
     assert (score == 0.5).all()
 
 
+@pytest.mark.parametrize("masked", [[2], [4], [0, 1, 2, 4, 5]])
+def test_bins_that_are_ruled_out_beside_the_peak_leave_it_where_it_is(masked: list[int]) -> None:
+    bins = torch.zeros(1, 1, 6)
+    bins[..., 3], bins[..., masked] = 2.0, -torch.inf
+    found, _ = decode(SimCC(bins, bins))
+    torch.testing.assert_close(found, torch.full((1, 1, 2), 3.5 / 6))
+
+
 @pytest.mark.parametrize("kind", ["heatmaps", "simcc"])
 def test_of_values_that_are_no_numbers_there_is_no_place(kind: str) -> None:
     output = targets(torch.rand(2, 3, 2))[kind]
