@@ -40,7 +40,7 @@ SWITCHES = {
 """Callbacks that the Trainer refuses when they are switched off; they go."""
 
 BY_NAME = ("best", "last", "hpc")
-"""Checkpoints that the Trainer finds by itself."""
+"""Checkpoints that the Trainer finds by itself; what was the best or the last, a fit alone knows."""
 
 FRESH = (
     "note: without --ckpt_path the student has the weights that it is made with, random ones unless its class loads "
@@ -92,6 +92,11 @@ class DistillationCLI(LightningCLI):
         if isinstance(trainer.get("callbacks"), Namespace):  # one alone, which the Trainer takes, too
             trainer["callbacks"] = [trainer["callbacks"]]
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path in ("best", "last") and self.config.get("subcommand") != "fit":
+            raise UsageError(
+                f"--ckpt_path: {path!r} is what a fit has seen itself, and this command has none; give the path that "
+                "`lightning-kd fit` printed when it ended"
+            )
         if path in (None, *BY_NAME) or re.match("registry|[a-z0-9]+://", path):
             return
         content = read(path)

@@ -180,13 +180,11 @@ def test_how_data_are_loaded_decides_no_run(tmp_path: Path) -> None:
         teacher.check(tmp_path / "a.ckpt", settings(**slow | {"root": "b"}))
 
 
-def test_a_last_checkpoint_that_is_not_there_is_no_fresh_student(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("path", ["best", "last"])
+def test_what_a_fit_alone_has_seen_is_no_fresh_student(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     alone = ["--model.teacher=null", "--model.terms=null", "--teacher_fit=null"]
-    assert main(["test", "--config", "digits_kd", *alone, "--ckpt_path", "last"]) == 2
-    assert "there is no last checkpoint available" in capsys.readouterr().err
+    assert main(["test", "--config", "digits_kd", *alone, "--ckpt_path", path]) == 2
+    assert f"{path!r} is what a fit has seen itself" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -326,6 +326,11 @@ def test_a_configuration_that_is_no_file_is_named(capsys: pytest.CaptureFixture[
     assert "Did you mean digits_kd" in told
 
 
+def test_a_folder_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(tmp_path)]) == 2
+    assert f"'{tmp_path}' is a folder; give a YAML file" in capsys.readouterr().err
+
+
 def test_a_configuration_without_its_ending_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
