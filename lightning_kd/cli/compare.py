@@ -198,7 +198,7 @@ def compare(
             measured_by = own if i else alone_measuring
             training = teacher.fingerprint(own | {"seed_everything": seeded})
             # Beside another teacher the same networks agree otherwise: they are trained once, and measured again.
-            beside = training, teacher.fingerprint({"teacher": measured_by["model"]["teacher"]})
+            beside = training, teacher.fingerprint({"teacher": measured_by["model"].get("teacher")})
             if beside not in alone:
                 title = f"{name}, peer {i} alone" if i else f"student alone{_number(alone)}"
                 if before := next((row.name for (known, _), row in alone.items() if known == training), None):
