@@ -71,7 +71,7 @@ class Work:
     def teach(self, teacher: nn.Module, batch: Any) -> Any:
         """Calls what is needed of the teacher, and no more."""
         if self.levels:
-            return teacher.backbone(teacher.transform([*batch[0]])[0].tensors)  # type: ignore[operator, union-attr]
+            return teacher.backbone(teacher.transform([*batch[0]])[0].tensors)  # type: ignore[operator, union-attr]  # of a module
         return teacher(batch[0])
 
 

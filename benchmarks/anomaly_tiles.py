@@ -146,8 +146,8 @@ def looped(model: Any, data: Any, epochs: int, optimizer: Any, loss: Callable[[T
 def anomalib_stfpm(seed: int, epochs: int) -> Trained:
     """Train anomalib's STFPM on the same images, in batches as large."""
     from anomalib.models.components import TimmFeatureExtractor  # noqa: PLC0415 - only in this half
-    from anomalib.models.image.stfpm.loss import STFPMLoss  # noqa: PLC0415
-    from anomalib.models.image.stfpm.torch_model import STFPMModel  # noqa: PLC0415
+    from anomalib.models.image.stfpm.loss import STFPMLoss  # noqa: PLC0415 - likewise
+    from anomalib.models.image.stfpm.torch_model import STFPMModel  # noqa: PLC0415 - likewise
 
     seed_everything(seed)
     data = AnomalyFolder(ROOT, image_size=SIZE)
@@ -179,7 +179,7 @@ class Levels(nn.Module):
 
 def anomalib_reverse(seed: int, epochs: int) -> Trained:
     """Train anomalib's reverse distillation, with its bottleneck and its decoder, on SqueezeNet's levels."""
-    from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss  # noqa: PLC0415
+    from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss  # noqa: PLC0415 - likewise
 
     seed_everything(seed)
     data = AnomalyFolder(ROOT, image_size=SIZE)
@@ -200,7 +200,7 @@ class Normalising(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Call the network with images that are normalised as those of ImageNet."""
-        from anomalib.models.image.efficient_ad.torch_model import imagenet_norm_batch  # noqa: PLC0415
+        from anomalib.models.image.efficient_ad.torch_model import imagenet_norm_batch  # noqa: PLC0415 - likewise
 
         described: Tensor = self.network(imagenet_norm_batch(images))
         return described
@@ -208,7 +208,7 @@ class Normalising(nn.Module):
 
 def anomalib_efficient_ad(seed: int, epochs: int) -> Trained:
     """Train anomalib's EfficientAd, in batches of one image, with our describer and a student as narrow as ours."""
-    from anomalib.models import EfficientAd  # noqa: PLC0415
+    from anomalib.models import EfficientAd  # noqa: PLC0415 - likewise
 
     channels = 64
     seed_everything(seed)

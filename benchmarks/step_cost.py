@@ -100,10 +100,10 @@ def table(case: str, rows: dict[str, Row]) -> str:
 
 
 def plot(cases: dict[str, dict[str, Row]], file: Path) -> None:
-    import matplotlib as mpl  # noqa: PLC0415
+    import matplotlib as mpl  # noqa: PLC0415 - where a plot is drawn
 
     mpl.use("agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - behind the backend
 
     figure, axes = plt.subplots(figsize=(7, 0.9 * len(cases) + 1.2), layout="constrained")
     shown = [way for way in WAYS if way != BY_HAND]

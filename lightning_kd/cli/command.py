@@ -10,7 +10,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
@@ -154,7 +154,7 @@ class DistillationCLI(LightningCLI):
             self.own_config["return_predictions"] = False
         if self.subcommand != "fit":
             if self.subcommand and not self.own_config.get("ckpt_path"):
-                _note_fresh()
+                _tell(f"lightning-kd: {FRESH}", sys.stderr)
             return
         teacher.note_fresh(self.own_config["model"])
         missing = bool(teacher.missing(self.own_config))
@@ -323,10 +323,5 @@ class DistillationCLI(LightningCLI):
 
 
 @rank_zero_only
-def _tell(what: str) -> None:
-    print(what)
-
-
-@rank_zero_only
-def _note_fresh() -> None:
-    print(f"lightning-kd: {FRESH}", file=sys.stderr)
+def _tell(what: str, file: TextIO | None = None) -> None:
+    print(what, file=file)

@@ -89,13 +89,13 @@ def find(name_or_file: str) -> str:
         _refuse_twice(yaml.compose(text, yaml.SafeLoader), name_or_file)
         _refuse_arguments_beside(content, name_or_file)
         return name_or_file
-    if Path(name_or_file).is_dir() and name_or_file not in shipped():
-        raise UsageError(
-            f"--config: {name_or_file!r} is a folder; give a YAML file: a run's is config.yaml, beside its metrics.csv"
-        )
     named = name_or_file.removesuffix(".yaml")
     if named in (known := shipped()):
         return str(known[named])
+    if Path(name_or_file).is_dir():
+        raise UsageError(
+            f"--config: {name_or_file!r} is a folder; give a YAML file: a run's is config.yaml, beside its metrics.csv"
+        )
     if named != name_or_file:
         raise UsageError(
             f"no file {name_or_file!r} (looked from {os.getcwd()!r}), and no shipped configuration {named!r}."

@@ -78,10 +78,9 @@ def main(arguments: list[str]) -> None:
             run = write(saved, part)
             difference = _difference(saved, run) if checked else 0.0
         except FAILURES as error:
-            why = next(filter(None, str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UsageError(
-                f"--format {options.format}: the network cannot be written so: {why} (--traceback shows where); "
-                "--format state_dict writes any network's weights"
+                f"--format {options.format}: the network cannot be written so: {_briefly(error.__cause__ or error)} "
+                "(--traceback shows where); --format state_dict writes any network's weights"
             ) from error
         if not difference <= options.tolerance:
             raise UsageError(
@@ -100,6 +99,11 @@ def main(arguments: list[str]) -> None:
     print(f"{output}: {size:.0f} kB{sizes}; {said}")
 
 
+def _briefly(error: BaseException) -> str:
+    """The first line of what an error says, or its class."""
+    return next(filter(None, str(error).splitlines()), type(error).__name__)
+
+
 def _difference(saved: Saved, run: Run) -> float:
     """Largest difference of the outputs relative to their size: for two batches, of two image sizes if any will do."""
     other = saved.example(1 if saved.takes_lists else 3, larger=saved.any_size)
@@ -114,8 +118,9 @@ def _worst(saved: Saved, run: Run, examples: Iterable[tuple[Any, ...]]) -> float
             try:
                 received = run(inputs)
             except Exception as error:
-                said = next(filter(None, str(error).splitlines()), type(error).__name__)
-                raise RuntimeError(f"what was written does not take a batch of {len(inputs[0])}: {said}") from None
+                raise RuntimeError(
+                    f"what was written does not take a batch of {len(inputs[0])}: {_briefly(error)}"
+                ) from None
         expected = outputs(value)
         if detections(value):
             worst = max(worst, _unmatched(expected, received))
