@@ -27,6 +27,8 @@ from lightning_kd.teachers import load_weights
 from lightning_kd.teachers.weights import peers_in
 
 Settings = dict[str, Any]
+AFTER_TRAINING = ("limit_test_batches", "enable_checkpointing")
+"""What of the trainer decides what is measured, not what is learned; which weights are kept is said by itself."""
 FOR_RESUMING = ("optimizer_states", "lr_schedulers", "loops")
 """What of a checkpoint a comparison does not keep."""
 
@@ -75,7 +77,8 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
         the configuration has a ModelCheckpoint, the best ones by what that monitors, else the last.
     """
     saving = _saving(settings)
-    key = fingerprint(settings | ({"measured": "best"} if saving else {}) | _taught(settings))
+    training = {"trainer": {k: v for k, v in settings["trainer"].items() if k not in AFTER_TRAINING}}
+    key = fingerprint(settings | training | ({"measured": "best"} if saving else {}) | _taught(settings))
     checkpoint = folder / f"{key}.ckpt"
     if checkpoint.is_file():
         print(f"{say}: trained before")

@@ -52,8 +52,16 @@ OF_ANY_RUN = (Schedule, lr_scheduler.ExponentialLR, lr_scheduler.ReduceLROnPlate
 RATES = ("max_lr", "base_lr", "swa_lr")
 """What schedulers call a learning rate that they set, whatever the optimizer was given."""
 
-DISPLAY = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
-"""What of the trainer decides only what is shown."""
+DISPLAY = (
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+    "logger",
+    "profiler",
+    "default_root_dir",
+    "limit_predict_batches",
+)
+"""What of the trainer decides only what is shown, or written beside the network."""
 
 LOADING = {"num_workers": 0, "pin_memory": False, "persistent_workers": False, "prefetch_factor": None}
 """What of the data decides only how they are loaded, and torch's defaults."""

@@ -162,6 +162,7 @@ def test_a_barebones_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_only_shown_decides_no_run() -> None:
     settings = {"seed_everything": 0, "trainer": {"max_epochs": 2, "log_every_n_steps": 5}}
     shown = {"max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    shown |= {"logger": False, "profiler": "simple", "default_root_dir": "elsewhere", "limit_predict_batches": 1}
     assert teacher.fingerprint(settings) == teacher.fingerprint(settings | {"trainer": shown})
     assert teacher.fingerprint(settings) != teacher.fingerprint(settings | {"trainer": shown | {"max_epochs": 3}})
 
@@ -350,6 +351,10 @@ def test_compare_trains_once_and_goes_on(
     whole = measured.read_text()
     measured.write_text(whole[:50])  # is measured again, and nothing is trained
     assert main([*arguments, "--seeds", "0", "1"]) == 0
+    assert "training" not in capsys.readouterr().out
+    assert measured.read_text() == whole
+    on_one_batch = ["--trainer.limit_test_batches", "1", "--trainer.logger", "false"]
+    assert main([*arguments, "--seeds", "0", "1", *on_one_batch]) == 0
     assert "training" not in capsys.readouterr().out
     assert measured.read_text() == whole
 
