@@ -28,6 +28,7 @@ from lightning_kd.cli.progress import progress, quiet
 from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, accepts, plain, read, recipe_of
 from lightning_kd.cli.save_predictions import SavePredictions
 from lightning_kd.cli.save_recipe import SaveRecipe
+from lightning_kd.cli.settings import TrainedOtherwiseError
 from lightning_kd.cli.terms import name_term, terms_in
 from lightning_kd.module import DistillationModule
 from lightning_kd.teachers import Peers
@@ -169,7 +170,7 @@ class DistillationCLI(LightningCLI):
                 Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
             try:
                 teacher.ensure(self.plain_config, DistillationCLI)
-            except teacher.TrainedOtherwiseError:
+            except TrainedOtherwiseError:
                 self._make_untrained()
                 raise
         if missing:

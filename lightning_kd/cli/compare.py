@@ -17,6 +17,7 @@ from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.progress import quiet
 from lightning_kd.cli.report import Row
 from lightning_kd.cli.runs import Settings, Tested, fit, peer_file
+from lightning_kd.cli.settings import fingerprint
 from lightning_kd.teachers import load_weights
 
 DESCRIPTION = """\
@@ -176,7 +177,7 @@ def compare(
     for name, settings in configs.items():
         standing = teacher.standing(settings["model"])
         for network, checkpoint in ((one["model"], one.get("checkpoint")) for one in standing):
-            key = teacher.fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
+            key = fingerprint({"network": network, "checkpoint": checkpoint, "data": settings["data"]})
             if key not in teachers:
                 # At the student's task it is measured in agreement with the ensemble that it may belong to.
                 taught = teacher.alone(settings) if tasks[name] else settings
@@ -196,9 +197,9 @@ def compare(
         for i, network in enumerate(networks):
             own = single | {"model": single["model"] | {"student": network}}
             measured_by = own if i else alone_measuring
-            training = teacher.fingerprint(own | {"seed_everything": seeded})
+            training = fingerprint(own | {"seed_everything": seeded})
             # Beside another teacher the same networks agree otherwise: they are trained once, and measured again.
-            beside = training, teacher.fingerprint({"teacher": measured_by["model"].get("teacher")})
+            beside = training, fingerprint({"teacher": measured_by["model"].get("teacher")})
             if beside not in alone:
                 title = f"{name}, peer {i} alone" if i else f"student alone{_number(alone)}"
                 if before := next((row.name for (known, _), row in alone.items() if known == training), None):
@@ -242,7 +243,7 @@ def _add_costs(rows: list[Row], tested: dict[str, Tested]) -> None:
     for row in rows:
         found = tested[row.name].network()
         recipe = {"network": tested[row.name].settings["model"]["student"], "runs as": type(found[0]).__name__}
-        kinds[row.name] = teacher.fingerprint(recipe)
+        kinds[row.name] = fingerprint(recipe)
         networks[kinds[row.name]] = found
     # What a network is called with is not known if it is no tensors: `student(**batch)`.
     latency = costs.latency_ms({kind: found for kind, found in networks.items() if found[1]})

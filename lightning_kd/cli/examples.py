@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.report import Row, in_percent, mean_std, metric_names
 from lightning_kd.cli.runs import Tested
-from lightning_kd.cli.teacher import fingerprint
+from lightning_kd.cli.settings import fingerprint
 from lightning_kd.drawing import Colour, Drawing, enlarged, in_order, looks, spread
 from lightning_kd.task import TaskAdapter
 

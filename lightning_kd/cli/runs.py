@@ -21,7 +21,7 @@ from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.inputs import Inputs, inputs_of, random_inputs
 from lightning_kd.cli.recipe import read
-from lightning_kd.cli.teacher import contents, fingerprint
+from lightning_kd.cli.settings import contents, fingerprint
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import load_weights
 from lightning_kd.teachers.weights import peers_in

@@ -1,4 +1,5 @@
-from lightning_kd.cli.teacher import alone, fingerprint
+from lightning_kd.cli.settings import fingerprint
+from lightning_kd.cli.teacher import alone
 
 SCHEDULER = {"class_path": "lightning_kd.callbacks.TemperatureScheduler", "init_args": {"term": "kd"}}
 MONITOR = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}

@@ -1,12 +1,10 @@
 import csv
-import json
 import logging
 import re
 import runpy
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from small_run import ALONE, SMALL
 from lightning_kd import __version__
 from lightning_kd.cli import export, main, teacher
 from lightning_kd.cli.configs import shipped
-from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.listing import KINDS, members
 from lightning_kd.cli.progress import progress
 from lightning_kd.data import Digits
@@ -157,28 +154,6 @@ def test_a_barebones_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     options = ["--trainer.barebones", "true", "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", "digits_kd", *ALONE, *options, "--traceback"]) == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_what_is_only_shown_decides_no_run() -> None:
-    settings = {"seed_everything": 0, "trainer": {"max_epochs": 2, "log_every_n_steps": 5}}
-    shown = {"max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
-    shown |= {"logger": False, "profiler": "simple", "default_root_dir": "elsewhere", "limit_predict_batches": 1}
-    assert teacher.fingerprint(settings) == teacher.fingerprint(settings | {"trainer": shown})
-    assert teacher.fingerprint(settings) != teacher.fingerprint(settings | {"trainer": shown | {"max_epochs": 3}})
-
-
-def test_how_data_are_loaded_decides_no_run(tmp_path: Path) -> None:
-    def settings(**given: Any) -> dict[str, Any]:
-        return {"data": {"class_path": "mine.Data", "init_args": {"root": "a", **given}}}
-
-    quick = {"num_workers": 4, "pin_memory": True, "persistent_workers": True, "prefetch_factor": 8}
-    slow = {"num_workers": 0, "pin_memory": False, "persistent_workers": False, "prefetch_factor": None}
-    assert teacher.fingerprint(settings(**quick)) == teacher.fingerprint(settings(**slow))
-    assert teacher.fingerprint(settings(**quick)) != teacher.fingerprint(settings(**quick, size=8))
-    (tmp_path / "a.ckpt.json").write_text(json.dumps(settings(num_workers=4)))
-    teacher.check(tmp_path / "a.ckpt", settings(**slow))
-    with pytest.raises(UsageError, match=r"other settings \(data\.init_args\.root: a then, b now\)"):
-        teacher.check(tmp_path / "a.ckpt", settings(**slow | {"root": "b"}))
 
 
 @pytest.mark.parametrize("path", ["best", "last"])

@@ -1,6 +1,5 @@
 """What the command line says of mistakes: in options, files and checkpoints."""
 
-import json
 import os
 import pickle
 import subprocess
@@ -14,7 +13,6 @@ from small_run import ALONE, SMALL
 from torch.utils.data import DataLoader
 
 from lightning_kd.cli import main, teacher
-from lightning_kd.cli.errors import UsageError
 from lightning_kd.data import Digits
 
 
@@ -104,22 +102,6 @@ def test_a_folder_that_is_not_there_is_told_with_where_it_was_looked_from(
     monkeypatch.chdir(tmp_path)
     assert main(["test", "--config", "digits_kd", *ALONE, "--data", f"{__name__}.{data}"]) == 2
     assert f"No such file or directory: 'nowhere/train' (looked from {str(tmp_path)!r})" in capsys.readouterr().err
-
-
-def test_a_mistyped_folder_is_not_another_teacher(tmp_path: Path) -> None:
-    file, data = tmp_path / "teacher.ckpt", tmp_path / "images"
-    data.mkdir()
-    (tmp_path / "teacher.ckpt.json").write_text(json.dumps({"data": {"folder": str(data)}}))
-    with pytest.raises(UsageError, match=r"data\.folder: there is no .*imagse \(looked from"):
-        teacher.check(file, {"data": {"folder": str(tmp_path / "imagse")}})
-    with pytest.raises(UsageError, match="was trained with other settings"):
-        teacher.check(file, {"data": {"folder": str(tmp_path)}})
-
-
-def test_a_record_of_a_teacher_that_is_broken_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.ckpt.json").write_text("{")
-    with pytest.raises(UsageError, match=r"a\.ckpt\.json, the record of how the teacher was trained, cannot be read"):
-        teacher.check(tmp_path / "a.ckpt", {})
 
 
 def test_who_reads_a_part_of_the_list_is_told_of_no_error() -> None:

@@ -11,6 +11,7 @@ import yaml
 from lightning_kd.cli import main, teacher
 from lightning_kd.cli.command import DistillationCLI
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.settings import TrainedOtherwiseError, check_record
 
 TORCH = "torch.optim.lr_scheduler."
 OURS = {"class_path": "lightning_kd.schedules.Cosine", "init_args": {"start": 1.0, "end": 0.0}}
@@ -151,8 +152,8 @@ def test_what_differs_is_named_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / "t.ckpt.json").write_text(json.dumps(teacher.own_training(before, one, number)))
         now = before | {"teacher_fit": before["teacher_fit"] | changed.get("teacher_fit", {})}
         another = one | {"init_args": one["init_args"] | changed.get("network", {})}
-        with pytest.raises(teacher.TrainedOtherwiseError) as told:
-            teacher.check(
+        with pytest.raises(TrainedOtherwiseError) as told:
+            check_record(
                 file,
                 teacher.own_training(now, another, now["teacher_fit"]["seed"] + number),
                 teacher.written(now, network, number),
