@@ -52,8 +52,15 @@ def label_sources(
     """Returns how to get what out of a batch, by name, of what a callback was given.
 
     Raises:
+        TypeError: If others are not given by name.
         ValueError: If one of them is given twice.
     """
+    given: object = others  # what a caller without a type checker may pass
+    if not (given is None or isinstance(given, Mapping)):
+        raise TypeError(
+            f"labels= says by the name of a loss's argument how to get it from a batch, {{'mask': 'mask'}}: a function "
+            f"of the batch, its key or its index; got {describe(given)}."
+        )
     others = dict(others or {})
     twice = sorted({"target", "index"} & others.keys())
     if twice:

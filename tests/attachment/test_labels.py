@@ -93,6 +93,8 @@ def test_an_input_that_asks_for_what_is_not_there() -> None:
 def test_labels_have_one_way_in() -> None:
     with pytest.raises(ValueError, match="give target by that name"):
         kd(labels={"target": 1})
+    with pytest.raises(TypeError, match=r"labels= says by the name.*got a set\."):
+        kd(labels={"mask"})
 
 
 def test_a_batch_of_two_views_needs_labels_of_both() -> None:
