@@ -1,6 +1,8 @@
-"""What objects hold: the tensors in them, and the way to each, found without running their code."""
+"""What objects hold: the tensors in them, and the way to each; and copies of the objects without the tensors."""
 
-from collections.abc import Iterator, MutableMapping
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Number
@@ -15,8 +17,14 @@ Place = tuple[Any, ...]
 Left = MutableMapping[Any, set[Place]]
 """Where others have put tensors into objects, by all the objects on the way; it refers to them weakly."""
 
-_PLAIN = (list, tuple, dict)
-_SINGLE = (str, bytes, Number, type, FunctionType, ModuleType, nn.Module)
+PLAIN = (list, tuple, dict)
+SINGLE = (str, bytes, Number, type, FunctionType, ModuleType, nn.Module)
+"""What holds no tensors that count."""
+
+MOST_COPIED = 10_000
+"""Things in a list or dict that is copied with what is in them; of more, only the list or dict itself."""
+
+_COPIED = (list, dict, deque)
 _OFTEN = {str, int, float, bool, NoneType}  # of which a batch may hold many: isinstance of Number takes 0.3 us
 _OF_PYTHON = ("__dict__", "__weakref__")
 _MISSING = object()
@@ -57,7 +65,7 @@ def look_into(leaves: list[Any], left: Left) -> dict[int, Node]:
             some_left = any(owner in left for owner, _ in node.ways)
             for name, x in islice(_things_in(node.of), None if node is root else _WIDE):
                 count += node is not root
-                if type(x) in _OFTEN or isinstance(x, _SINGLE):
+                if type(x) in _OFTEN or isinstance(x, SINGLE):
                     continue
                 if some_left and any(way in left.get(owner, ()) for owner, way in node.to(name)):
                     continue
@@ -67,14 +75,14 @@ def look_into(leaves: list[Any], left: Left) -> dict[int, Node]:
                 if id(x) not in nodes:
                     itself = [(x, ())] if type(x).__weakrefoffset__ else []
                     nodes[id(x)] = Node(x, [*node.to(name), *itself])
-                    (this if type(x) in _PLAIN else level).append(nodes[id(x)])
+                    (this if type(x) in PLAIN else level).append(nodes[id(x)])
                 node.others[name] = nodes[id(x)]
     return nodes
 
 
 def _things_in(of: Any) -> Iterator[tuple[Any, Any]]:
     """Returns what an object, a list, a tuple or a dict holds, each with a name; no code of its class runs."""
-    if type(of) not in _PLAIN:
+    if type(of) not in PLAIN:
         yield from (((".", name), x) for name, x in attributes_of(of))
     if issubclass(type(of), dict):
         for key, x in dict.items(of):
@@ -110,3 +118,89 @@ def _own(of: Any, name: str, default: Any) -> Any:
         return object.__getattribute__(of, name)
     except AttributeError:
         return default
+
+
+Made = dict[int, tuple[Any, Any]]
+"""What was copied, which stays alive as long as its id stands for it, and the copy."""
+
+
+def _itself(of: Tensor) -> Tensor:
+    return of
+
+
+def copy_holders(value: Any, of_tensor: Callable[[Tensor], Tensor] = _itself, made: Made | None = None) -> Any:
+    """Copies lists, tuples, dicts, and objects with tensors in such or in their attributes; not the tensors.
+
+    Of objects of objects is copied what their own ``__copy__`` copies.
+
+    Args:
+        value: What may hold tensors.
+        of_tensor: What stands for a tensor in the copy.
+        made: Where to note what was copied.
+
+    Example:
+        >>> import torch
+        >>> output = {"logits": torch.zeros(2), "levels": [torch.ones(1)]}
+        >>> copied = copy_holders(output)
+        >>> output["logits"], _ = None, output["levels"].pop()
+        >>> copied
+        {'logits': tensor([0., 0.]), 'levels': [tensor([1.])]}
+    """
+    made = {} if made is None else made
+    if value is None or isinstance(value, SINGLE):  # of which there may be many
+        return value
+    if isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_fields")):
+        items = tuple(copy_holders(x, of_tensor, made) for x in value)
+        if all(x is y for x, y in zip(items, value, strict=True)):
+            return value
+        return items if type(value) is tuple else value._make(items)
+    if id(value) not in made:
+        copied = of_tensor(value) if isinstance(value, Tensor) else _shallow(value)
+        made[id(value)] = value, copied
+        if copied is not value and not isinstance(value, Tensor):
+            _fill(copied, of_tensor, made)
+    return made[id(value)][1]
+
+
+def _shallow(of: Any) -> Any:
+    """Returns a copy of what holds tensors, and everything else itself."""
+    own = hasattr(type(of), "__copy__") and not hasattr(type(of), "__array_interface__")
+    holds = own or isinstance(of, _COPIED) or any(_holds(x) for _, x in attributes_of(of))
+    # Where a copy is deleted, too, what it was copied from may be closed.
+    if not holds or hasattr(type(of), "__del__"):
+        return of
+    try:
+        copied = copy.copy(of)
+    except Exception:  # an object that is the only one of its kind
+        return of
+    if getattr(of, "__dict__", None) is of:  # keys are attributes
+        copied.__dict__ = copied
+    return copied
+
+
+def _fill(copied: Any, of_tensor: Callable[[Tensor], Tensor], made: Made) -> None:
+    if isinstance(copied, (list, deque)) and len(copied) <= MOST_COPIED:
+        for index, x in enumerate(list(copied)):
+            copied[index] = copy_holders(x, of_tensor, made)
+    if isinstance(copied, dict) and len(copied) <= MOST_COPIED:
+        for key, x in list(dict.items(copied)):
+            dict.__setitem__(copied, key, copy_holders(x, of_tensor, made))
+    own = type(copied) not in PLAIN and getattr(copied, "__dict__", None) is not copied
+    for name, x in list(attributes_of(copied)) if own else ():
+        if isinstance(x, Tensor) or type(x) in PLAIN:
+            set_attribute(copied, name, copy_holders(x, of_tensor, made), like=copied)
+
+
+def set_attribute(of: Any, name: str, x: Any, like: Any) -> None:
+    """Sets an attribute where another object of the kind has it, whatever its class says of setting."""
+    if name in getattr(like, "__dict__", {}):
+        vars(of)[name] = x
+    else:
+        object.__setattr__(of, name, x)
+
+
+def _holds(x: Any, deep: int = 2) -> bool:
+    """Whether a tensor, or a list or dict with tensors among the first things in it."""
+    if type(x) in PLAIN and deep:
+        return any(_holds(y, deep - 1) for y in islice(x.values() if isinstance(x, dict) else x, 100))
+    return isinstance(x, Tensor)

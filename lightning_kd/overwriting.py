@@ -1,7 +1,6 @@
 """What is written in place: tensors that are not what they were, and two that are one."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -9,22 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_kd.holding import NOTHING, Left, look_into
+from lightning_kd.holding import NOTHING, SINGLE, Left, attributes_of, look_into
 from lightning_kd.wiring import describe
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any, deep: int = 10) -> Iterator[Tensor]:
     """Finds the tensors whose overwriting can be told, in what a module returned."""
     if isinstance(value, Tensor):
         if not value.is_inference():  # these have no version
             yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value):
-        yield from tensors_in([getattr(value, field.name, None) for field in fields(value)])
+    elif value is None or isinstance(value, SINGLE) or not deep:
+        return
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item, deep - 1)
+    else:
+        for _, item in attributes_of(value):
+            yield from tensors_in(item, deep - 1)
 
 
 def versions_of(value: Any) -> dict[int, int]:

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_kd.copying import lend
+from lightning_kd.holding import copy_holders
 from lightning_kd.overwriting import overwritten, tensors_in, versions_of
 from lightning_kd.wiring import OUTPUT, Path, find_module
 
@@ -84,8 +86,9 @@ class Taps:
     def _capture(self, record: Record, path: str, output: Any) -> None:
         if torch.compiler.is_compiling():
             # A graph knows no versions to check: what a later layer overwrites is kept in a copy.
-            record[path].append(output.clone() if isinstance(output, Tensor) else output)
+            record[path].append(tree_map_only(Tensor, torch.clone, output))
             return
+        output = copy_holders(output)  # a later layer, or the step, may exchange what is in there
         record[path].append(output)
         self._captured.append((path, output, versions_of(output)))
 

@@ -1,7 +1,9 @@
 import copy
 import pickle
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -333,8 +335,8 @@ def test_a_student_that_failed_does_not_disturb_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("wrap", [False, True], ids=["tensor", "tuple"])
-def test_an_output_that_is_overwritten_in_place_is_refused(side: str, wrap: bool) -> None:
+@pytest.mark.parametrize("wrap", [None, lambda x: (x,), lambda x: SimpleNamespace(x=x)], ids=["", "tuple", "object"])
+def test_an_output_that_is_overwritten_in_place_is_refused(side: str, wrap: Any) -> None:
     class Wrapped(Net):
         def __init__(self, inplace: bool = False) -> None:
             super().__init__(inplace=inplace)
@@ -347,20 +349,79 @@ def test_an_output_that_is_overwritten_in_place_is_refused(side: str, wrap: bool
 
                 def forward(self, x: Tensor) -> Any:
                     out = self.linear(x)
-                    return (out,) if wrap else out
+                    return wrap(out) if wrap else out
 
             self.first = First()
 
         def forward(self, x: Tensor) -> Tensor:
-            out = self.first(x)
-            return self.head(self.blocks(self.act(out[0] if wrap else out)))
+            return self.head(self.blocks(self.act(path.select(self.first(x)))))
 
-    path = "first[0]" if wrap else "first"
+    path = Path("first[0]" if isinstance(wrap and wrap(0), tuple) else 'first["x"]' if wrap else "first")
     student, teacher = Wrapped(inplace=side == "student"), Wrapped(inplace=side == "teacher")
     with pytest.raises(RuntimeError, match=rf"'first' in the {side} was modified in place.*inplace=False"):
-        distil(student, teacher, torch.randn(5, 3), it=hint(path))
+        distil(student, teacher, torch.randn(5, 3), it=hint(path.text))
     # The in-place layer itself is a fine thing to tap.
     distil(student, teacher, torch.randn(5, 3), it=hint("act"))
+
+
+def _replace(holder: Any, x: Any) -> None:
+    if hasattr(holder, "__setitem__"):
+        holder[0 if isinstance(holder, list) else "x"] = x
+    else:
+        holder.x = x
+
+
+HOLDERS: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Any], Any]]] = {
+    "item": (lambda x: {"x": x}, '["x"]', lambda out: _replace(out, out["x"].softmax(1))),
+    "key": (lambda x: {"x": x}, '["x"]', lambda out: out.pop("x")),
+    "last": (lambda x: [x], "[-1]", lambda out: out.pop()),
+    "levels": (lambda x: [2 * x, x], "[:]", lambda out: out.pop()),
+    "deep": (lambda x: ({"x": [x]},), '[0]["x"][0]', lambda out: out[0]["x"].clear()),
+    "output": (lambda x: ModelOutput(x=x), '["x"]', lambda out: _replace(out, None)),
+    "fields": (Fields, '["logits"]', lambda out: setattr(out, "logits", out.logits.softmax(1))),
+    "object": (lambda x: SimpleNamespace(x=x), '["x"]', lambda out: _replace(out, 1 - out.x)),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+@pytest.mark.parametrize("who", ["student", "teacher", "step"])
+def test_what_holds_an_output_is_read_as_it_was_returned(who: str, kind: str) -> None:
+    hold, selector, change = HOLDERS[kind]
+
+    class Returning(Net):
+        """Calls a module that returns an object, and goes on with that."""
+
+        def __init__(self, changes: bool = False) -> None:
+            super().__init__()
+            self.holding = Holding()
+            self.changes = changes
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.act(self.first(x))
+            held = self.holding(hidden)
+            if self.changes:
+                change(held)
+            self.head(self.blocks(hidden))
+            return hold(hidden)
+
+    class Holding(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return hold(x)
+
+    student, teacher = Returning(who == "student"), Returning(who == "teacher")
+    paths = [f"holding{selector}"] if who != "step" else [f"output{selector}", f"holding{selector}"]
+    distiller = Distiller({path[:6]: hint(path) for path in paths}, teacher)
+    distiller.attach(student)
+    x = torch.randn(5, 3)
+    hidden = [model.act(model.first(x)) for model in (student, teacher)]
+    expected = nn.functional.mse_loss(*hidden) * (5.0 if kind == "levels" else 1.0)
+    for _ in range(2):  # the teacher runs as far as is read from the second on
+        with distiller.watch() as calls:
+            output = student(x)
+            if who == "step":
+                change(output)
+        for loss in distiller(calls).values():
+            torch.testing.assert_close(loss, expected)
 
 
 def test_the_own_output_overwritten_in_place_is_refused() -> None:
@@ -567,16 +628,46 @@ def test_compiled_and_called_before_teaches_the_same(form: str, path: str) -> No
     torch.testing.assert_close(losses["it"], distil(student, teacher, x, it=hint(path))[0]["it"])
 
 
+class Holding(nn.Module):
+    def __init__(self, inner: nn.Module, hold: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.hold = hold
+
+    def forward(self, x: Tensor) -> Any:
+        return self.hold(self.inner(x))
+
+
+class After(nn.Module):
+    """Works on what is in what it is given."""
+
+    def __init__(self, selector: str, inplace: bool) -> None:
+        super().__init__()
+        self.selector = selector
+        self.act = nn.ReLU(inplace=inplace)
+
+    def forward(self, held: Any) -> Tensor:
+        return self.act({"": lambda: held, "[0]": lambda: held[0], '["x"]': lambda: held["x"]}[self.selector]())
+
+
 @DYNAMO
 @pytest.mark.parametrize("form", COMPILED)
-def test_what_a_compiled_student_overwrites_is_kept(form: str) -> None:
+@pytest.mark.parametrize(
+    ("hold", "selector"), [(lambda x: x, ""), (lambda x: (x,), "[0]"), (lambda x: {"x": x}, '["x"]')]
+)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_a_compiled_model_overwrites_is_kept(side: str, hold: Any, selector: str, form: str) -> None:
     student, teacher, x = Net(), Net(), torch.randn(5, 3)
-    student.blocks[1] = nn.ReLU()
+    for net in (student, teacher):
+        net.blocks[0] = Holding(net.blocks[0], hold)
+        net.blocks[1] = After(selector, inplace=False)
     losses = []
     for inplace in (False, True):
-        model = copy.deepcopy(student)
-        model.blocks[1] = nn.ReLU(inplace=inplace)
-        losses.append(distil(COMPILED[form](model, "aot_eager"), teacher, x, it=hint("blocks.0"))[0]["it"])
+        models = {"student": copy.deepcopy(student), "teacher": copy.deepcopy(teacher)}
+        models[side].blocks[1] = After(selector, inplace)
+        models[side] = COMPILED[form](models[side], "aot_eager")
+        model = models["student"]
+        losses.append(distil(model, models["teacher"], x, it=hint(f"blocks.0{selector}"))[0]["it"])
         losses[-1].backward()
         assert model.first.weight.grad.abs().sum() > 0
     torch.testing.assert_close(*losses)
