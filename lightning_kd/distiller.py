@@ -41,8 +41,8 @@ class Distiller(nn.Module):
         loss = task_loss + distiller.total(losses)
 
     The teacher is called with the arguments that the student is called with, so it sees the same augmented
-    images, unless one of them is given a view of its own. It is not a submodule: it stays out of ``parameters()``,
-    ``state_dict()`` and DDP.
+    images, unless one of them is given a view of its own. It is not a submodule, nor is what makes its arguments: they
+    stay out of ``parameters()``, ``state_dict()`` and DDP.
 
     Args:
         terms: The terms by name.
@@ -71,6 +71,7 @@ class Distiller(nn.Module):
     """
 
     teacher: Teacher
+    teacher_input: Callable[..., Any] | None
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class Distiller(nn.Module):
         self.set_teacher(teacher if isinstance(teacher, Teacher) else Frozen(teacher))
         # What learns with the student is one, so that it reaches the optimizer and the checkpoint.
         self.teacher_learner = self.teacher.learner
-        self.teacher_input = teacher_input
+        object.__setattr__(self, "teacher_input", teacher_input)  # a network, maybe, which does not learn
         self.student_input = student_input
         self.knowledge = knowledge
         self._watcher: Watcher | None = None

@@ -153,7 +153,8 @@ def copy_holders(value: Any, of_tensor: Callable[[Tensor], Tensor] = _itself, ma
         items = tuple(copy_holders(x, of_tensor, made) for x in value)
         if all(x is y for x, y in zip(items, value, strict=True)):
             return value
-        return items if type(value) is tuple else value._make(items)
+        kind: Any = type(value)
+        return items if kind is tuple else kind._make(items)
     if id(value) not in made:
         copied = of_tensor(value) if isinstance(value, Tensor) else _shallow(value)
         made[id(value)] = value, copied

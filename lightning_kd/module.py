@@ -226,14 +226,18 @@ class DistillationModule(LightningModule):
         return labels_of(batch, self.attachment.labels.sources, self.attachment.distiller.labels)
 
     def on_test_start(self) -> None:
-        """Brings the teacher to the student's device."""
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        """Brings the teacher, and what makes its arguments, to the student's device."""
+        for part in self._teaching():
+            part.to(self.device)
 
     def on_test_end(self) -> None:
-        """Frees the device of the teacher, as Lightning does with the student."""
-        if self.teacher is not None:
-            self.teacher.cpu()
+        """Frees the device of them, as Lightning does with the student."""
+        for part in self._teaching():
+            part.cpu()
+
+    def _teaching(self) -> list[nn.Module]:
+        parts = [self.attachment.distiller.teacher, self.attachment.distiller.teacher_input] if self.attachment else []
+        return [part for part in parts if isinstance(part, nn.Module)]
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Returns the task's predictions for a batch."""

@@ -254,7 +254,12 @@ class Term(nn.Module):
                 f"The student's {self.student.text!r} is {_shapes(s)}, the teacher's {self.teacher.text!r} "
                 f"{_shapes(t)}."
             )
-            if next(self.parameters(), None) is not None:
+            if self.projector is not None and not self._bridged:
+                error.add_note(
+                    f"The projector that was given, {type(self.projector).__name__}, gets the student's tensor and "
+                    "returns one like the teacher's: make it for these shapes, or leave it out, and it is built."
+                )
+            elif next(self.parameters(), None) is not None:
                 error.add_note("What a term learned stays with it: for another student or teacher make a new one.")
             elif _shapes(s) != _shapes(t) and getattr(self.loss, "align", "none") != "shape":
                 error.add_note(
@@ -360,9 +365,12 @@ class Term(nn.Module):
         if selected is None:
             raise ValueError(f"the {side}'s {path.text!r} is None, of which nothing can be selected; tap a module.")
         there = ", ".join(repr(path.text + selector) for selector in _tensors_of(selected))
+        items = selected.values() if isinstance(selected, Mapping) else selected
+        levels = isinstance(selected, (Mapping, list, tuple)) and all(isinstance(item, Tensor) for item in items)
+        all_levels = f", or all of them as levels: '{path.text}[:]'" if levels else ""
         raise ValueError(
             f"the {side}'s {path.text!r} is {describe(selected)}, and a loss compares tensors. Select one: "
-            f"{there or repr(path.text + '[0]')}, or all of them as levels: '{path.text}[:]'."
+            f"{there or repr(path.text + '[0]')}{all_levels}."
         )
 
     def sides(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -249,7 +249,8 @@ def test_parameters_made_too_late_are_an_error(loss: type[nn.Module]) -> None:
     ("term", "sides", "note"),
     [
         (Term(Subtracted()), (3, 5), "Subtracted gets no projector where these differ. Take a loss that does, FitNet"),
-        (Term(Subtracted(), projector=nn.Linear(3, 4)), (3, 5), "What a term learned stays with it"),
+        (Term(Subtracted(), projector=nn.Linear(3, 4)), (3, 5), "The projector that was given, Linear, gets the"),
+        (Term(losses.FitNet(), projector=nn.Linear(4, 5)), (3, 5), "The projector that was given, Linear, gets the"),
         (Term(Broken()), (3, 3), None),
     ],
 )
@@ -509,12 +510,14 @@ def test_what_an_output_has_to_select_from_is_named() -> None:
     term = Term(losses.KD())
     logits = torch.zeros(2, 3)
     both = {"loss": torch.zeros(()), "logits": logits, "past": None}
-    with pytest.raises(ValueError, match=r"""Select one: "output\['loss'\]", "output\['logits'\]", or all"""):
+    with pytest.raises(ValueError, match=r"""Select one: "output\['loss'\]", "output\['logits'\]"\.$"""):
         term([both], [both], {})
-    with pytest.raises(ValueError, match=r"Select one: 'output\[1\]', or all"):
+    with pytest.raises(ValueError, match=r"Select one: 'output\[1\]'\.$"):
         term([(None, logits)], [logits], {})
-    with pytest.raises(ValueError, match=r"Select one: 'output\.logits', or all"):
+    with pytest.raises(ValueError, match=r"Select one: 'output\.logits'\.$"):
         term([SimpleNamespace(logits=logits)], [logits], {})
+    with pytest.raises(ValueError, match=r"'output\[0\]', 'output\[1\]', or all of them as levels: 'output\[:\]'\.$"):
+        term([[logits, logits]], [logits], {})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

@@ -88,6 +88,7 @@ class Attachment(Callback):
         self._all: list[Attachment] = [self]
         self._own_step: Callable[..., Any] | None = None
         self._pending: dict[str, Any] | None = None
+        self._learned: list[nn.Parameter] = []
         self._steps_done = 0
         self._ready = False
         self._was_called = False
@@ -99,7 +100,7 @@ class Attachment(Callback):
         self._patches = Patches()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches()}
+        fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches(), "_learned": []}
         return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None}
 
     @property
@@ -155,6 +156,7 @@ class Attachment(Callback):
                 "would be what this one begins with. Make new losses and terms, and a new callback or module of them, "
                 "for each student and for each seed."
             )
+        self._learning_parameters()
         self._steps_done = trainer.global_step
         self._taught = False
         self.distiller.teacher.begin()
@@ -283,7 +285,7 @@ class Attachment(Callback):
                 self._attach(pl_module)
             for distiller in self._distillers:  # since then the strategy may have replaced layers (sync_batchnorm)
                 distiller.refresh()
-            self._move_teacher(pl_module.device)
+            self._move_parts(pl_module.device)
             self._ready = True
 
     def _measure_run(self, trainer: Trainer) -> None:
@@ -297,6 +299,7 @@ class Attachment(Callback):
 
     def _undo_all(self) -> None:
         self._ready = self._was_called = False
+        self._learned = []
         self._patches.undo()
 
     def leave(self, trainer: Trainer) -> None:
@@ -337,6 +340,8 @@ class Attachment(Callback):
         unshare(learners)
         shard_like(student, [part for distiller in self._distillers for part in distiller.parts()])
         self._host(pl_module, learners, guest)
+        parameters = (p for distiller in self._distillers for p in distiller.parameters())
+        self._learned = [p for p in parameters if p.requires_grad]
         if is_sharded(student):
             hosted = pl_module.get_submodule(guest)
             self._patches.add(lambda: keep_names(trainer.strategy, pl_module, guest, hosted))
@@ -372,7 +377,7 @@ class Attachment(Callback):
         device = trainer.strategy.root_device
         # What the strategy does right after this, and what the rehearsal needs done before.
         trainer.precision_plugin.convert_module(pl_module).to(device)
-        self._move_teacher(device)
+        self._move_parts(device)
         assert self._own_step is not None
         calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller, self._read)
         refuse_uncalled(calls, self.student, pl_module)
@@ -472,26 +477,36 @@ class Attachment(Callback):
             result = configure_optimizers()
             optimizers = list(optimizers_of(result))
             if optimizers:
-                adopt(optimizers, [p for p in self.distiller.parameters() if p.requires_grad])
+                adopt(optimizers, self._learning_parameters())
             return result
 
         return configure_optimizers_and_terms
 
-    def _move_teacher(self, device: torch.device) -> None:
-        teacher = self.distiller.teacher
-        tensors = [*teacher.parameters(), *teacher.buffers()]
+    def _learning_parameters(self) -> list[nn.Parameter]:
+        """Returns what the terms learn, also where the module was frozen as a whole since they were attached."""
+        for parameter in self._learned:
+            parameter.requires_grad_(True)
+        return self._learned
+
+    def _move_parts(self, device: torch.device) -> None:
+        """Brings what computes beside the student to its device: what is in no module that Lightning moves."""
+        makes = self.distiller.teacher_input
+        for part in (self.distiller.teacher, *([makes] if isinstance(makes, nn.Module) else []), *self._distillers):
+            self._move(part, device)
+
+    def _move(self, part: nn.Module, device: torch.device) -> None:
         # Of what it shares with the student, the student has moved its part.
-        home = next((t.device for t in tensors if t.device != device), device)
+        home = next((t.device for t in [*part.parameters(), *part.buffers()] if t.device != device), device)
         if home.type == "meta":
             raise ValueError(
                 "the teacher has no weights: it is on the meta device. Load them first: model.to_empty(device='cpu'), "
                 "then model.load_state_dict(...)."
             )
         if home != device:
-            teacher.to(device)
+            part.to(device)
 
             def undo() -> None:
-                teacher.to(home)
+                part.to(home)
 
             self._patches.add(undo)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_kd.holding import PLAIN, MOST_COPIED, Made, attributes_of, copy_holders, set_attribute
+from lightning_kd.holding import MOST_COPIED, PLAIN, Made, attributes_of, copy_holders, set_attribute
 from lightning_kd.overwriting import Given
 from lightning_kd.watching import Arguments
 from lightning_kd.wiring import describe

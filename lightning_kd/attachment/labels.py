@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning_kd.attachment.batches import Made, add_new, as_it_comes
+from lightning_kd.attachment.batches import add_new, as_it_comes
+from lightning_kd.holding import Made
 from lightning_kd.term import how_to_give
 from lightning_kd.watching import LabelsOf
 from lightning_kd.wiring import describe

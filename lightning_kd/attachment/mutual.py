@@ -371,7 +371,7 @@ class MutualAttachment(Attachment):
                     groups = [group["params"] for optimizer in theirs for group in optimizer.param_groups]
                     peer.strangers = any(id(p) not in own for params in groups for p in params)
                     adopt_groups(optimizers, theirs)
-                adopt(optimizers, [p for each in self._distillers for p in each.parameters() if p.requires_grad])
+                adopt(optimizers, self._learning_parameters())
             return result
 
         return configure_optimizers_of_all

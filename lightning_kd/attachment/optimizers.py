@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import nn
@@ -13,9 +14,9 @@ from torch.optim import Optimizer
 from lightning_kd.attachment.guest import GUEST
 
 
-def optimizers_of(result: Any) -> Iterator[Optimizer]:
-    """Finds the optimizers in whatever ``configure_optimizers`` returned."""
-    if isinstance(result, Optimizer):
+def optimizers_of(result: Any) -> Iterator[Optimizable]:
+    """Finds the optimizers in whatever ``configure_optimizers`` returned: what has an optimizer's methods is one."""
+    if isinstance(result, Optimizable):
         yield result
     elif isinstance(result, Mapping):
         yield from optimizers_of(result.get("optimizer"))
@@ -24,7 +25,7 @@ def optimizers_of(result: Any) -> Iterator[Optimizer]:
             yield from optimizers_of(item)
 
 
-def adopt_groups(optimizers: list[Optimizer], others: list[Optimizer]) -> None:
+def adopt_groups(optimizers: list[Optimizable], others: list[Optimizable]) -> None:
     """Adds the parameters of other optimizers to groups that correspond, or all to the first where none do."""
     ours = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     have = {id(p) for _, group in ours for p in group["params"]}
@@ -43,7 +44,7 @@ def adopt_groups(optimizers: list[Optimizer], others: list[Optimizer]) -> None:
         _extend(optimizer, group, params)
 
 
-def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
+def adopt(optimizers: list[Optimizable], parameters: list[nn.Parameter]) -> None:
     """Adds to the first optimizer, in its first group that is not empty, the parameters that no optimizer has.
 
     A group of their own would not do: schedulers that exist by now have counted the groups.
@@ -55,11 +56,17 @@ def adopt(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
     _extend(optimizer, group, missing)
 
 
-def _extend(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+def _extend(optimizer: Optimizable, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
     if type(optimizer).__name__ == "Muon" and (odd := [tuple(p.shape) for p in parameters if p.ndim != 2]):
         raise ValueError(
             f"Muon optimizes matrices only, and a term or peer learns parameters of the shapes {odd}. Take another "
             "optimizer, or give the term a projector= that learns nothing."
+        )
+    if parameters and any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer shares its parameters out among the processes when it is made, and what a term or "
+            "peer learns would be nobody's. Take the plain optimizer, or ModelParallelStrategy (FSDP2), which shares "
+            "out what optimizers remember, too."
         )
     sample = group["params"][0] if group["params"] else None
     if "param_names" in group:

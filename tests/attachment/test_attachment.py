@@ -311,3 +311,74 @@ def test_a_teacher_is_told_how_far_the_run_is(ends: bool, told: list[float]) -> 
 
     fit(Stopping(), kd(teacher=teacher), max_epochs=2 if ends else -1)
     assert teacher.told == pytest.approx(told, nan_ok=True)
+
+
+class Encoder(nn.Linear):
+    """What makes a teacher's arguments, a network."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_network_that_makes_the_teachers_arguments_does_not_learn(learns: bool, tmp_path: Path) -> None:
+    encoder = Encoder().eval()
+    weights = copy.deepcopy(encoder.state_dict())
+    distillation = Distillation(net(16), _terms(learns), student="model", teacher_input=encoder)
+    states = Do("on_train_epoch_end", lambda _: (distillation.state_dict(), encoder.training))
+    trainer = _fit(Project(), distillation, states)
+    ((state, training),) = states.results
+    assert not any("teacher_input" in key for key in state.get("learned", {}))
+    assert not training
+    torch.testing.assert_close(encoder.state_dict(), weights, rtol=0, atol=0)
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in encoder.parameters()}
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.arange(4.0))
+
+    weights: Tensor
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return ((student - teacher).square() * self.weights).mean()
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rotation", torch.eye(8, 16))
+
+    rotation: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.rotation
+
+
+def _on_buffers() -> tuple[list[nn.Module], Distillation]:
+    """Parts of a distillation in which nothing learns, with buffers."""
+    same = [0.0] * 6, [1.0] * 6
+    views = [teachers.Renormalize(*same, *same) for _ in range(2)]
+    loss, projector = Weighted(), Turned()
+    hint = Term(nn.MSELoss(), student="0", teacher="0", projector=projector)
+    terms = {"weighted": Term(loss), "hint": hint}
+    made = {"teacher_input": views[0], "student_input": views[1]}
+    return [loss, projector, *views], Distillation(net(16), terms, student="model", **made)
+
+
+def test_what_has_buffers_comes_to_the_students_device() -> None:
+    parts, distillation = _on_buffers()
+    distillation._move_parts(torch.device("meta"))
+    buffers = [*distillation.distiller.teacher.parameters(), *(b for part in parts for b in part.buffers())]
+    assert {b.device.type for b in buffers} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("learns", [False, True])
+def test_on_a_gpu_what_has_buffers_is_there_and_comes_back(learns: bool) -> None:
+    parts, distillation = _on_buffers()
+    extra = [Distillation(net(16), _terms(), student="model")] if learns else []
+    _fit(Project(), distillation, *extra, accelerator="gpu", devices=1)
+    assert {b.device.type for part in parts for b in part.buffers()} == {"cpu"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_kd.attachment.batches import Made, add_new, as_it_comes
+from lightning_kd.attachment.batches import add_new, as_it_comes
+from lightning_kd.holding import Made
 
 
 class Encoded(UserDict[str, Any]):
