@@ -176,6 +176,7 @@ class DistillationModule(LightningModule):
         loss = self.task.loss(self.task(self.student, batch), batch)
         if loss is None:
             raise ValueError(f"{type(self.task).__name__}.loss returned None in training: nothing would be learned.")
+        self._refuse_several("loss", loss)
         if self.attachment is None:
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/task", loss)  # as with a teacher: callbacks watch it in either run
@@ -280,6 +281,7 @@ class DistillationModule(LightningModule):
         output = self.task(self.student, batch)
         loss = self.task.loss(output, batch)
         if loss is not None:
+            self._refuse_several("loss", loss)
             self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         try:
             self.task.update(metrics, output, batch)
@@ -290,6 +292,14 @@ class DistillationModule(LightningModule):
             )
             raise
         return output
+
+    def _refuse_several(self, what: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"the {what} of {type(self.task).__name__} is {describe(value)}, and one number is expected: reduce "
+                "it, with .mean() for one. A metric of several values computes a dict of them, or is wrapped in "
+                "torchmetrics.wrappers.ClasswiseWrapper."
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Tells the task."""
@@ -321,6 +331,8 @@ class DistillationModule(LightningModule):
             )
         computed = metrics.compute()
         named = computed if isinstance(computed, Mapping) else {"agreement": computed}
+        for name, value in named.items():
+            self._refuse_several(f"metric {name!r}", value)
         values = {f"{stage}/{name}": value for name, value in named.items()}
         # Every rank has computed them of all batches; their mean is what they are.
         whole = {name for name in values if name.count("/") == 1}  # the others are of single classes

@@ -45,7 +45,8 @@ class TaskAdapter(nn.Module, ABC):
     a ``Frozen`` included, for a task that calls it itself; None where they are equal."""
 
     main_metric: str = ""
-    """The metric by which models are compared, of those in ``metrics()``; the first of them unless said."""
+    """The metric by which ``lightning-kd compare`` judges, of those in ``metrics()``; unless said the first by its
+    name, as torchmetrics orders them."""
 
     with_teacher: bool = False
     """Whether what is said of a batch depends on the teacher that was met: then ``lightning-kd compare`` measures the

@@ -14,7 +14,7 @@ from project import QUIET
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection, R2Score
 
 from lightning_kd import DistillationModule, Term, losses, schedules
 from lightning_kd.task import TaskAdapter
@@ -234,6 +234,26 @@ def test_a_task_without_metrics_needs_no_labels() -> None:
     run, images = trainer(limit_val_batches=1), DataLoader(torch.randn(8, 6), batch_size=4)
     run.fit(DistillationModule(Plain(), Net(4)), images, images)
     assert run.callback_metrics["val/loss"] > 0
+
+
+@pytest.mark.parametrize("what", ["loss", "metric 'r2'"])
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_loss_or_metric_of_several_values_is_told(what: str, stage: str) -> None:
+    class Several(TaskAdapter):
+        def loss(self, output: Tensor, batch: Any) -> Tensor:
+            each = (output - nn.functional.one_hot(batch[1], CLASSES)).square()
+            return each.mean(0) if what == "loss" else each.mean()
+
+        def metrics(self) -> MetricCollection:
+            return MetricCollection({"r2": R2Score(multioutput="raw_values")})
+
+        def update(self, metrics: MetricCollection, output: Tensor, batch: Any) -> None:
+            metrics.update(output, nn.functional.one_hot(batch[1], CLASSES).float())
+
+    made, run = DistillationModule(Several(), Net(4)), trainer(limit_val_batches=2, num_sanity_val_steps=0)
+    told = rf"the {what} of Several is a tensor of shape \(3,\), and one number is expected"
+    with pytest.raises(ValueError, match=told):
+        run.fit(made, loader(), loader()) if stage == "fit" else run.validate(made, loader(), verbose=False)
 
 
 def test_the_agreement_is_with_the_teacher_as_it_teaches() -> None:

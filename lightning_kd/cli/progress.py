@@ -50,12 +50,20 @@ class TermsProgressBar(TQDMProgressBar):
 class EpochLines(Callback):
     """Prints the training losses, term by term, and Lightning's metrics, some ten times in a fit when an epoch ends."""
 
+    def __init__(self) -> None:
+        self._validated = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that what is measured is of this epoch."""
+        self._validated = trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print one line."""
         epoch, last = trainer.current_epoch + 1, trainer.max_epochs or -1
         if epoch % max(1, last // 10) and epoch != last:
             return
-        measured = {k: f"{v:.3g}" for k, v in trainer.progress_bar_metrics.items() if not k.startswith("train/")}
+        old = ("train/",) if self._validated == trainer.current_epoch else ("train/", "val/")
+        measured = {k: f"{v:.3g}" for k, v in trainer.progress_bar_metrics.items() if not k.startswith(old)}
         if trainer.is_global_zero:
             said = ", ".join(f"{k} {v}" for k, v in (_losses(trainer) | measured).items())
             print(f"epoch {epoch}: {said}", flush=True)

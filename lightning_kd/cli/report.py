@@ -27,7 +27,7 @@ class Row:
         metrics: By seed, the test metrics.
         baseline: Name of the row of the same student alone.
         costs: What the network costs: the keys of ``COSTS``.
-        main: The metric that counts most; the first unless said.
+        main: The metric that counts most; the first unless said, by its name.
         higher: Of metrics, whether more is better; None, or not there, where that is not known.
         fraction: Of metrics, whether they may be fractions by their bounds; likewise.
         itself: Whether the teacher with which it agrees is itself.

@@ -148,6 +148,18 @@ def test_a_dev_run_trains_no_teacher(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_line_of_an_epoch_without_validation_repeats_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2", "--trainer.limit_train_batches=1"]
+    assert main(["fit", "--config", "digits_kd", *ALONE, *options, "--trainer.logger=false"]) == 0
+    lines = re.findall(r"^epoch (\d): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert [(epoch, "val/" in said, "task" in said) for epoch, said in lines] == [
+        ("1", False, True), ("2", True, True), ("3", False, True),
+    ]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log:UserWarning")  # Lightning's, of any module that logs
 def test_a_barebones_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
