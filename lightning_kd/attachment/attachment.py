@@ -26,6 +26,7 @@ from lightning_kd.attachment.refusals import (
     refuse_earlier_average,
     refuse_forgotten,
     refuse_iterator,
+    refuse_lazy,
     refuse_manual,
     refuse_same_names,
     refuse_shared,
@@ -312,6 +313,8 @@ class Attachment(Callback):
 
     def _attach(self, pl_module: LightningModule) -> nn.Module:
         student = self._student_in(pl_module)
+        if self._needs_sample() or isinstance(self.distiller.teacher, CopyTeacher):
+            refuse_lazy(student)
         self.distiller.attach(student)
         self._patches.add(self.distiller.detach)
         self._log.clear()

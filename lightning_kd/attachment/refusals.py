@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationSche
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.distiller import Distiller
@@ -124,6 +125,16 @@ def refuse_forgotten(trainer: Trainer, student: nn.Module) -> None:
         raise ValueError(
             f"None of the student's parameters, those of a {type(student).__name__}, is in an optimizer, so it would "
             "learn nothing. Give them to one in configure_optimizers, or say with student= which module learns."
+        )
+
+
+def refuse_lazy(student: nn.Module) -> None:
+    """Refuses a student whose layers have no weights yet, where it is to be copied or rehearsed."""
+    lazy = [name for name, x in (*student.named_parameters(), *student.named_buffers()) if is_lazy(x)]
+    if lazy:
+        raise ValueError(
+            f"the student has lazy layers, which have no weights before their first call ({', '.join(lazy[:3])}). Call "
+            "it once on a sample before the fit, in setup() or configure_model()."
         )
 
 

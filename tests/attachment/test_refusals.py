@@ -212,6 +212,19 @@ def test_a_teacher_without_weights_is_refused() -> None:
         fit(Project(), kd(teacher=teacher))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_student_without_weights_yet_is_refused_where_they_are_needed_before() -> None:
+    class Lazy(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(6, 8), nn.LazyBatchNorm1d(), nn.Linear(8, 4))
+
+    for callback in (hint(), EMATeacher({"kd": Term(losses.KD())}, student="model")):
+        with pytest.raises(ValueError, match=r"the student has lazy layers.*\(1\.weight, 1\.bias, 1\.running_mean\)"):
+            fit(Lazy(), callback)
+    assert logged(fit(Lazy(), kd()))["train/kd"] > 0
+
+
 def test_muon_is_told_what_it_cannot_optimize() -> None:
     class Matrices(Project):
         def configure_optimizers(self) -> Any:
