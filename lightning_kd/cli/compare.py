@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pydoc
+import re
 import traceback
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ comparison goes on where it was. Further options override the configurations, as
 STANDING = ("lightning_kd.teachers.Frozen", "lightning_kd.teachers.Ensemble")
 """Teachers that do not learn with the student."""
 
+ROWS = re.compile(r"(teacher|student alone)( \d+)?|.*, (peer \d+( alone)?|teacher of .*)", re.DOTALL)
+"""Names of rows, besides those of configurations and files."""
+
 
 @quiet()  # a banner for each of many runs
 def main(arguments: list[str]) -> None:
@@ -46,9 +50,12 @@ def main(arguments: list[str]) -> None:
         if importlib.util.find_spec(needed) is None:
             raise UsageError(f'{needed} is not installed: pip install "lightning-kd[classification]"')
     names = [Path(name).stem for name in options.config]
-    for option, given in (("--config", names), ("--seeds", options.seeds or [])):
+    students = [Path(path) for path in options.student_ckpt]
+    weights = [str(path) for path in students]
+    for option, given in (("--config", names), ("--seeds", options.seeds or []), ("--student-ckpt", weights)):
         if twice := [each for each in dict.fromkeys(given) if given.count(each) > 1]:
             raise UsageError(f"{option}: expected different ones, received {twice[0]} twice; drop or rename one")
+    refuse_names(names, weights)
     if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
         raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
     output: Path = options.output or Path("comparisons", "+".join(names))
@@ -56,7 +63,6 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--output: expected a folder for the results, received the file {output}")
     files = [find(given) for given in options.config]
     clis = [read(file, options.teacher, overrides) for file in files]
-    students = [Path(path) for path in options.student_ckpt]
     for cli in clis:  # all mistakes are told before the first training
         cli.rehearse()
     for path in students:
@@ -124,6 +130,23 @@ def read(file: str, teacher_checkpoint: str | None, overrides: list[str]) -> Dis
     return cli
 
 
+def refuse_names(names: Sequence[str], weights: Sequence[str]) -> None:
+    """Refuse files that are called as a row of the table may be: a row is found by its name.
+
+    Args:
+        names: Of the configurations.
+        weights: Of the files with weights that are measured, too.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    for option, given, others in (("--config", names, ()), ("--student-ckpt", weights, names)):
+        if taken := [each for each in given if ROWS.fullmatch(each) or each in others]:
+            raise UsageError(
+                f"{option}: {taken[0]!r} is what another row of the table is called, or may be; rename the file"
+            )
+
+
 def refuse_monitors(file: str, settings: Settings) -> None:
     """Refuse what watches a term: the student alone, which is trained by the same, would end the comparison.
 
@@ -170,6 +193,7 @@ def compare(
     tested: dict[str, Tested] = {}
 
     def row(name: str, role: str, each_seed: dict[int, Tested], baseline: str = "") -> Row:
+        assert name not in tested, name  # by which a row is found
         first = tested[name] = next(iter(each_seed.values()))
         metrics = {seed: t.metrics for seed, t in each_seed.items()}
         return Row(name, role, metrics, baseline, main=first.main, higher=first.higher, fraction=first.fraction)
@@ -241,10 +265,9 @@ def _add_costs(rows: list[Row], tested: dict[str, Tested]) -> None:
     """Networks of one architecture share the numbers: measured apart, they would differ by chance."""
     kinds, networks = {}, {}
     for row in rows:
-        found = tested[row.name].network()
-        recipe = {"network": tested[row.name].settings["model"]["student"], "runs as": type(found[0]).__name__}
-        kinds[row.name] = fingerprint(recipe)
-        networks[kinds[row.name]] = found
+        network, example, recipe = tested[row.name].network()
+        kinds[row.name] = kind = fingerprint({"recipe": recipe, "called": costs.architecture(network, example)})
+        networks[kind] = network, example
     # What a network is called with is not known if it is no tensors: `student(**batch)`.
     latency = costs.latency_ms({kind: found for kind, found in networks.items() if found[1]})
     for row in rows:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -31,6 +32,25 @@ def count(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
     with torch.no_grad(), counter:
         model(*example)
     return found | {"flops": counter.get_total_flops()}
+
+
+def architecture(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
+    """What else decides the costs than the settings of a network: data say its classes, and how large images are.
+
+    Example:
+        >>> architecture(nn.Linear(2, 1, bias=False), (torch.zeros(1, 2),))
+        {'class': 'Linear', 'weights': {'weight': '[1, 2] torch.float32'}, 'inputs': ['[1, 2] torch.float32']}
+    """
+    return {
+        "class": type(model).__name__,
+        "weights": {name: _shape(value) for name, value in model.state_dict().items()},
+        "inputs": [_shape(leaf) for leaf in tree_leaves(example)],
+    }
+
+
+def _shape(value: Any) -> str:
+    """Of a tensor; a state dict may hold something else, too."""
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def latency_ms(models: Mapping[str, tuple[nn.Module, tuple[Any, ...]]], rounds: int = 60) -> dict[str, float]:

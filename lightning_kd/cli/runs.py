@@ -174,11 +174,20 @@ class Tested:
         asked = {"higher": _asked(task, metrics, _higher), "fraction": _asked(task, metrics, _fraction)}
         return {"metrics": metrics, "inputs": seen, "main": task.main_metric} | asked
 
-    def network(self) -> tuple[nn.Module, tuple[Any, ...]]:
-        """What runs where the network is used, and one input for it."""
-        model = self.cli().model
+    def network(self) -> tuple[nn.Module, tuple[Any, ...], Any]:
+        """What runs where the network is used, one input for it, and of which settings it was made."""
+        model, settings = self.cli().model, self.settings["model"]
         deployed: nn.Module = model.task.deployed(model.student)
-        return deployed.eval(), random_inputs(self._inputs, 1, deployed)
+        made = ("student",) if deployed is model.student else ("student", "task", "teacher", "teacher_input")
+        recipe = _without_weights({part: settings.get(part) for part in made})
+        return deployed.eval(), random_inputs(self._inputs, 1, deployed), recipe
+
+
+def _without_weights(recipe: Any) -> Any:
+    """Settings of networks without the files that their weights come from, which decide nothing of what they cost."""
+    if isinstance(recipe, dict):
+        return {key: _without_weights(value) for key, value in recipe.items() if key != "checkpoint"}
+    return [_without_weights(each) for each in recipe] if isinstance(recipe, list) else recipe
 
 
 def _read(kept: Path) -> dict[str, Any] | None:

@@ -1,0 +1,172 @@
+"""The rows of a comparison: what each network costs, and that each has a name of its own."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning import LightningDataModule
+from lightning_kd.tasks import Classification
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_kd.cli import compare, main, plot
+
+
+class Toy(LightningDataModule):
+    """Images of a size, of as many classes as one says."""
+
+    def __init__(self, size: int = 8, num_classes: int = 4) -> None:
+        super().__init__()
+        self.size, self.num_classes = size, num_classes
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(8, 1, self.size, self.size, generator=generator)
+        return DataLoader(TensorDataset(images, torch.arange(8) % self.num_classes), batch_size=8)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Net(nn.Module):
+    """A convolution of a width, and a head."""
+
+    def __init__(self, width: int = 3, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, width, 3, padding=1), nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+class Both(nn.Module):
+    """A student and its teacher, one network in the end."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.student(x) - self.teacher(x)
+
+
+class Together(Classification):
+    """Where the teacher runs, too."""
+
+    _taught: tuple[nn.Module, ...] = ()
+
+    def meet(self, student: nn.Module, teacher: nn.Module) -> None:
+        self._taught = (teacher,)
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        return Both(student, *self._taught) if self._taught else student
+
+
+def configuration(name: str, data: Any = None, task: str = "lightning_kd.tasks.Classification", width: int = 6) -> str:
+    """Write a configuration in the folder one stands in, of one epoch of one batch; its file."""
+    model = {"class_path": f"{__name__}.Net", "init_args": {"width": width}}
+    content = {
+        "trainer": {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False},
+        "data": {"class_path": f"{__name__}.Toy", "init_args": data or {}},
+        "model": {
+            "task": {"class_path": task},
+            "student": {"class_path": f"{__name__}.Net"},
+            "teacher": {
+                "class_path": "lightning_kd.teachers.Frozen",
+                "init_args": {"model": model, "checkpoint": f"{name}.ckpt"},
+            },
+            "terms": {"kd": {"loss": {"class_path": "lightning_kd.losses.KD"}}},
+        },
+        "teacher_fit": {"max_epochs": 1, "lr": 0.01},
+    }
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return f"{name}.yaml"
+
+
+@pytest.fixture
+def unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of one's own, and no pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "save", lambda *_: None)
+    monkeypatch.setattr(compare, "_draw", lambda *_: False)
+
+
+def compared(*files: str) -> dict[str, dict[str, float]]:
+    """What the networks of a comparison cost, by the names of their rows."""
+    assert main(["compare", "--config", *files, "--output", "out", "--traceback"]) == 0
+    rows = csv.DictReader(Path("out", "comparison.csv").read_text().splitlines())
+    costs = ("parameters", "flops", "latency_ms", "size_bytes")
+    return {row["name"]: {cost: float(row[cost]) for cost in costs} for row in rows}
+
+
+def parameters(width: int, classes: int) -> int:
+    return sum(p.numel() for p in Net(width, classes).parameters())
+
+
+@pytest.mark.usefixtures("unseen")
+def test_data_of_another_number_of_classes_make_another_network() -> None:
+    found = compared(configuration("four"), configuration("two", {"num_classes": 2}))
+    assert {name: row["parameters"] for name, row in found.items()} == {
+        "teacher": parameters(6, 4), "teacher 2": parameters(6, 2), "student alone": parameters(3, 4),
+        "student alone 2": parameters(3, 2), "four": parameters(3, 4), "two": parameters(3, 2),
+    }  # fmt: skip
+    assert found["four"] == found["student alone"]  # one latency of one architecture
+    assert found["two"] == found["student alone 2"]
+
+
+@pytest.mark.usefixtures("unseen")
+def test_larger_images_take_more_operations() -> None:
+    found = compared(configuration("small"), configuration("large", {"size": 16}))
+    assert found["small"] == found["student alone"]
+    assert found["large"] == found["student alone 2"]
+    assert found["large"]["parameters"] == found["small"]["parameters"]
+    convolution, head = 2 * 9 * 3, 2 * 3 * 4
+    assert found["small"]["flops"] == 8 * 8 * convolution + head
+    assert found["large"]["flops"] == 16 * 16 * convolution + head
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_teacher_that_runs_in_the_end_counts() -> None:
+    task = f"{__name__}.Together"
+    found = compared(configuration("wide", task=task), configuration("narrow", task=task, width=2))
+    assert found["wide"]["parameters"] == parameters(3, 4) + parameters(6, 4)
+    assert found["narrow"]["parameters"] == parameters(3, 4) + parameters(2, 4)
+    again = compared(configuration("wide", task=task), configuration("other", task=task))
+    assert again["wide"] == again["other"]  # the teachers are two files of one architecture
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--config", "teacher.yaml"], "--config: 'teacher' is what another row of the table is called, or may be"),
+        (["--config", "student alone 2.yaml"], "--config: 'student alone 2' is what another row"),
+        (["--config", "mine.yaml", "mine, peer 1.yaml"], "--config: 'mine, peer 1' is what another row"),
+        (["--config", "mine, peer 1 alone.yaml"], "'mine, peer 1 alone' is what another row"),
+        (["--config", "student alone, teacher of it.yaml"], "'student alone, teacher of it' is what another row"),
+        (["--config", "mine.yaml", "--student-ckpt", "./mine"], "--student-ckpt: 'mine' is what another row"),
+        (["--config", "mine.yaml", "--student-ckpt", "teacher"], "--student-ckpt: 'teacher' is what another row"),
+        (["--config", "mine.yaml", "--student-ckpt", "a.pt", "./a.pt"], "--student-ckpt: expected different ones"),
+    ],
+)
+@pytest.mark.usefixtures("unseen")
+def test_a_name_that_another_row_has_is_refused(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "read", lambda *_: pytest.fail("it was begun"))
+    for file in (each for each in arguments if each.endswith(".yaml")):
+        configuration(file.removesuffix(".yaml"))
+    assert main(["compare", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_what_only_sounds_like_a_row_is_a_name() -> None:
+    compare.refuse_names(["teacher_kd", "teachers", "student alone, wide", "my teacher"], ["runs/teacher.ckpt"])
+
+
+@pytest.mark.usefixtures("unseen")
+def test_two_rows_of_one_name_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "refuse_names", lambda *_: None)
+    with pytest.raises(AssertionError, match="teacher"):
+        main(["compare", "--config", configuration("teacher"), "--output", "out"])
