@@ -23,6 +23,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.lasting import lasting
 from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
 from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, accepts, plain, read, recipe_of
@@ -140,11 +141,17 @@ class DistillationCLI(LightningCLI):
 
     @property
     def plain_config(self) -> dict[str, Any]:
-        """The same as plain types, whole: what is null may override a default (`encoder_weights` downloads nothing)."""
+        """The same as plain types, whole: what is null may override a default (`encoder_weights` downloads nothing).
+
+        Raises:
+            UsageError: If an argument would be read again as something else, and is not as its class has it anyway.
+        """
         parser = self._parser(self.subcommand)
         # With what is linked, too: data that do not say a number of classes leave the one that was given.
         whole = {"skip_unset" if "skip_unset" in inspect.signature(parser.dump).parameters else "skip_none": False}
-        dumped = parser.dump(self.own_config, format="json", skip_validation=True, skip_link_targets=False, **whole)
+        dumped = parser.dump(
+            lasting(self.own_config, strict=True), format="json", skip_validation=True, skip_link_targets=False, **whole
+        )
         loaded: dict[str, Any] = json.loads(dumped)
         return loaded
 
@@ -169,7 +176,8 @@ class DistillationCLI(LightningCLI):
                 # What cannot be written is told before the teacher is trained.
                 Path(self.own_config["trainer"].get("default_root_dir") or "runs").mkdir(parents=True, exist_ok=True)
             try:
-                teacher.ensure(self.plain_config, DistillationCLI)
+                if self.own_config.get("teacher_fit"):
+                    teacher.ensure(self.plain_config, DistillationCLI)
             except TrainedOtherwiseError:
                 self._make_untrained()
                 raise

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_kd.cli.errors import UsageError, guess
+from lightning_kd.cli.lasting import lasting
 
 CLASSES = ("num_classes", "classes", "num_labels")
 """What networks call the number of classes: torchvision and timm, segmentation_models_pytorch, Hugging Face."""
@@ -85,7 +86,7 @@ class LinkedParser(LightningArgumentParser):
             raise
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
-        """Serialize a configuration.
+        """Serialize a configuration, without the defaults that a file would give back as something else.
 
         With ``skip_link_targets``, the default, what is linked is left out where nobody gave it; jsonargparse would
         leave out what was given, too, and of a class inside of a class always. What nobody gave to the teacher's
@@ -101,7 +102,7 @@ class LinkedParser(LightningArgumentParser):
         for target in (each for targets in LINKED.values() for each in targets):
             if every or target.startswith(TEACHERS_NETWORK):
                 _drop_default(cfg, f"model.{target}")
-        text: str = super().dump(cfg, *args, **kwargs | {"skip_link_targets": False})
+        text: str = super().dump(lasting(cfg), *args, **kwargs | {"skip_link_targets": False})
         return text
 
 
