@@ -11,13 +11,14 @@ def data_root() -> Path:
     return Path(os.environ.get("LIGHTNING_KD_DATA") or Path("..", "shared", "data")).expanduser()
 
 
-def expand_path(path: str) -> str:
+def expand_path(path: str | os.PathLike[str]) -> str:
     """``path`` with ``~``, environment variables and ``$LIGHTNING_KD_DATA`` (or its default) filled in.
 
     Example:
         >>> expand_path("$LIGHTNING_KD_DATA/weights") == str(data_root() / "weights")
         True
     """
+    path = os.fspath(path)
     for name in ("${LIGHTNING_KD_DATA}", "$LIGHTNING_KD_DATA"):
         path = path.replace(name, str(data_root()))
     return os.path.expanduser(os.path.expandvars(path))

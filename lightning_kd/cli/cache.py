@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_kd.attachment.caching import Caching
 from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.paths import expand_path
 
 EPILOG = """\
 All else is as for `lightning-kd fit`: --trainer.accelerator gpu, --data.init_args.batch_size 512. Then read it with
@@ -57,7 +58,7 @@ class FillingCLI(DistillationCLI):
 
     def after_fit(self) -> None:
         """Say where it is."""
-        size = sum(path.stat().st_size for path in Path(self.filling.folder).iterdir())
+        size = sum(path.stat().st_size for path in Path(expand_path(self.filling.folder)).iterdir())
         print(f"teacher cache: complete, {size / 1e6:.3g} MB in {self.filling.folder}")
 
 

@@ -32,6 +32,7 @@ from lightning_kd.cli.save_recipe import SaveRecipe
 from lightning_kd.cli.settings import TrainedOtherwiseError
 from lightning_kd.cli.terms import name_term, terms_in
 from lightning_kd.module import DistillationModule
+from lightning_kd.paths import expand_path
 from lightning_kd.teachers import Peers
 
 SWITCHES = {
@@ -93,6 +94,8 @@ class DistillationCLI(LightningCLI):
         trainer = self.config.get(str(self.config.get("subcommand")), self.config)["trainer"]
         if isinstance(trainer.get("callbacks"), Namespace):  # one alone, which the Trainer takes, too
             trainer["callbacks"] = [trainer["callbacks"]]
+        if trainer.get("default_root_dir"):
+            trainer["default_root_dir"] = expand_path(trainer["default_root_dir"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path in ("best", "last") and self.config.get("subcommand") != "fit":
             raise UsageError(
@@ -101,6 +104,7 @@ class DistillationCLI(LightningCLI):
             )
         if path in (None, *BY_NAME) or re.match("registry|[a-z0-9]+://", path):
             return
+        path = self.config[f"{self.config.get('subcommand')}.ckpt_path"] = expand_path(path)
         content = read(path)
         if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
             raise UsageError(f"--ckpt_path: {path} is no checkpoint of a run; give one that `lightning-kd fit` wrote")
@@ -114,7 +118,7 @@ class DistillationCLI(LightningCLI):
                 "give a checkpoint that was not saved with save_weights_only"
             )
         output = self.config.get(f"{self.config.get('subcommand')}.output")
-        if output and Path(output).resolve() == Path(path).resolve():
+        if output and Path(expand_path(output)).resolve() == Path(path).resolve():
             raise UsageError(f"--output: {output} is the checkpoint itself; name another file for the predictions")
 
     def setup_parser(self, *args: Any) -> None:
@@ -256,7 +260,7 @@ class DistillationCLI(LightningCLI):
         if (output := self.own_config.get("output")) and config.get("fast_dev_run"):
             print(f"predictions: of a fast_dev_run none are written to {output}")
         elif output:
-            callbacks.append(SavePredictions(Path(output)))
+            callbacks.append(SavePredictions(Path(expand_path(output))))
         nothing_is_kept = config.get("fast_dev_run") or self.subcommand in ("validate", "test", "predict")
         self.recipe_saver = SaveRecipe({}) if nothing_is_kept else SaveRecipe(*self.recipes(), self.deployed())
         kwargs = config | {"callbacks": [*callbacks, self.recipe_saver]}

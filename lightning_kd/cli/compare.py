@@ -19,6 +19,7 @@ from lightning_kd.cli.progress import quiet
 from lightning_kd.cli.report import Row
 from lightning_kd.cli.runs import Settings, Tested, fit, peer_file
 from lightning_kd.cli.settings import fingerprint
+from lightning_kd.paths import expand_path
 from lightning_kd.teachers import load_weights
 
 DESCRIPTION = """\
@@ -42,14 +43,16 @@ def main(arguments: list[str]) -> None:
         "--config", "-c", nargs="+", action="extend", required=True, metavar="NAME_OR_FILE", help="configurations"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the configuration's own seed")
-    parser.add_argument("--teacher", metavar="CKPT", help="take this teacher instead of training one")
-    parser.add_argument("--student-ckpt", nargs="+", default=[], metavar="CKPT", help="measure these students too")
-    parser.add_argument("--output", type=Path, help="folder for results; default: comparisons/<configuration>")
+    parser.add_argument("--teacher", metavar="CKPT", type=expand_path, help="take this teacher instead of training one")
+    parser.add_argument(
+        "--student-ckpt", nargs="+", default=[], type=expand_path, metavar="CKPT", help="measure these students too"
+    )
+    parser.add_argument("--output", type=expand_path, help="folder for results; default: comparisons/<configuration>")
     options, overrides = parser.parse_known_args(arguments)
     for needed in ("matplotlib", "scipy"):  # now, and not after hours of training
         if importlib.util.find_spec(needed) is None:
             raise UsageError(f'{needed} is not installed: pip install "lightning-kd[classification]"')
-    names = [Path(name).stem for name in options.config]
+    names = [Path(expand_path(name)).stem for name in options.config]
     students = [Path(path) for path in options.student_ckpt]
     weights = [str(path) for path in students]
     for option, given in (("--config", names), ("--seeds", options.seeds or []), ("--student-ckpt", weights)):
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> None:
     refuse_names(names, weights)
     if bad := [seed for seed in options.seeds or [] if not 0 <= seed < 2**32]:
         raise UsageError(f"--seeds: expected integers from 0 to 4294967295, received {bad[0]}")
-    output: Path = options.output or Path("comparisons", "+".join(names))
+    output = Path(options.output or Path("comparisons", "+".join(names)))
     if output.is_file():
         raise UsageError(f"--output: expected a folder for the results, received the file {output}")
     files = [find(given) for given in options.config]
@@ -208,7 +211,9 @@ def compare(
                 own = {"student": network, "task": tasks[name] or settings["model"]["task"]}
                 taught = taught | {"model": taught["model"] | own}
                 title = f"teacher{_number(teachers)}"
-                teachers[key] = row(title, "teacher", {0: Tested(taught, checkpoint and Path(checkpoint), runs)})
+                weights = Path(expand_path(checkpoint)) if checkpoint else None
+                weights = Path(expand_path(checkpoint)) if checkpoint else None
+                teachers[key] = row(title, "teacher", {0: Tested(taught, weights, runs)})
                 teachers[key].itself = len(standing) == 1
         seeded = seeds or [settings["seed_everything"]]
         single = teacher.alone(settings)

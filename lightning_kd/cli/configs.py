@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_kd.cli.errors import UsageError, guess, unknown
+from lightning_kd.paths import expand_path
 
 _CONFIG = ("--config", "-c")
 _LINES = re.compile(r"\s*\n\s*")
@@ -69,6 +70,7 @@ def find(name_or_file: str) -> str:
     Raises:
         UsageError: If it is neither a YAML file of keys and values nor the name of a shipped configuration.
     """
+    name_or_file = expand_path(name_or_file)
     if Path(name_or_file).is_file():
         try:
             text = Path(name_or_file).read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_kd.boxes import detections
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.saved import Saved
+from lightning_kd.paths import expand_path
 
 FAILURES = (RuntimeError, torch.onnx.OnnxExporterError, torch.jit.TracingCheckError)  # type: ignore[attr-defined]  # torch's own gap
 """What a network raises that cannot be written."""
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
         description="Write the student of a checkpoint, or what its task makes of it and of its teacher (a detector of "
         "anomalies that is their difference), read it back, and compare its outputs with the network's.",
     )
-    parser.add_argument("checkpoint", help="a .ckpt file that `lightning-kd fit` wrote")
+    parser.add_argument("checkpoint", type=expand_path, help="a .ckpt file that `lightning-kd fit` wrote")
     parser.add_argument(
         "--format",
         required=True,
@@ -45,7 +46,9 @@ def main(arguments: list[str]) -> None:
         "onnxruntime), torchscript (PyTorch has deprecated it; for old runtimes), or state_dict (weights only, for "
         "the plain class)",
     )
-    parser.add_argument("--output", type=Path, help="file to write; default: the checkpoint's name with a new ending")
+    parser.add_argument(
+        "--output", type=expand_path, help="file to write; default: the checkpoint's name with a new ending"
+    )
     parser.add_argument("--peer", type=int, default=0, metavar="N", help="write the student's N-th peer instead of it")
     parser.add_argument(
         "--teacher", metavar="CKPT", help="the teacher's checkpoint, where it is part of what runs and was moved"
@@ -65,7 +68,7 @@ def main(arguments: list[str]) -> None:
     except RuntimeError as error:
         raise UsageError(f"the network does not take the inputs that {options.checkpoint} names: {error}") from error
     ending = f".peer{options.peer}{ending}" if options.peer else ending
-    output: Path = options.output or Path(options.checkpoint).with_suffix(ending)
+    output = Path(options.output or Path(options.checkpoint).with_suffix(ending))
     if output.is_dir():
         raise UsageError(f"--output: expected a file for the network, received the folder {output}")
     if output.resolve() == Path(options.checkpoint).resolve():

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.paths import expand_path
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.weights import read_checkpoint
 
@@ -276,6 +277,7 @@ def read(path: str | Path) -> Any:
     Raises:
         UsageError: If there is no such file, or it holds something else.
     """
+    path = expand_path(path)
     if not Path(path).is_file():
         raise UsageError(f"no checkpoint at {path}: give the path of a .ckpt file that `lightning-kd fit` wrote")
     try:

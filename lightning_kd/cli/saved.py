@@ -11,6 +11,7 @@ from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.inputs import Inputs, dtype_name, random_inputs
 from lightning_kd.cli.recipe import FROZEN, KEY, UNLIKE, Recipe, build, read, teacher_mark
 from lightning_kd.meeting import introduce
+from lightning_kd.paths import expand_path
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Frozen, Teacher
 from lightning_kd.teachers.weights import peers_in
@@ -31,7 +32,7 @@ class Saved:
 
     def __init__(self, path: str | Path, peer: int = 0, teacher: str | None = None) -> None:
         content = read(path)
-        if isinstance(content, dict) and KEY not in content and Path(f"{path}.json").is_file():
+        if isinstance(content, dict) and KEY not in content and Path(expand_path(f"{path}.json")).is_file():
             raise UsageError(
                 f"{path} is a teacher's file, with the record of its training beside it, and export takes a student's: "
                 "teachers.load_weights(network, file) loads this one into the plain network"

@@ -123,7 +123,7 @@ def _named(key: str, names: dict[str, str] | None) -> str:
 
 
 def _exists(path: Any) -> bool:
-    return isinstance(path, str) and os.path.exists(path)
+    return isinstance(path, str) and os.path.exists(expand_path(path))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

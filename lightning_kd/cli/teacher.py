@@ -21,6 +21,7 @@ from torch.optim import AdamW, lr_scheduler
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.recipe import plain
 from lightning_kd.cli.settings import check_record
+from lightning_kd.paths import expand_path
 from lightning_kd.schedules import Schedule
 from lightning_kd.teachers import Teacher
 
@@ -117,7 +118,7 @@ def note_fresh(model: Any) -> None:
 def missing(config: Any) -> list[Any]:
     """Of these, those that the configuration says how to train, and that are not there."""
     each = trained(config["model"]) if config.get("teacher_fit") else []
-    return [one for one in each if not Path(one["checkpoint"]).is_file()]
+    return [one for one in each if not Path(expand_path(one["checkpoint"])).is_file()]
 
 
 def watched_term(given: Any, model: Any) -> str | None:
@@ -182,7 +183,7 @@ def ensure(config: dict[str, Any], run: Callable[[list[str]], LightningCLI]) -> 
     how: Any = config.get("teacher_fit")
     for number, one in enumerate(trained(config["model"]) if how else []):
         settings = own_training(config, one["model"], how["seed"] + number)
-        path = Path(one["checkpoint"])
+        path = Path(expand_path(one["checkpoint"]))
         if path.is_file():
             check_record(path, settings, written(config, one, number))
             print(f"teacher: found at {path}, trained before")

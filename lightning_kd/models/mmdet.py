@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_kd.extras import late_import
 from lightning_kd.models import mmcv_ext
+from lightning_kd.paths import expand_path
 from lightning_kd.teachers.weights import load_weights
 
 
@@ -75,7 +76,7 @@ class MMDetModel(nn.Module):
             model.init_weights()  # type: ignore[operator]  # of mmengine's modules
         if weights is not None:
             with torch.serialization.safe_globals(_unread()):
-                load_weights(model, os.path.expandvars(weights))
+                load_weights(model, weights)
         model.train()  # by which mmdet puts what is frozen into evaluation mode; Lightning does not call it
         return model
 
@@ -84,7 +85,7 @@ def _find(config: str, shipped: Path) -> Path:
     """Returns the file: a path, a name in mmdet's wheel, or the last part of one."""
     names = (config, config if config.endswith(".py") else f"{config}.py")
     for name in names:
-        for path in (Path(os.path.expandvars(name)), shipped / name):
+        for path in (Path(expand_path(name)), shipped / name):
             if path.is_file():
                 return path
     known = {path.stem: path for path in shipped.glob("*/*.py")}

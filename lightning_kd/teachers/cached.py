@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler
 from lightning_kd.caching.checks import checksum, differing, fingerprint, is_random
 from lightning_kd.caching.packing import checked_storage, pack, put_together, take_apart, unpack
 from lightning_kd.caching.shards import MOST, Shards, clean, in_words, kind_of, refuse_full, write_text
+from lightning_kd.paths import expand_path
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record
 from lightning_kd.teachers.base import Teacher
@@ -42,7 +43,7 @@ class Cached(Teacher):
     A run is the same whether its answers were there or not: they are given as they are stored, in the first epoch too.
 
     Args:
-        folder: Where the answers are, or will be.
+        folder: Where the answers are, or will be; ``~`` and environment variables are filled in.
         teacher: The trained model, plain or LightningModule, or a ``Frozen`` or an ``Ensemble``.
         storage: How tensors are stored: ``"float16"``, ``"bfloat16"`` or ``"float32"``; ``"top20"`` keeps the 20
             largest log-probabilities of logits (B, C, ...) and spreads the rest evenly over the other classes. Or a
@@ -93,7 +94,7 @@ class Cached(Teacher):
             )
         if shard_size <= 0:
             raise ValueError(f"shard_size is a number of bytes, got {shard_size!r}.")
-        self.folder = Path(folder)
+        self.folder = Path(expand_path(folder))
         self.teacher = teacher
         self.storage = {k: checked_storage(v) for k, v in storage.items()} if isinstance(storage, Mapping) else {}
         self.default = "float16" if isinstance(storage, Mapping) else checked_storage(storage)

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.paths import expand_path
 from lightning_kd.wiring import describe
 
 
@@ -16,7 +17,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
 
     Args:
         model: The model to fill.
-        checkpoint: A file with a state dict, or a Lightning checkpoint.
+        checkpoint: A file with a state dict, or a Lightning checkpoint; ``~`` and environment variables are filled in.
         peer: Of a checkpoint of mutual distillation, which of the student's peers to load, 1 for the first; 0 is the
             student itself.
 
@@ -87,7 +88,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is cut short, no such file at all, or holds objects of classes.
     """
-    name = repr(os.fspath(path))
+    path = expand_path(path)
+    name = repr(path)
     if not os.path.isfile(path):
         remedy = (
             "It is a folder; give a file in it." if os.path.isdir(path) else "Train the model first, or give another."
