@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 import warnings
 
@@ -59,6 +60,12 @@ OWN_OPTIONS = {
     + "\n  --output PATH               write here; default: predictions, as the task has them saved",
 }
 
+INTERRUPTED = {
+    "fit": "interrupted; --ckpt_path goes on from a checkpoint that was written",
+    "compare": "interrupted; what was finished stays, and the same command goes on from there",
+}
+"""What is said where a signal has ended a command."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
@@ -67,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What stands on the command line after the program's name; default: ``sys.argv[1:]``.
 
     Returns:
-        0, or 2 after an error that its message explains in one line.
+        0, or 2 after an error that its message explains in one line; 130 after Ctrl-C, and 143 after SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     traceback = "--traceback" in arguments
@@ -101,8 +108,11 @@ def main(arguments: list[str] | None = None) -> int:
             if arguments[0] != "fit":  # a fresh student would be measured
                 warnings.filterwarnings("error", message=NO_LAST)
             _run(arguments[0], arguments[1:])
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, SystemExit) as error:
+        if (code := _interrupted(error)) is None:
+            raise
+        print(f"lightning-kd: {INTERRUPTED.get(arguments[0], 'interrupted')}", file=sys.stderr)
+        return code
     except BrokenPipeError:  # of `| head`, which has read enough; Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -142,6 +152,14 @@ def _explains_itself(error: Exception) -> bool:
     if isinstance(error, UserWarning):
         return re.match(NO_LAST, str(error)) is not None
     return isinstance(error, (*told, FloatingPointError)) or type(error).__name__ == "ArgumentError"
+
+
+def _interrupted(error: BaseException) -> int | None:
+    """The exit code of what was ended by a signal; None for what ended by itself."""
+    # While a Trainer runs, Lightning makes SystemExit(1) of Ctrl-C, and of SIGTERM one without a code, as of success.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if type(error).__name__ == "SIGTERMException" else None
 
 
 def _names_configuration(arguments: list[str]) -> bool:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_kd.cli import teacher
 from lightning_kd.cli.configs import expand_arguments
@@ -211,6 +212,7 @@ class DistillationCLI(LightningCLI):
             with quiet(), contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
                 self._make_classes()
                 self.trainer.fit(self.model, datamodule=self.datamodule)
+            stop_if_told(self.trainer)
         finally:
             self.config, self.save_config_callback = config, kept
 
@@ -324,6 +326,7 @@ class DistillationCLI(LightningCLI):
             )
         if self.saved and self.trainer.is_global_zero:
             self.note_saved()
+        stop_if_told(self.trainer)
 
     @property
     def saved(self) -> str:
@@ -333,6 +336,12 @@ class DistillationCLI(LightningCLI):
     def note_saved(self) -> None:
         """Say where the student is."""
         print(f"student saved: {self.saved}")
+
+
+def stop_if_told(trainer: Trainer) -> None:
+    """End what would go on with another run: Lightning leaves a SIGTERM of the last batch to whoever asks for it."""
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 @rank_zero_only

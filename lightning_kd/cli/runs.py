@@ -17,7 +17,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.cli.command import DistillationCLI, stop_if_told
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.inputs import Inputs, inputs_of, random_inputs
 from lightning_kd.cli.recipe import read
@@ -166,6 +166,7 @@ class Tested:
         handle = cli.model.student.register_forward_pre_hook(see, with_kwargs=True)
         tested = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         handle.remove()
+        stop_if_told(cli.trainer)
         if not tested:
             raise UsageError("compare measures on the test data, which gave no batch; see --trainer.limit_test_batches")
         measured = tested[0]
