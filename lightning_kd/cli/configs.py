@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pydoc
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lightning_kd.cli.errors import UsageError, guess, unknown
+from lightning_kd.cli.errors import CALLED, GROUPS, UsageError, guess, unknown
 from lightning_kd.paths import expand_path
 
 _CONFIG = ("--config", "-c")
@@ -49,6 +51,21 @@ def _refuse_arguments_beside(content: Any, file: str, at: str = "") -> None:
     for key, part in parts:
         if isinstance(part, dict | list):
             _refuse_arguments_beside(part, file, f"{at}.{key}" if at else str(key))
+
+
+def _refuse_empty_unknown(content: dict[str, Any], file: str) -> None:
+    """Refuses a section of another name in which nothing is given: jsonargparse looks only at what is."""
+    for at, part in (("", content), *((f"{group}.", content.get(group)) for group in CALLED)):
+        for key in (key for key, value in part.items() if _is_empty(value)) if isinstance(part, dict) else ():
+            member: Any = pydoc.locate(CALLED[at[:-1]]) if at else None
+            known = list(inspect.signature(member).parameters) if at else GROUPS
+            if key not in known:
+                near = guess(str(key), known) or f" There are: {', '.join(known)}"
+                raise UsageError(f"{file}: a configuration has no section {at}{key}.{near}")
+
+
+def _is_empty(part: Any) -> bool:
+    return isinstance(part, dict) and all(map(_is_empty, part.values()))
 
 
 def shipped() -> dict[str, Path]:
@@ -90,6 +107,7 @@ def find(name_or_file: str) -> str:
             )
         _refuse_twice(yaml.compose(text, yaml.SafeLoader), name_or_file)
         _refuse_arguments_beside(content, name_or_file)
+        _refuse_empty_unknown(content, name_or_file)
         return name_or_file
     named = name_or_file.removesuffix(".yaml")
     if named in (known := shipped()):

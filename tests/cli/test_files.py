@@ -128,3 +128,25 @@ def test_a_run_that_is_gone_on_with_is_not_compared(tmp_path: Path) -> None:
     (tmp_path / "it.yaml").write_text("ckpt_path: last.ckpt")
     with pytest.raises(UsageError, match="ckpt_path is of one run"):
         compare.read("digits_kd", None, ["--config", str(tmp_path / "it.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("models: {}", r"no section models\. Did you mean model\?"),
+        ("models: {terms: {}}", r"no section models\. Did you mean model\?"),
+        ("datas: {init_args: {}}", r"no section datas\. Did you mean data\?"),
+        ("zzz: {}", r"no section zzz\. There are: trainer, model, data, "),
+        ("model: {termss: {}}", r"no section model\.termss\. Did you mean terms\?"),
+        ("trainer: {loger: {}}", r"no section trainer\.loger\. Did you mean logger\?"),
+    ],
+)
+def test_a_mistyped_section_in_which_nothing_is_given_is_told(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text(content)
+    with pytest.raises(UsageError, match=told):
+        terms("--config", str(tmp_path / "typo.yaml"))
+
+
+def test_a_section_in_which_nothing_is_given_is_none_that_is_mistyped(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("trainer: {}\nmodel: {student: {init_args: {}}}\ndata: {init_args: {}}\n")
+    assert [*terms("--config", str(tmp_path / "empty.yaml"))] == ["kd"]
