@@ -212,7 +212,6 @@ def compare(
                 taught = taught | {"model": taught["model"] | own}
                 title = f"teacher{_number(teachers)}"
                 weights = Path(expand_path(checkpoint)) if checkpoint else None
-                weights = Path(expand_path(checkpoint)) if checkpoint else None
                 teachers[key] = row(title, "teacher", {0: Tested(taught, weights, runs)})
                 teachers[key].itself = len(standing) == 1
         seeded = seeds or [settings["seed_everything"]]
