@@ -78,7 +78,7 @@ def fit(settings: Settings, folder: Path, say: str) -> Path:
     """
     saving = _saving(settings)
     training = {"trainer": {k: v for k, v in settings["trainer"].items() if k not in AFTER_TRAINING}}
-    key = fingerprint(settings | training | ({"measured": "best"} if saving else {}) | _taught(settings))
+    key = fingerprint(settings | training | ({"measured": "best"} if saving else {}) | _read_files(settings))
     checkpoint = folder / f"{key}.ckpt"
     if checkpoint.is_file():
         print(f"{say}: trained before")
@@ -133,7 +133,7 @@ class Tested:
         quiet = ALL_IN_ONE | {"enable_progress_bar": False}
         self.settings = settings | {"trainer": settings["trainer"] | quiet}
         self.weights = weights
-        key = fingerprint(settings | {"weights": _which(weights)} | _taught(settings))
+        key = fingerprint(settings | {"weights": _which(weights)} | _read_files(settings))
         self._file, kept = folder / f"{key}.test.json", folder / f"{key}.json"
         content = _read(kept)
         if content is None:
@@ -199,6 +199,12 @@ def _read(kept: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(content, dict) and {"metrics", "inputs", "main", "higher", "fraction"} <= content.keys()
     return content if whole and content["metrics"] else None
+
+
+def _read_files(settings: Settings) -> dict[str, Any]:
+    """What is in the files that a run reads, and that its settings only name."""
+    found = contents(settings.get("data"))
+    return _taught(settings) | ({"files": found} if found else {})
 
 
 def _taught(settings: Settings) -> dict[str, Any]:

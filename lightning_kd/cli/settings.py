@@ -52,9 +52,9 @@ def _loaded_anyhow(data: Any) -> Any:
 
 
 def contents(config: Any) -> dict[str, str]:
-    """What is in the files that a teacher's configuration names, and in what tells its cache from another, by file.
+    """What is in the files that a configuration names, and in what tells a teacher's cache from another, by file.
 
-    A file that is written again under its name, by another training, is another teacher.
+    A file that is written again under its name, by another training, is another teacher; folders are not looked into.
     """
     if isinstance(config, list):
         return {file: content for one in config for file, content in contents(one).items()}

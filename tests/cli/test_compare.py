@@ -2,12 +2,13 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning_kd.tasks import Classification
 from torch import nn
-from toy_run import Net, configuration
+from toy_run import Net, Toy, configuration
 
 from lightning_kd.cli import compare, main, plot
 
@@ -85,6 +86,31 @@ def test_a_teacher_that_runs_in_the_end_counts() -> None:
     assert found["narrow"]["parameters"] == parameters(3, 4) + parameters(2, 4)
     again = compared(configuration("wide", task=task), configuration("other", task=task))
     assert again["wide"] == again["other"]  # the teachers are two files of one architecture
+
+
+class Scaled(Toy):
+    """Images times what is in a file."""
+
+    def __init__(self, file: str = "factor.txt") -> None:
+        super().__init__()
+        self.factor = float(Path(file).read_text())
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] * self.factor, batch[1]
+
+
+@pytest.mark.usefixtures("unseen")
+def test_another_content_of_a_file_of_the_data_is_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+    config = configuration("mine", {"file": "factor.txt"})
+    Path(config).write_text(Path(config).read_text().replace("Toy", "Scaled").replace("toy_run.Sc", f"{__name__}.Sc"))
+    found = []
+    for factor, trained in (("1.0", 2), ("-9.5", 2), ("-9.5", 0)):
+        Path("factor.txt").write_text(factor)
+        compared(config)
+        assert capsys.readouterr().out.count("seed 0: training") == trained
+        found.append(Path("out", "runs.csv").read_text().splitlines())
+    assert found[0][1] != found[1][1]  # the teacher, which is measured again
+    assert found[1] == found[2]
 
 
 @pytest.mark.parametrize(
