@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_kd.cli import teacher
+from lightning_kd.cli import monitors, teacher
 from lightning_kd.cli.configs import expand_arguments
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.lasting import lasting
@@ -212,6 +212,8 @@ class DistillationCLI(LightningCLI):
             with quiet(), contextlib.suppress(FloatingPointError):  # an untrained teacher may say anything
                 self._make_classes()
                 self.trainer.fit(self.model, datamodule=self.datamodule)
+                own = config.get(str(self.subcommand), config)
+                monitors.refuse(own, self.model.task, self.trainer.callback_metrics)
             stop_if_told(self.trainer)
         finally:
             self.config, self.save_config_callback = config, kept
