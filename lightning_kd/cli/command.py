@@ -27,9 +27,9 @@ from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.lasting import lasting
 from lightning_kd.cli.linked import LINKED, LinkedParser
 from lightning_kd.cli.progress import progress, quiet
-from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, accepts, plain, read, recipe_of
+from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, accepts, plain, read, recipe_of, whole_of
 from lightning_kd.cli.save_predictions import SavePredictions
-from lightning_kd.cli.save_recipe import SaveRecipe
+from lightning_kd.cli.save_recipe import SaveRecipe, tell_unlike
 from lightning_kd.cli.settings import TrainedOtherwiseError
 from lightning_kd.cli.terms import name_term, terms_in
 from lightning_kd.module import DistillationModule
@@ -266,22 +266,25 @@ class DistillationCLI(LightningCLI):
         elif output:
             callbacks.append(SavePredictions(Path(expand_path(output))))
         nothing_is_kept = config.get("fast_dev_run") or self.subcommand in ("validate", "test", "predict")
-        self.recipe_saver = SaveRecipe({}) if nothing_is_kept else SaveRecipe(*self.recipes(), self.deployed())
+        self.recipe_saver = SaveRecipe({}) if nothing_is_kept else self._saver()
         kwargs = config | {"callbacks": [*callbacks, self.recipe_saver]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
 
-    def recipes(self) -> tuple[Recipe, list[Recipe]]:
-        """The student's class and arguments, with what was linked filled in, and those of its peers."""
+    def _saver(self) -> SaveRecipe:
+        """What saves the student's class and arguments, with what was linked filled in, and those of its peers."""
         model = self.own_config["model"]
-        student = recipe_of(self.model.student, model["student"], partial(self._linked, prefix="student.init_args."))
         learning = self.model.teacher.peers if isinstance(self.model.teacher, Peers) else ()
         configs = model.get("teacher.init_args.peers") or []
-        peers = [recipe_of(*each) for each in zip(learning, configs, strict=True)]
-        for network, recipe in {"student": student, **{f"peer {i}": each for i, each in enumerate(peers, 1)}}.items():
+        fill = partial(self._linked, prefix="student.init_args.")
+        recipes, whole = [recipe_of(self.model.student, model["student"], fill)], [whole_of(model["student"], fill)]
+        for peer, config in zip(learning, configs, strict=True):
+            recipes.append(recipe_of(peer, config))
+            whole.append(whole_of(config))
+        for i, recipe in enumerate(recipes):
             if UNLIKE in recipe:
-                _tell(f"{network}: lightning-kd export will not make it again: {recipe[UNLIKE]}")
-        return student, peers
+                tell_unlike(i, recipe)
+        return SaveRecipe(recipes[0], recipes[1:], self.deployed(), whole)
 
     def _linked(self, recipe: Recipe, prefix: str) -> Recipe:
         """A recipe with what was linked filled in."""

@@ -15,18 +15,13 @@ from torch import Tensor
 
 from lightning_kd.boxes import detections
 from lightning_kd.cli.errors import UsageError
+from lightning_kd.cli.likeness import SAME, Outputs, difference, outputs, unmatched
 from lightning_kd.cli.saved import Saved
 from lightning_kd.paths import expand_path
 
-FAILURES = (RuntimeError, torch.onnx.OnnxExporterError, torch.jit.TracingCheckError)  # type: ignore[attr-defined]  # torch's own gap
-"""What a network raises that cannot be written."""
-
-Outputs = list[Tensor]
+UNBOUNDED = 2**31
+"""What torch.export gives for the largest size of a dimension is none from here on."""
 Run = Callable[[tuple[Any, ...]], Outputs]
-TINY = 1e-6
-"""Differences are relative to the largest value of an output, or to this, where that is smaller."""
-SAME = 1e-3
-"""Largest difference at another image size, relative; else only the size of the training is offered."""
 
 
 def main(arguments: list[str]) -> None:
@@ -65,7 +60,9 @@ def main(arguments: list[str]) -> None:
     try:
         if checked:
             saved.model(*saved.example(2))
-    except RuntimeError as error:
+    except UsageError:
+        raise
+    except Exception as error:  # of whatever a network is
         raise UsageError(f"the network does not take the inputs that {options.checkpoint} names: {error}") from error
     ending = f".peer{options.peer}{ending}" if options.peer else ending
     output = Path(options.output or Path(options.checkpoint).with_suffix(ending))
@@ -79,27 +76,44 @@ def main(arguments: list[str]) -> None:
         part.touch()  # where nothing can be written, torch would not say it as an OSError
         try:
             run = write(saved, part)
-            difference = _difference(saved, run) if checked else 0.0
-        except FAILURES as error:
+            differs = _difference(saved, run) if checked else 0.0
+        except (UsageError, OSError):
+            raise
+        except Exception as error:  # of a network that cannot be written, or cannot be run by what reads the file
             raise UsageError(
                 f"--format {options.format}: the network cannot be written so: {_briefly(error.__cause__ or error)} "
                 "(--traceback shows where); --format state_dict writes any network's weights"
             ) from error
-        if not difference <= options.tolerance:
+        if not differs <= options.tolerance:
             raise UsageError(
-                f"the exported network differs by {difference:.2g} (--tolerance is {options.tolerance:.2g}); "
+                f"the exported network differs by {differs:.2g} (--tolerance is {options.tolerance:.2g}); "
                 f"nothing was written to {output}"
             )
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)
     size = output.stat().st_size / 1024
-    takes = ["batch size"] if ending.endswith(".onnx") and not saved.takes_lists else []
+    print(f"{output}: {size:.0f} kB{_takes(saved, options.format)}; {_said(saved, differs)}")
+
+
+def _takes(saved: Saved, kind: str) -> str:
+    """Which sizes are taken, besides those of the training."""
+    batch = kind == "onnx" and not saved.takes_lists
+    takes = ["batch size"] if batch and saved.largest_batch is None else []
     takes += ["height and width"] if saved.any_size else []
-    sizes = f"; any {', '.join(takes)}" if takes else ""
-    said = f"largest difference to the network's outputs: {difference:.2g}"
-    said = said if checked else "loaded again, and not compared: the checkpoint does not say what the network is given"
-    print(f"{output}: {size:.0f} kB{sizes}; {said}")
+    limit = f"; batches of up to {saved.largest_batch}" if batch and saved.largest_batch is not None else ""
+    return limit + (f"; any {', '.join(takes)}" if takes else "")
+
+
+def _said(saved: Saved, differs: float) -> str:
+    """What was found by comparing."""
+    if not saved.inputs:
+        return "loaded again, and not compared: the checkpoint does not say what the network is given"
+    with torch.no_grad():
+        compared = outputs(saved.model(*saved.example(1)))
+    if not compared:
+        return "loaded again, and not compared: there are no tensors in what the network returns"
+    return f"largest difference to the network's outputs: {differs:.2g}"
 
 
 def _briefly(error: BaseException) -> str:
@@ -125,44 +139,18 @@ def _worst(saved: Saved, run: Run, examples: Iterable[tuple[Any, ...]]) -> float
                     f"what was written does not take a batch of {len(inputs[0])}: {_briefly(error)}"
                 ) from None
         expected = outputs(value)
-        if detections(value):
-            worst = max(worst, _unmatched(expected, received))
-            continue
-        if [e.shape for e in expected] != [r.shape for r in received]:
-            return float("inf")
-        worst = max([worst, *map(_distance, expected, received)])
+        _refuse_no_numbers(expected)
+        worst = max(worst, (unmatched if detections(value) else difference)(expected, received))
     return worst
 
 
-def _distance(expected: Tensor, received: Tensor) -> float:
-    """Largest difference relative to the largest value; infinity, where one is no number and the other not the same."""
-    expected, received = expected.double(), received.double()  # also what was decided, True and False
-    numbers = expected.isfinite()
-    if expected.numel() and not numbers.any():
+def _refuse_no_numbers(expected: Outputs) -> None:
+    """Raises where one of the outputs holds no finite number."""
+    if any(each.numel() and not each.isfinite().any() for each in expected):
         raise UsageError(
             "the network's outputs of random inputs are no finite numbers, so there is nothing to compare, and nothing "
             "was written. Are its weights numbers? If it takes positive inputs alone, say, export it by your own code"
         )
-    if not torch.allclose(expected[~numbers], received[~numbers], rtol=0, atol=0, equal_nan=True):
-        return float("inf")
-    difference = (expected - received)[numbers].abs().nan_to_num(nan=float("inf"))
-    return float(difference.amax() / expected[numbers].abs().amax().clamp(min=TINY)) if len(difference) else 0.0
-
-
-def _unmatched(expected: Outputs, received: Outputs) -> float:
-    """Largest distance of something found to the next that the other found: equal scores may come in any order."""
-    mine, theirs = (torch.cat([each.flatten(1) if each.ndim > 1 else each[:, None] for each in found], dim=1).double()
-                    for found in (expected, received))  # fmt: skip
-    if not len(mine) or not len(theirs):
-        return 0.0 if len(mine) == len(theirs) else float("inf")
-    scale = torch.cat([mine, theirs]).abs().amax(0).clamp(min=1.0)
-    distance = torch.cdist(mine / scale, theirs / scale, p=float("inf")).nan_to_num(nan=float("inf"))
-    return float(torch.maximum(distance.amin(0).amax(), distance.amin(1).amax()))
-
-
-def outputs(value: Any) -> Outputs:
-    """All tensors in what a network returned, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _onnx(saved: Saved, path: Path) -> Run:
@@ -172,22 +160,24 @@ def _onnx(saved: Saved, path: Path) -> Run:
         return _onnx_of_one_image(saved, path, runtime)
     if _takes_larger(saved):
         with contextlib.suppress(torch.onnx.OnnxExporterError):
-            run, shapes = _exported(saved, path, runtime, any_size=True)
+            inferred = torch.export.Dim.AUTO
+            run, shapes, largest = _exported(saved, path, runtime, inferred, any_size=True)
             free = all(isinstance(size, str) for shape in shapes for i, size in enumerate(shape) if i != 1)
-            if free and _same_at_any_size(saved, run):
-                saved.any_size = True
+            if free and not largest.keys() - {0} and _same_at_any_size(saved, run):
+                saved.any_size, saved.largest_batch = True, largest.get(0)
                 return run
-    return _exported(saved, path, runtime, any_size=False)[0]
+    run, _, largest = _exported(saved, path, runtime, torch.export.Dim("batch"), any_size=False)
+    saved.largest_batch = largest.get(0)
+    return run
 
 
-def _exported(saved: Saved, path: Path, runtime: Any, any_size: bool) -> tuple[Run, list[list[int | str]]]:
-    """What runs the file, and the shapes that it takes: names stand for any number."""
+def _exported(
+    saved: Saved, path: Path, runtime: Any, batch: Any, any_size: bool
+) -> tuple[Run, list[list[int | str]], dict[int, int]]:
+    """What runs the file, the shapes that it takes, and the largest sizes, by dimension, where a name is not any."""
     inputs = saved.example(2, larger=any_size)
-    batch, inferred = torch.export.Dim("batch"), torch.export.Dim.AUTO
     # Which sizes a network takes, the exporter finds out: multiples of 32, say.
-    dynamic = tuple(
-        dict.fromkeys((0, 2, 3) if each.ndim == 4 else (0,), inferred) if any_size else {0: batch} for each in inputs
-    )
+    dynamic = tuple(dict.fromkeys((0, 2, 3) if each.ndim == 4 and any_size else (0,), batch) for each in inputs)
     with torch.no_grad():
         names = _names(saved.model(*inputs))
     program = torch.onnx.export(
@@ -199,7 +189,21 @@ def _exported(saved: Saved, path: Path, runtime: Any, any_size: bool) -> tuple[R
     if any_size:
         options.log_severity_level = 4  # an attempt: that it fails at another size is no news
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return _running(session), [each.shape for each in session.get_inputs()]
+    return _running(session), [each.shape for each in session.get_inputs()], _largest(program.exported_program)
+
+
+def _largest(program: Any) -> dict[int, int]:
+    """Of each dimension of the inputs that may not be of any size the largest one: a network may decide by it."""
+    found: dict[int, int] = {}
+    for node in program.graph.nodes if program else ():
+        if node.name not in program.graph_signature.user_inputs:
+            continue
+        for i, size in enumerate(node.meta["val"].shape):
+            for symbol in [] if isinstance(size, int) else size.node.expr.free_symbols:
+                upper = program.range_constraints[symbol].upper
+                if upper < UNBOUNDED:
+                    found[i] = min(int(upper), found.get(i, UNBOUNDED))
+    return found
 
 
 def _names(value: Any) -> list[str] | None:

@@ -101,6 +101,11 @@ def _import_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def whole_of(config: Any, fill: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> Recipe:
+    """The recipe of a network with all that was said of it, where training started from, too."""
+    return fill(plain(config, initial=True))
+
+
 def recipe_of(network: nn.Module, config: Any, fill: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> Recipe:
     """The recipe of a network, by which it was made once more to see that it is the same.
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kd.cli.inputs import Inputs, inputs_of
-from lightning_kd.cli.recipe import KEY, Recipe, teacher_mark
+from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, teacher_mark
+from lightning_kd.cli.remade import Remade
 from lightning_kd.module import DistillationModule
+from lightning_kd.teachers import Peers
 
 
 class SaveRecipe(Callback):
@@ -22,14 +26,21 @@ class SaveRecipe(Callback):
     Args:
         recipe: ``{"class_path": ..., "init_args": {...}}`` of the student.
         peers: Likewise of the networks that learn beside it.
+        whole: Of the student and its peers what else they were made with, where training started from: what is said
+            in a recipe's place, if the network of that says something else.
         deployed: Recipes of ``task``, ``teacher`` and ``teacher_input``, where more runs in the end than the student.
     """
 
     def __init__(
-        self, recipe: Recipe, peers: Sequence[Recipe] = (), deployed: Mapping[str, Recipe | None] | None = None
+        self,
+        recipe: Recipe,
+        peers: Sequence[Recipe] = (),
+        deployed: Mapping[str, Recipe | None] | None = None,
+        whole: Sequence[Recipe] = (),
     ) -> None:
-        self.recipe = recipe
-        self.peers = list(peers)
+        recipes = [recipe, *peers]
+        self._remade = list(map(Remade, recipes, whole or recipes))
+        self._told: set[int] = set()
         self.deployed = deployed
         self.inputs: Inputs = []
         self.trained = False
@@ -60,10 +71,32 @@ class SaveRecipe(Callback):
         self.on_fit_end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the recipe."""
-        checkpoint[KEY] = {"student": self.recipe, "inputs": [list(i) for i in self.inputs]}
-        if self.peers:
-            checkpoint[KEY]["peers"] = self.peers
+        """Add the recipe, and that it makes another network, if it does."""
+        assert isinstance(pl_module, DistillationModule)
+        recipes = self._recipes(trainer, pl_module)
+        checkpoint[KEY] = {"student": recipes[0], "inputs": [list(i) for i in self.inputs]}
+        if len(recipes) > 1:
+            checkpoint[KEY]["peers"] = recipes[1:]
         if self.deployed:
-            assert isinstance(pl_module, DistillationModule)
             checkpoint[KEY]["deployed"] = {**self.deployed, "fingerprint": teacher_mark(pl_module.teacher)}
+
+    def _recipes(self, trainer: Trainer, module: DistillationModule) -> list[Recipe]:
+        """The recipes of the student and its peers, each compared with the network as it is now."""
+        sharded = isinstance(trainer.strategy, DeepSpeedStrategy)
+        whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not sharded
+        if not (whole and trainer.is_global_zero):
+            return [each.recipe for each in self._remade]
+        networks = [module.student, *(module.teacher.peers if isinstance(module.teacher, Peers) else ())]
+        recipes = [each.check(network, self.inputs) for each, network in zip(self._remade, networks, strict=True)]
+        for i, recipe in enumerate(recipes):
+            if UNLIKE in recipe and UNLIKE not in self._remade[i].recipe and i not in self._told:
+                self._told.add(i)
+                tell_unlike(i, recipe)
+        return recipes
+
+
+@rank_zero_only
+def tell_unlike(number: int, recipe: Recipe) -> None:
+    """Say that a network will not be exported; the student is number 0, and a peer has its own."""
+    network = f"peer {number}" if number else "student"
+    print(f"{network}: lightning-kd export will not make it again: {recipe[UNLIKE]}")

@@ -72,6 +72,7 @@ class Saved:
         if self.deployed:
             self.state = self.model.state_dict()
         self.any_size = False  # until it is shown for what was exported
+        self.largest_batch: int | None = None
 
     def fresh(self) -> nn.Module:
         """The same network once more, without the weights that were learned."""

@@ -1,0 +1,139 @@
+"""A network of a fit, made again as its checkpoint will make it: does it say the same with the same weights?"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_kd.boxes import detections
+from lightning_kd.cli.inputs import Inputs, random_inputs
+from lightning_kd.cli.likeness import SAME, difference, outputs, unmatched
+from lightning_kd.cli.recipe import UNLIKE, Recipe, build, unlike
+from lightning_kd.teachers.stillness import remember_modes, set_training
+
+ROUNDED = 5e-2
+"""As ``SAME``, on an accelerator or in half precision, where memory formats and kernels decide how is rounded."""
+_DRAWS = 730_501_283
+"""Seed for what is drawn when a network is made again: no one's, so that what was drawn for a training is another."""
+
+
+class Remade:
+    """A recipe, and the network that it makes, beside the one that is trained.
+
+    Args:
+        recipe: The recipe.
+        whole: The same with what only says where training started from; tried where the recipe makes another network.
+    """
+
+    def __init__(self, recipe: Recipe, whole: Recipe | None = None) -> None:
+        self.recipe = recipe
+        self._others = [whole] if whole is not None and whole != recipe else []
+        self._made: nn.Module | None = None
+
+    def check(self, network: nn.Module, inputs: Inputs) -> Recipe:
+        """The recipe, with what is otherwise under ``UNLIKE``, if the network that it makes says something else.
+
+        Nothing remains of it: modes and random numbers are as before. What cannot be called says nothing.
+
+        Args:
+            network: The network as it is now.
+            inputs: What it is called with.
+        """
+        if UNLIKE in self.recipe or not inputs:
+            return self.recipe
+        with contextlib.suppress(Exception), _undisturbed(network):  # a fit does not fail by what it is told
+            given = random_inputs(inputs, 2, network)
+            given = torch.utils._pytree.tree_map(lambda each: each.to(_device(network)), given)
+            expected = _called(network, given)
+            if why := self._why(network, given, expected):
+                while self._others:
+                    other = Remade(self._others.pop())
+                    if unlike(network, other.recipe) is None and not other._why(network, given, expected):
+                        self.recipe, self._made = other.recipe, other._made
+                        return self.recipe
+                # One that says something else each time cannot be compared.
+                if _apart(expected, _called(network, given)) <= _allowed(network):
+                    return self.recipe | {UNLIKE: why}
+        return self.recipe
+
+    def _why(self, network: nn.Module, given: tuple[Any, ...], expected: Any) -> str | None:
+        """What is otherwise; None, if it is the same."""
+        held = "it holds something that is neither among its weights nor among its arguments"
+        try:
+            if self._made is None:
+                torch.manual_seed(_DRAWS)
+                self._made = build(self.recipe)
+            made = self._made
+            made.to(_device(network))
+            try:
+                _take(made, network)
+                apart = _apart(expected, _called(made, given))
+            finally:
+                made.cpu()
+        except torch.OutOfMemoryError:
+            return None
+        except Exception as error:  # of whatever a network is
+            return f"made again, it cannot be called with the same weights: {' '.join(str(error).split())[:200]}"
+        if apart <= _allowed(network):
+            return None
+        return f"made again with the same weights, its outputs differ by {apart:.2g} of the largest: {held}"
+
+
+@contextlib.contextmanager
+def _undisturbed(network: nn.Module) -> Iterator[None]:
+    """What is done here leaves the network, and random numbers, as they were."""
+    restore = remember_modes(network.modules())
+    device = _device(network).type
+    with (
+        isolate_rng(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False),
+        torch.compiler.set_stance("force_eager"), warnings.catch_warnings(),
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")  # they were shown when the network was made and called
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((each.device for each in network.parameters()), torch.device("cpu"))
+
+
+def _called(network: nn.Module, given: tuple[Any, ...]) -> Any:
+    """What a network returns in evaluation, with the same random numbers in every call."""
+    restore = remember_modes(network.modules())
+    try:
+        set_training(network, False)
+        torch.manual_seed(0)
+        return torch.utils._pytree.tree_map_only(
+            Tensor, Tensor.clone, network(*torch.utils._pytree.tree_map(Tensor.clone, given))
+        )
+    finally:
+        restore()
+
+
+def _take(made: nn.Module, network: nn.Module) -> None:
+    """Gives what was made the weights of a network, in their precision."""
+    made.load_state_dict(network.state_dict())  # after which nothing is lazy
+    types = {name: each.dtype for name, each in (*network.named_parameters(), *network.named_buffers())}
+    for name, each in (*made.named_parameters(), *made.named_buffers()):
+        each.data = each.data.to(types.get(name, each.dtype))
+    made.load_state_dict(network.state_dict())  # as precise as they are
+
+
+def _apart(expected: Any, received: Any) -> float:
+    if detections(expected) and detections(received):
+        return unmatched(outputs(expected), outputs(received))
+    return difference(outputs(expected), outputs(received))
+
+
+def _allowed(network: nn.Module) -> float:
+    types = {each.dtype for each in network.parameters() if each.is_floating_point()}
+    exact = _device(network).type == "cpu" and types <= {torch.float32, torch.float64}
+    return SAME if exact else ROUNDED

@@ -1,0 +1,235 @@
+"""A fit tells that its network, made again, says something else, and disturbs nothing by asking."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.cli import main
+from lightning_kd.cli.recipe import KEY, UNLIKE
+from lightning_kd.cli.remade import Remade
+from lightning_kd.cli.saved import Saved
+
+INPUTS = [([1, 8, 8], "float32")]
+HERE = f"{__name__}."
+
+
+class Base(nn.Module):
+    """What the others change."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        found: Tensor = self.drop(self.norm(self.conv(x)).relu().mean((2, 3)))
+        return found
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.features(x))
+
+
+class Pooling(Base):
+    def __init__(self, weights: str | None = None, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self._weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self._weights is None else self.head(self.conv(x).amax((2, 3)))
+
+
+class Constants(Base):
+    def __init__(self, pretrained: bool = False, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self._mean = torch.tensor(0.5 if pretrained else 0.0)
+        self._scale: Callable[[Tensor], Tensor] = (lambda x: x * 3) if pretrained else (lambda x: x)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self._scale(x - self._mean))
+
+
+class Drawn(Base):
+    def __init__(self, kind: str = "buffer", num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        order = torch.randn(8, 8)
+        if kind == "buffer":
+            self.register_buffer("order", order, persistent=False)
+        self._order = order
+
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) @ getattr(self, "order", self._order)
+
+
+class Learned(Base):
+    """Training leaves something that is no weight, from the second epoch on."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.scale, self.seen = 1.0, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen += self.training
+        if self.training and self.seen > 2:
+            self.scale = 4.0
+        return super().forward(x) * self.scale
+
+
+class Noisy(Base):
+    """Says something else each time, by numbers of its own."""
+
+    generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + 10 * torch.rand(1, generator=self.generator)
+
+
+class Lazy(nn.Module):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.all = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(num_classes))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.all(x)
+
+
+QUICK = [
+    "--config=digits_kd", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--traceback",
+]  # fmt: skip
+ALONE = ["--model.teacher=null", "--model.terms=null", "--teacher_fit=null"]
+
+
+def fitted(*more: str) -> Path:
+    assert main(["fit", *QUICK, *ALONE, *more]) == 0
+    return max(Path().rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def recipe_in(checkpoint: Path) -> dict[str, Any]:
+    recipe: dict[str, Any] = torch.load(checkpoint, weights_only=True)[KEY]["student"]
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("network", "argument"), [("Pooling", "weights=max"), ("Constants", "pretrained=true")], ids=str
+)
+def test_what_only_seemed_to_say_where_training_started_from_is_kept(
+    network: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = fitted(f"--model.student={HERE}{network}", f"--model.student.init_args.{argument}")
+    assert "will not make it again" not in capsys.readouterr().out
+    name, _, value = argument.partition("=")
+    assert recipe_in(saved)["init_args"][name] == (True if value == "true" else value)
+    assert Saved(saved).model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "private"])
+def test_what_is_drawn_when_a_network_is_made_is_told(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = fitted(f"--model.student={HERE}Drawn", f"--model.student.init_args.kind={kind}")
+    told = r"student: lightning-kd export will not make it again: made again with the same weights, its outputs differ"
+    assert len(re.findall(told, capsys.readouterr().out)) == 1
+    assert main(["export", str(saved), "--format", "state_dict"]) == 2
+    assert "the network cannot be made again: made again with the same weights" in capsys.readouterr().err
+
+
+def test_what_training_leaves_is_told_when_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keep = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, save_on_train_epoch_end: true}}"
+    fitted(f"--model.student={HERE}Learned", "--trainer.max_epochs=3", f"--trainer.callbacks=[{keep}]")
+    assert capsys.readouterr().out.count("will not make it again") == 1
+    first, *later = sorted(Path().rglob("*.ckpt"))
+    assert UNLIKE not in recipe_in(first)
+    assert [UNLIKE in recipe_in(each) for each in later] == [True, True]
+
+
+def test_a_fit_is_the_same_with_and_without_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    check = Remade.check
+
+    def counted(self: Remade, network: nn.Module, inputs: Any) -> Any:
+        asked.append(inputs)
+        return check(self, network, inputs)
+
+    fit = ["fit", *QUICK, "--teacher_fit.max_epochs=1"]
+    fit += ["--trainer.max_epochs=3"]
+    assert main(fit) == 0  # trains the teacher
+    monkeypatch.setattr(Remade, "check", counted)
+    assert main(fit) == 0
+    assert len(asked) > 1
+    monkeypatch.setattr(Remade, "check", lambda self, *_: self.recipe)
+    assert main(fit) == 0
+    one, other = (torch.load(file, weights_only=True) for file in sorted(Path().rglob("version_[12]/**/*.ckpt")))
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(value, other["state_dict"][key], rtol=0, atol=0)
+    assert UNLIKE not in one[KEY]["student"]
+
+
+def remade(kind: type[nn.Module], **arguments: Any) -> Remade:
+    return Remade({"class_path": f"{HERE}{kind.__name__}", "init_args": arguments})
+
+
+@pytest.mark.parametrize("kind", [Base, Lazy, Noisy])
+@pytest.mark.parametrize("how", ["plain", "compiled", "half", "double", "inference", "not finite"])
+def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -> None:
+    network = kind()
+    network(torch.rand(2, 1, 8, 8))
+    if how in ("half", "double"):
+        network.to(torch.bfloat16 if how == "half" else torch.float64)
+    if how == "compiled":
+        network.compile(backend="eager")
+    if how == "not finite":
+        next(network.parameters()).data.fill_(float("nan"))
+    network.train()
+    if kind is Base:
+        network.drop.eval()
+    modes = [part.training for part in network.modules()]
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    asked, state = remade(kind), torch.get_rng_state()
+    with torch.inference_mode(how == "inference"):
+        assert UNLIKE not in asked.check(network, INPUTS)
+        assert UNLIKE not in asked.check(network, INPUTS)
+    assert UNLIKE not in asked.check(network, INPUTS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.training for part in network.modules()] == modes
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("inputs", [[], [([3, 8, 8], "float32")], [([1], "list[float32]")]], ids=str)
+def test_of_what_cannot_be_called_nothing_is_said(inputs: Any) -> None:
+    network = Drawn().train()
+    assert UNLIKE not in remade(Drawn).check(network, inputs)
+    assert network.drop.training
+    assert UNLIKE in remade(Drawn).check(network, INPUTS)
+
+
+class Failing(Base):
+    def __init__(self, held: Any = None) -> None:
+        super().__init__()
+        self._held = held
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self._held.scale
+
+
+def test_one_that_fails_when_it_is_made_again_is_told() -> None:
+    held = type("Held", (), {"scale": 2.0})()
+    recipe = remade(Failing, held={"scale": 2.0}).check(Failing(held), INPUTS)
+    assert (
+        recipe[UNLIKE]
+        == "made again, it cannot be called with the same weights: 'dict' object has no attribute 'scale'"
+    )
