@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_kd.boxes import detections
 from lightning_kd.cli.inputs import Inputs, random_inputs
@@ -88,7 +89,7 @@ class Remade:
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
     """What is done here leaves the network, and random numbers, as they were."""
-    restore = remember_modes(network.modules())
+    restore, restore_buffers = remember_modes(network.modules()), _remember_buffers(network)
     device = _device(network).type
     with (
         isolate_rng(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False),
@@ -99,6 +100,24 @@ def _undisturbed(network: nn.Module) -> Iterator[None]:
             yield
         finally:
             restore()
+            restore_buffers()
+
+
+def _remember_buffers(network: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts buffers back: what observes for a quantisation does so in evaluation, too."""
+    holders = [(part, name, each) for part in network.modules() for name, each in part.named_buffers(recurse=False)]
+    kept = [(part, name, each, each.detach().clone()) for part, name, each in holders if not is_lazy(each)]
+
+    def restore() -> None:
+        for part, name, buffer, was in kept:
+            if buffer.shape != was.shape:
+                buffer.data = was
+            elif not torch.equal(buffer, was):
+                buffer.copy_(was)
+            if getattr(part, name) is not buffer:
+                setattr(part, name, buffer)
+
+    return restore
 
 
 def _device(network: nn.Module) -> torch.device:

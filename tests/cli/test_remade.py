@@ -90,6 +90,20 @@ class Noisy(Base):
         return super().forward(x) + 10 * torch.rand(1, generator=self.generator)
 
 
+class Observing(Base):
+    """Counts in evaluation, too, as what observes for a quantisation does."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("largest", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        self.largest.copy_(torch.maximum(self.largest, x.amax()))
+        self.count = self.count + 1
+        return super().forward(x)
+
+
 class Lazy(nn.Module):
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -182,7 +196,7 @@ def remade(kind: type[nn.Module], **arguments: Any) -> Remade:
     return Remade({"class_path": f"{HERE}{kind.__name__}", "init_args": arguments})
 
 
-@pytest.mark.parametrize("kind", [Base, Lazy, Noisy])
+@pytest.mark.parametrize("kind", [Base, Lazy, Noisy, Observing])
 @pytest.mark.parametrize("how", ["plain", "compiled", "half", "double", "inference", "not finite"])
 def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -> None:
     network = kind()
@@ -197,7 +211,7 @@ def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -
     if kind is Base:
         network.drop.eval()
     modes = [part.training for part in network.modules()]
-    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    weights = {key: value.clone() for key, value in (*network.state_dict().items(), *network.named_buffers())}
     asked, state = remade(kind), torch.get_rng_state()
     with torch.inference_mode(how == "inference"):
         assert UNLIKE not in asked.check(network, INPUTS)
@@ -205,7 +219,7 @@ def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -
     assert UNLIKE not in asked.check(network, INPUTS)
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in network.modules()] == modes
-    for key, value in network.state_dict().items():
+    for key, value in (*network.state_dict().items(), *network.named_buffers()):
         torch.testing.assert_close(value, weights[key], rtol=0, atol=0, equal_nan=True)
 
 
