@@ -153,8 +153,11 @@ def copy_holders(value: Any, of_tensor: Callable[[Tensor], Tensor] = _itself, ma
         items = tuple(copy_holders(x, of_tensor, made) for x in value)
         if all(x is y for x, y in zip(items, value, strict=True)):
             return value
-        kind: Any = type(value)
-        return items if kind is tuple else kind._make(items)
+        if type(value) is tuple:
+            return items
+        named: Any = tuple.__new__(type(value), items)
+        getattr(named, "__dict__", {}).update(getattr(value, "__dict__", {}))
+        return named
     if id(value) not in made:
         copied = of_tensor(value) if isinstance(value, Tensor) else _shallow(value)
         made[id(value)] = value, copied
@@ -171,11 +174,22 @@ def _shallow(of: Any) -> Any:
     if not holds or hasattr(type(of), "__del__"):
         return of
     try:
-        copied = copy.copy(of)
+        copied = copy.copy(of) if own or isinstance(of, _COPIED) else _bare(of)
     except Exception:  # an object that is the only one of its kind
         return of
     if getattr(of, "__dict__", None) is of:  # keys are attributes
         copied.__dict__ = copied
+    return copied
+
+
+def _bare(of: Any) -> Any:
+    """Returns a copy of an object, without asking it: some look every attribute up in what they do not have yet."""
+    try:
+        copied = object.__new__(type(of))
+    except TypeError:  # one that is not written in Python
+        return copy.copy(of)
+    for name, x in attributes_of(of):
+        set_attribute(copied, name, x, like=of)
     return copied
 
 

@@ -1,5 +1,6 @@
 """What is written in place: tensors that are not what they were, and two that are one."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
@@ -19,7 +20,7 @@ def tensors_in(value: Any, deep: int = 10) -> Iterator[Tensor]:
             yield value
     elif value is None or isinstance(value, SINGLE) or not deep:
         return
-    elif isinstance(value, (Mapping, tuple, list)):
+    elif isinstance(value, (Mapping, tuple, list, deque)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item, deep - 1)
     else:

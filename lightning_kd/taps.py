@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_kd.copying import lend
-from lightning_kd.holding import copy_holders
+from lightning_kd.holding import SINGLE, copy_holders
 from lightning_kd.overwriting import overwritten, tensors_in, versions_of
 from lightning_kd.wiring import OUTPUT, Path, find_module
 
@@ -85,12 +85,19 @@ class Taps:
 
     def _capture(self, record: Record, path: str, output: Any) -> None:
         if torch.compiler.is_compiling():
-            # A graph knows no versions to check: what a later layer overwrites is kept in a copy.
-            record[path].append(tree_map_only(Tensor, torch.clone, output))
+            if all(leaf is None or isinstance(leaf, (Tensor, *SINGLE)) for leaf in tree_leaves(output)):
+                # A graph knows no versions to check: what a later layer overwrites is kept in a copy.
+                record[path].append(tree_map_only(Tensor, torch.clone, output))
+            else:
+                self._capture_eagerly(record, path, output)
             return
         output = copy_holders(output)  # a later layer, or the step, may exchange what is in there
         record[path].append(output)
         self._captured.append((path, output, versions_of(output)))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own gap
+    def _capture_eagerly(self, record: Record, path: str, output: Any) -> None:
+        self._capture(record, path, output)
 
     @property
     def recording(self) -> bool:

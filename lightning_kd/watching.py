@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_kd.copying import lend
-from lightning_kd.holding import Left
+from lightning_kd.holding import Left, copy_holders
 from lightning_kd.overwriting import Given, refuse_overwriting_input, refuse_overwriting_teacher, versions_of
 from lightning_kd.recomputation import Recomputation
 from lightning_kd.taps import Record, Taps
@@ -143,7 +143,7 @@ class Watcher:
         given_args, given_kwargs = args, kwargs = given.arguments
 
         def view(name: str, make: Callable[..., Any], labels: Mapping[str, Any]) -> Arguments:
-            made = made_by(make, given_args, given_kwargs, labels)
+            made = made_by(make, given_args, given_kwargs, labels, learns=make is self.student_input)
             refuse_overwriting_input(name, given)
             return made
 
@@ -170,7 +170,7 @@ class Watcher:
         refuse_overwriting_teacher(given)
         call = Call(student={}, teacher=answer, versions=versions_of(answer))
         if self.student_input is not None and self._asks_teacher:
-            said = values_at(self.teacher, answer, OUTPUT)[0]
+            said = copy_holders(values_at(self.teacher, answer, OUTPUT)[0])  # in which it may exchange something
             own = view("student_input", self.student_input, {**labels, ANSWER: said})
         return call, own
 

@@ -349,3 +349,38 @@ def test_an_input_without_a_length_is_an_input() -> None:
     with distiller.watch() as calls:
         student(x)
     torch.testing.assert_close(calls[0].teacher["output"][0], teacher(2.0 * x).detach())
+
+
+def test_what_a_students_input_makes_of_the_answer_is_no_answer() -> None:
+    class Answering(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": super().forward(x)}
+
+    def exchanging(x: Tensor, *, teacher: dict[str, Tensor]) -> Tensor:
+        teacher["logits"] = teacher["logits"].softmax(1)
+        return x + teacher["logits"].sum()
+
+    student, teacher, x = Net(4), Answering(8), torch.randn(5, 6)
+    term = Term(nn.MSELoss(), teacher="output.logits")
+    distiller = Distiller({"it": term}, teacher, student_input=exchanging)
+    values = distiller(watched(distiller, student, x))
+    said = teacher(x)["logits"]
+    torch.testing.assert_close(values["it"], nn.functional.mse_loss(student(x + said.softmax(1).sum()), said))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_that_makes_the_teachers_arguments_is_called_as_a_teacher_is(dtype: torch.dtype) -> None:
+    encoder = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+    encoder[1].eval()
+    student, teacher, x = Net(4).to(dtype), Net(8), torch.randn(5, 6)
+    for given in ({"teacher_input": encoder}, {"teacher": Frozen(teacher, input=encoder)}):
+        distiller = Distiller({"it": Term(nn.MSELoss())}, **{"teacher": teacher} | given)
+        values = distiller(watched(distiller, student, x.to(dtype)))
+        assert [part.training for part in encoder] == [True, False, True]
+        with torch.no_grad():
+            said = teacher(copy.deepcopy(encoder).eval()(x.to(dtype).float()))
+        expected = nn.functional.mse_loss(student(x.to(dtype)).detach().double(), said.double())
+        torch.testing.assert_close(
+            values["it"].double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+        )
+        distiller.detach()

@@ -371,6 +371,26 @@ def _replace(holder: Any, x: Any) -> None:
         holder.x = x
 
 
+class Asking:
+    """Which looks attributes up in one that a copy does not have at first."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.data = {"x": x}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class Named(namedtuple("Named", ["levels"])):
+    def __new__(cls, x: Tensor) -> "Named":
+        made = super().__new__(cls, [x])
+        made.extra = x
+        return made
+
+
 HOLDERS: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Any], Any]]] = {
     "item": (lambda x: {"x": x}, '["x"]', lambda out: _replace(out, out["x"].softmax(1))),
     "key": (lambda x: {"x": x}, '["x"]', lambda out: out.pop("x")),
@@ -379,6 +399,8 @@ HOLDERS: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Any], Any]]] = 
     "deep": (lambda x: ({"x": [x]},), '[0]["x"][0]', lambda out: out[0]["x"].clear()),
     "output": (lambda x: ModelOutput(x=x), '["x"]', lambda out: _replace(out, None)),
     "fields": (Fields, '["logits"]', lambda out: setattr(out, "logits", out.logits.softmax(1))),
+    "asking": (Asking, '["x"]', lambda out: out.data.update(x=1 - out.x)),
+    "named": (Named, '["extra"]', lambda out: out.levels.clear()),
     "object": (lambda x: SimpleNamespace(x=x), '["x"]', lambda out: _replace(out, 1 - out.x)),
 }
 
@@ -671,6 +693,38 @@ def test_what_a_compiled_model_overwrites_is_kept(side: str, hold: Any, selector
         losses[-1].backward()
         assert model.first.weight.grad.abs().sum() > 0
     torch.testing.assert_close(*losses)
+
+
+class Exchanged(nn.Module):
+    """Works on an attribute of what it is given: in place, or by another in its place."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, held: Any) -> Tensor:
+        held.logits = held.logits.relu_() if self.inplace else held.logits.relu()
+        return held.logits
+
+
+@DYNAMO
+@pytest.mark.parametrize("form", COMPILED)
+@pytest.mark.parametrize("hold", [Fields, lambda x: SimpleNamespace(logits=x)], ids=["dataclass", "object"])
+def test_an_object_of_a_compiled_student_is_kept_as_it_was_returned(hold: Any, form: str) -> None:
+    student, teacher, x = Net(), Net(), torch.randn(5, 3)
+    student.blocks[0] = Holding(student.blocks[0], hold)
+    expected = nn.functional.mse_loss(student.blocks[0].inner(student.act(student.first(x))),
+                                      teacher.blocks[0](teacher.act(teacher.first(x))))  # fmt: skip
+    term = Term(nn.MSELoss(), student='blocks.0["logits"]', teacher="blocks.0")
+    for inplace in (False, True):
+        model = copy.deepcopy(student)
+        model.blocks[1] = Exchanged(inplace)
+        model = COMPILED[form](model, "aot_eager")
+        if inplace:
+            with pytest.raises(RuntimeError, match="in the student was modified in place"):
+                distil(model, teacher, x, it=term)
+        else:
+            torch.testing.assert_close(distil(model, teacher, x, it=term)[0]["it"], expected)
 
 
 class Checkpointed(Net):

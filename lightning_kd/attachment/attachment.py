@@ -22,6 +22,7 @@ from lightning_kd.attachment.pupils import has_learned, learned_elsewhere, learn
 from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
+    lazy_in,
     refuse_copy_of_terms,
     refuse_earlier_average,
     refuse_forgotten,
@@ -157,7 +158,6 @@ class Attachment(Callback):
                 "would be what this one begins with. Make new losses and terms, and a new callback or module of them, "
                 "for each student and for each seed."
             )
-        self._learning_parameters()
         self._steps_done = trainer.global_step
         self._taught = False
         self.distiller.teacher.begin()
@@ -300,7 +300,7 @@ class Attachment(Callback):
 
     def _undo_all(self) -> None:
         self._ready = self._was_called = False
-        self._learned = []
+        self._learning_parameters().clear()
         self._patches.undo()
 
     def leave(self, trainer: Trainer) -> None:
@@ -313,8 +313,8 @@ class Attachment(Callback):
 
     def _attach(self, pl_module: LightningModule) -> nn.Module:
         student = self._student_in(pl_module)
-        if self._needs_sample() or isinstance(self.distiller.teacher, CopyTeacher):
-            refuse_lazy(student)
+        if isinstance(self.distiller.teacher, CopyTeacher):
+            refuse_lazy(lazy_in(student))
         self.distiller.attach(student)
         self._patches.add(self.distiller.detach)
         self._log.clear()
@@ -382,7 +382,9 @@ class Attachment(Callback):
         trainer.precision_plugin.convert_module(pl_module).to(device)
         self._move_parts(device)
         assert self._own_step is not None
+        lazy = lazy_in(pl_module)
         calls = rehearse(trainer, pl_module, self._own_step, student, self.distiller, self._read)
+        refuse_lazy(sorted({*lazy} - {*lazy_in(pl_module)}, key=lazy.index))
         refuse_uncalled(calls, self.student, pl_module)
         reshard(pl_module)  # no backward does it
         with isolate_rng():  # data order and dropout are those of the student trained alone
@@ -401,6 +403,8 @@ class Attachment(Callback):
             if not self._ready:  # the tuner trains inside of another callback's on_fit_start, and calls no hooks
                 self._get_ready(pl_module)
                 self._measure_run(trainer)
+            if not self._was_called:
+                self._learning_parameters()
             self._begin_step(args, kwargs)
             of_batch = self._read(batch_of(args, kwargs))
             labels = functools.cache(lambda: of_batch(self.distiller.labels_of_losses))
@@ -486,7 +490,10 @@ class Attachment(Callback):
         return configure_optimizers_and_terms
 
     def _learning_parameters(self) -> list[nn.Parameter]:
-        """Returns what the terms learn, also where the module was frozen as a whole since they were attached."""
+        """Returns what the terms learn, also where the module was frozen as a whole since they are in it."""
+        if any(not parameter.requires_grad for parameter in self._learned):
+            for distiller in self._distillers:
+                distiller.train()
         for parameter in self._learned:
             parameter.requires_grad_(True)
         return self._learned

@@ -1,5 +1,6 @@
 """Brings parameters into optimizers that somebody else made."""
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,8 +78,8 @@ def _extend(optimizer: Optimizable, group: dict[str, Any], parameters: list[nn.P
         for parameter in parameters:
             optimizer.state[parameter] = {
                 key: torch.full_like(parameter, value.flatten()[0].item())
-                if value.shape == sample.shape
-                else value.clone()
+                if isinstance(value, torch.Tensor) and value.shape == sample.shape
+                else copy.deepcopy(value)
                 for key, value in optimizer.state[sample].items()
             }
 

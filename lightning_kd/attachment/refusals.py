@@ -128,13 +128,17 @@ def refuse_forgotten(trainer: Trainer, student: nn.Module) -> None:
         )
 
 
-def refuse_lazy(student: nn.Module) -> None:
-    """Refuses a student whose layers have no weights yet, where it is to be copied or rehearsed."""
-    lazy = [name for name, x in (*student.named_parameters(), *student.named_buffers()) if is_lazy(x)]
-    if lazy:
+def lazy_in(module: nn.Module) -> list[str]:
+    """Returns the names of what has no weights before its first call."""
+    return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
+
+
+def refuse_lazy(names: list[str]) -> None:
+    """Refuses layers without weights yet, where they are to be copied or were called in a rehearsal."""
+    if names:
         raise ValueError(
-            f"the student has lazy layers, which have no weights before their first call ({', '.join(lazy[:3])}). Call "
-            "it once on a sample before the fit, in setup() or configure_model()."
+            f"the student has lazy layers, which have no weights before their first call ({', '.join(names[:3])}). "
+            "Call it once on a sample before the fit, in setup() or configure_model()."
         )
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -240,7 +241,7 @@ def _state_restored(module: nn.Module) -> Iterator[None]:
     restore_modes = remember_modes(module.modules())  # some networks freeze a part in their forward
     buffers_of = [part._buffers for part in module.modules() if isinstance(part._buffers, dict)]  # not TorchScript's
     held = [(buffers, dict(buffers)) for buffers in buffers_of]
-    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_lazy(buffer)]
     metrics = [(part, _counted(part)) for part in module.modules() if isinstance(part, Metric)]
     try:
         yield

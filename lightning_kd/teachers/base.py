@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_kd.schedules import Moment
 from lightning_kd.taps import Record
+from lightning_kd.teachers.stillness import remember_modes, set_training
 from lightning_kd.wiring import describe
 
 
@@ -233,19 +234,37 @@ def labels_asked(make: Callable[..., Any] | None) -> dict[str, bool]:
     return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+@contextmanager
+def _standing(network: nn.Module) -> Iterator[None]:
+    """Calls a network in evaluation mode, and puts its modes back."""
+    if not any(getattr(part, "training", False) for part in network.modules()):
+        yield
+        return
+    restore = remember_modes(network.modules())
+    set_training(network, False)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def made_by(
     make: Callable[..., Any] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     labels: Mapping[str, Any] | None = None,
+    learns: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments that a function makes out of others: a tensor, a tuple of positional ones or a dict.
+
+    A network that makes them is called as a teacher is, in evaluation mode and in the type of its weights.
 
     Args:
         make: The function; without one the arguments are those that were given.
         args: The positional arguments that it is given.
         kwargs: The keyword arguments that it is given.
         labels: What there is of the batch, by name, of which it is given what it asks for.
+        learns: Whether it is one that learns with the student.
 
     Raises:
         ValueError: If it asks for a label that the batch has not.
@@ -262,7 +281,12 @@ def made_by(
                 "(a keyword-only parameter is a label of the batch), and there is none. Say how to get it, with "
                 "target= or labels= of the callback, or labels() of the task; teachers.Frozen(input=...) gets none."
             )
-    made = make(*args, **kwargs, **asked)
+    if isinstance(make, nn.Module) and not learns and next(make.parameters(), None) is not None:
+        args, kwargs = in_type_of(make, args, kwargs)
+        with own_type(make), _standing(make):
+            made = make(*args, **kwargs, **asked)
+    else:
+        made = make(*args, **kwargs, **asked)
     if isinstance(made, dict):
         return (), made
     return (made if isinstance(made, tuple) else (made,)), {}

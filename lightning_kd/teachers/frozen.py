@@ -135,7 +135,8 @@ class Frozen(Teacher):
             self._compiled = True
         # Layers behind the deepest tap may change in training mode, too: their statistics, and the random numbers.
         # A sharded model has to return, or its layers would not be sharded again.
-        stop_early = self.mode == "eval" and not is_sharded(self.model)
+        whole = is_sharded(self.model) or bool((self.compile_options or {}).get("fullgraph"))  # which nothing may leave
+        stop_early = self.mode == "eval" and not whole
         self._taps = Taps(self.model, paths, "the teacher", stop_early=stop_early)
         self._taps.attach()
 

@@ -87,7 +87,7 @@ def test_an_optimizer_that_has_shared_its_parameters_out_is_refused() -> None:
     assert moved(student.model, student, kd)  # of which no term learns
 
 
-@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start"])
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "on_train_start"])
 def test_a_module_that_is_frozen_as_a_whole_does_not_freeze_what_terms_learn(hook: str) -> None:
     class Thawed(Project):
         def _freeze(self) -> None:
@@ -104,6 +104,17 @@ def test_a_module_that_is_frozen_as_a_whole_does_not_freeze_what_terms_learn(hoo
             if hook == "on_fit_start":
                 self._freeze()
 
+        def on_train_start(self) -> None:
+            if hook == "on_train_start":
+                self._freeze()
+
+        def on_train_end(self) -> None:
+            self.freeze()
+
     projector, own = nn.Linear(8, 16), nn.Linear(8, 16).requires_grad_(False)
-    assert moved(projector, Thawed(), hint(projector))
+    module, distillation = Thawed(), hint(projector)
+    assert moved(projector, module, distillation)
+    module.unfreeze()
+    module.train()
+    assert moved(projector, module, distillation)
     assert not moved(own, Thawed(), hint(own))
