@@ -46,6 +46,7 @@ from lightning_kd.schedules import Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
 from lightning_kd.teachers.copies import CopyTeacher
+from lightning_kd.teachers.stillness import remember_modes
 from lightning_kd.watching import Call, LabelsOf
 from lightning_kd.wiring import find_module
 
@@ -91,6 +92,7 @@ class Attachment(Callback):
         self._own_step: Callable[..., Any] | None = None
         self._pending: dict[str, Any] | None = None
         self._learned: list[nn.Parameter] = []
+        self._put_modes_back: Callable[[], None] | None = None
         self._steps_done = 0
         self._ready = False
         self._was_called = False
@@ -102,8 +104,9 @@ class Attachment(Callback):
         self._patches = Patches()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches(), "_learned": []}
-        return {**self.__dict__, **fresh, "_ready": False, "_all": [], "_own_step": None}
+        fresh = {"_log": Log(self._log.prog_bar), "_positions": Positions(), "_patches": Patches()}
+        of_a_fit = {"_ready": False, "_all": [], "_own_step": None, "_learned": [], "_put_modes_back": None}
+        return {**self.__dict__, **fresh, **of_a_fit}
 
     @property
     def state_key(self) -> str:
@@ -345,6 +348,7 @@ class Attachment(Callback):
         self._host(pl_module, learners, guest)
         parameters = (p for distiller in self._distillers for p in distiller.parameters())
         self._learned = [p for p in parameters if p.requires_grad]
+        self._put_modes_back = remember_modes(part for distiller in self._distillers for part in distiller.modules())
         if is_sharded(student):
             hosted = pl_module.get_submodule(guest)
             self._patches.add(lambda: keep_names(trainer.strategy, pl_module, guest, hosted))
@@ -380,6 +384,7 @@ class Attachment(Callback):
         device = trainer.strategy.root_device
         # What the strategy does right after this, and what the rehearsal needs done before.
         trainer.precision_plugin.convert_module(pl_module).to(device)
+        trainer.precision_plugin.convert_module(self.distiller)  # of which student_input is called, too
         self._move_parts(device)
         assert self._own_step is not None
         lazy = lazy_in(pl_module)
@@ -491,9 +496,8 @@ class Attachment(Callback):
 
     def _learning_parameters(self) -> list[nn.Parameter]:
         """Returns what the terms learn, also where the module was frozen as a whole since they are in it."""
-        if any(not parameter.requires_grad for parameter in self._learned):
-            for distiller in self._distillers:
-                distiller.train()
+        if self._put_modes_back and any(not parameter.requires_grad for parameter in self._learned):
+            self._put_modes_back()  # as they were before module.freeze()
         for parameter in self._learned:
             parameter.requires_grad_(True)
         return self._learned

@@ -59,6 +59,7 @@ def rehearse(
             stack.enter_context(_random_numbers_restored())
             stack.enter_context(_state_restored(pl_module))
             stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
+            stack.enter_context(_state_restored(distiller))  # in which student_input is
             stack.enter_context(_silent(pl_module))
             # Hooks that a compiled module meets only later would never fire.
             stack.enter_context(torch.compiler.set_stance("force_eager"))

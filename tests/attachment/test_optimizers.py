@@ -87,6 +87,7 @@ def test_an_optimizer_that_has_shared_its_parameters_out_is_refused() -> None:
     assert moved(student.model, student, kd)  # of which no term learns
 
 
+@pytest.mark.filterwarnings("ignore:Found 3 module.* in eval mode")  # of a projector that is given so
 @pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "on_train_start"])
 def test_a_module_that_is_frozen_as_a_whole_does_not_freeze_what_terms_learn(hook: str) -> None:
     class Thawed(Project):
@@ -111,10 +112,13 @@ def test_a_module_that_is_frozen_as_a_whole_does_not_freeze_what_terms_learn(hoo
         def on_train_end(self) -> None:
             self.freeze()
 
-    projector, own = nn.Linear(8, 16), nn.Linear(8, 16).requires_grad_(False)
+    projector, own = nn.Linear(8, 16), nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)).eval().requires_grad_(False)
     module, distillation = Thawed(), hint(projector)
     assert moved(projector, module, distillation)
     module.unfreeze()
     module.train()
     assert moved(projector, module, distillation)
-    assert not moved(own, Thawed(), hint(own))
+    both = {"own": hint(own).distiller.terms["hint"], "built": hint(nn.Linear(8, 16)).distiller.terms["hint"]}
+    assert not moved(own, Thawed(), Distillation(net(16), both, student="model"))
+    assert not any(part.training for part in own.modules())
+    assert own[1].num_batches_tracked == 0

@@ -351,3 +351,17 @@ def test_buffers_that_a_first_forward_resizes_are_as_before() -> None:
     module.model = nn.Sequential(nn.Linear(6, 8), Observing(), nn.Linear(8, 4))
     term = Term(losses.FitNet(), student="0", teacher="0")
     assert logged(fit(module, Distillation(net(16), {"hint": term}, student="model")))["train/hint"] > 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_a_network_that_makes_the_students_arguments_is_rehearsed(precision: Any) -> None:
+    view = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert view[1].num_batches_tracked == 0
+            assert view[1].running_mean.abs().sum() == 0
+
+    terms = {"hint": Term(losses.FitNet(), student="0", teacher="0")}
+    fit(Project(), Distillation(net(16), terms, student="model", student_input=view), Look(), precision=precision)
+    assert view[1].num_batches_tracked == 4
