@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from lightning_kd.boxes import detections
 from lightning_kd.cli.inputs import Inputs, random_inputs
 from lightning_kd.cli.likeness import SAME, difference, outputs, unmatched
 from lightning_kd.cli.recipe import UNLIKE, Recipe, build, unlike
-from lightning_kd.teachers.stillness import remember_modes, set_training
+from lightning_kd.copying import own_copy
+from lightning_kd.teachers.stillness import set_training
 
 ROUNDED = 5e-2
 """As ``SAME``, on an accelerator or in half precision, where memory formats and kernels decide how is rounded."""
@@ -40,7 +41,7 @@ class Remade:
     def check(self, network: nn.Module, inputs: Inputs) -> Recipe:
         """The recipe, with what is otherwise under ``UNLIKE``, if the network that it makes says something else.
 
-        Nothing remains of it: modes and random numbers are as before. What cannot be called says nothing.
+        Called is a copy of the network, and random numbers are as before. What cannot be copied or called says nothing.
 
         Args:
             network: The network as it is now.
@@ -49,6 +50,7 @@ class Remade:
         if UNLIKE in self.recipe or not inputs:
             return self.recipe
         with contextlib.suppress(Exception), _undisturbed(network):  # a fit does not fail by what it is told
+            network = _without_hooks(own_copy(network, {id(each): each for each in _generators(network)}))
             given = random_inputs(inputs, 2, network)
             given = torch.utils._pytree.tree_map(lambda each: each.to(_device(network)), given)
             expected = _called(network, given)
@@ -69,8 +71,10 @@ class Remade:
         try:
             if self._made is None:
                 torch.manual_seed(_DRAWS)
-                self._made = build(self.recipe)
+                self._made = _without_hooks(build(self.recipe))
             made = self._made
+            if made.state_dict().keys() != network.state_dict().keys() and not any(map(is_lazy, made.parameters())):
+                return None  # pruned, say, until it is saved
             made.to(_device(network))
             try:
                 _take(made, network)
@@ -88,36 +92,38 @@ class Remade:
 
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """What is done here leaves the network, and random numbers, as they were."""
-    restore, restore_buffers = remember_modes(network.modules()), _remember_buffers(network)
-    device = _device(network).type
+    """What is done here draws no random numbers of others, those of a network's own generators included."""
+    generators = [(each, each.get_state()) for each in _generators(network)]
     with (
-        isolate_rng(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False),
-        torch.compiler.set_stance("force_eager"), warnings.catch_warnings(),
+        isolate_rng(), torch.inference_mode(False), torch.no_grad(),
+        torch.autocast(_device(network).type, enabled=False), torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # they were shown when the network was made and called
         try:
             yield
         finally:
-            restore()
-            restore_buffers()
+            for generator, state in generators:
+                generator.set_state(state)
 
 
-def _remember_buffers(network: nn.Module) -> Callable[[], None]:
-    """Returns a function that puts buffers back: what observes for a quantisation does so in evaluation, too."""
-    holders = [(part, name, each) for part in network.modules() for name, each in part.named_buffers(recurse=False)]
-    kept = [(part, name, each, each.detach().clone()) for part, name, each in holders if not is_lazy(each)]
+def _generators(network: nn.Module) -> list[torch.Generator]:
+    """The generators that the parts of a network have, or their classes."""
+    holders = [each for part in network.modules() for each in (part, *type(part).__mro__)]
+    return [value for each in holders for value in vars(each).values() if isinstance(value, torch.Generator)]
 
-    def restore() -> None:
-        for part, name, buffer, was in kept:
-            if buffer.shape != was.shape:
-                buffer.data = was
-            elif not torch.equal(buffer, was):
-                buffer.copy_(was)
-            if getattr(part, name) is not buffer:
-                setattr(part, name, buffer)
 
-    return restore
+def _without_hooks(network: nn.Module) -> nn.Module:
+    """The network without hooks that somebody put there to look at what is called; torch's own compute weights."""
+    for part in network.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not _of_torch(hook)]:
+                del hooks[key]
+    return network
+
+
+def _of_torch(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.")
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -126,15 +132,10 @@ def _device(network: nn.Module) -> torch.device:
 
 def _called(network: nn.Module, given: tuple[Any, ...]) -> Any:
     """What a network returns in evaluation, with the same random numbers in every call."""
-    restore = remember_modes(network.modules())
-    try:
-        set_training(network, False)
-        torch.manual_seed(0)
-        return torch.utils._pytree.tree_map_only(
-            Tensor, Tensor.clone, network(*torch.utils._pytree.tree_map(Tensor.clone, given))
-        )
-    finally:
-        restore()
+    set_training(network, False)
+    torch.manual_seed(0)
+    returned = network(*torch.utils._pytree.tree_map(Tensor.clone, given))
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, returned)
 
 
 def _take(made: nn.Module, network: nn.Module) -> None:

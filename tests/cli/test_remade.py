@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torchmetrics import MeanMetric
 
 from lightning_kd.cli import main
 from lightning_kd.cli.recipe import KEY, UNLIKE
@@ -221,6 +223,36 @@ def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -
     assert [part.training for part in network.modules()] == modes
     for key, value in (*network.state_dict().items(), *network.named_buffers()):
         torch.testing.assert_close(value, weights[key], rtol=0, atol=0, equal_nan=True)
+
+
+class Remembering(Base):
+    """Keeps what it was called with, and counts."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.calls, self.last, self.mean = 0, [], MeanMetric()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.last.append(x.detach())
+        self.mean.update(x)
+        return super().forward(x) + 0.0 * torch.rand(1, generator=self.generator)
+
+
+def test_what_a_network_keeps_of_its_calls_is_of_the_fit_alone() -> None:
+    network, seen = Remembering(), []
+    network.conv.register_forward_hook(lambda *given: seen.append(given))
+    state = network.generator.get_state()
+    assert UNLIKE not in remade(Remembering).check(network, INPUTS)
+    assert (network.calls, network.last, network.mean.update_count, seen) == (0, [], 0, [])
+    assert torch.equal(network.generator.get_state(), state)
+
+
+def test_what_is_pruned_until_it_is_saved_is_left_alone() -> None:
+    network = Base()
+    prune.l1_unstructured(network.conv, "weight", amount=0.5)
+    assert UNLIKE not in remade(Base).check(network, INPUTS)
 
 
 @pytest.mark.parametrize("inputs", [[], [([3, 8, 8], "float32")], [([1], "list[float32]")]], ids=str)
