@@ -18,14 +18,14 @@ def tensors_in(value: Any, deep: int = 10) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if not value.is_inference():  # these have no version
             yield value
-    elif value is None or isinstance(value, SINGLE) or not deep:
+    elif value is None or isinstance(value, SINGLE) or deep <= 0:
         return
     elif isinstance(value, (Mapping, tuple, list, deque)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item, deep - 1)
     else:
         for _, item in attributes_of(value):
-            yield from tensors_in(item, deep - 1)
+            yield from tensors_in(item, deep - 4)  # objects may know each other, and many
 
 
 def versions_of(value: Any) -> dict[int, int]:

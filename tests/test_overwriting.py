@@ -1,6 +1,7 @@
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_kd import Distiller, Term, holding, losses
-from lightning_kd.overwriting import Given
+from lightning_kd.overwriting import Given, overwritten, tensors_in, versions_of
 
 
 class Batch:
@@ -197,6 +198,18 @@ def test_objects_that_hold_each_other_are_looked_into_once() -> None:
     assert asked(linked[0]) == 2 * 8  # before and after
     linked[7].__dict__["x"].add_(1.0)
     assert tells(lambda batch: linked[7].__dict__["x"].add_(1.0), linked[0])
+
+
+def test_an_output_of_objects_that_know_each_other_is_told_and_not_walked_for_ever() -> None:
+    several = [SimpleNamespace(x=torch.zeros(2)) for _ in range(12)]
+    for one in several:
+        one.others = several
+    found = list(tensors_in(several[0]))
+    assert {id(x) for x in found} == {id(one.x) for one in several}
+    assert len(found) < 2000
+    before = versions_of(several[0])
+    several[5].x.add_(1)
+    assert overwritten(several[0], before)
 
 
 def test_of_many_things_some_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
