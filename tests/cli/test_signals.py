@@ -15,6 +15,11 @@ from toy_run import Net, configuration
 from lightning_kd.cli import main
 
 MARK = Path("called")
+COMMAND = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "runpy.run_module('lightning_kd', run_name='__main__', alter_sys=True)"
+)
+"""What was started in the background ignores Ctrl-C, and so do its children: a run of the tests, for one."""
 BOTH = pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
@@ -33,7 +38,7 @@ def interrupted(sent: signal.Signals, after: str, *arguments: str) -> tuple[int,
     paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in range(3))
     environment = os.environ | {"SLOW": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
     with subprocess.Popen(
-        [sys.executable, "-m", "lightning_kd", *arguments],
+        [sys.executable, "-c", COMMAND, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
