@@ -1,11 +1,13 @@
 """The state of the random numbers, which a run that is resumed exactly goes on with; Lightning does not save it."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 KEY = "random_state"
 """Of a checkpoint."""
@@ -42,3 +44,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+@contextmanager
+def random_numbers_restored() -> Iterator[None]:
+    """As Lightning's ``isolate_rng``, after an error, too."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)

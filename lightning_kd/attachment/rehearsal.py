@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -24,6 +23,7 @@ from torch.utils.data import (
 )
 from torchmetrics import Metric
 
+from lightning_kd.attachment.random_state import random_numbers_restored
 from lightning_kd.distiller import Distiller
 from lightning_kd.teachers.stillness import remember_modes
 from lightning_kd.watching import Call, LabelsOf
@@ -56,7 +56,7 @@ def rehearse(
     def first_call() -> list[Call]:
         calls: list[Call] = []
         with ExitStack() as stack:
-            stack.enter_context(_random_numbers_restored())
+            stack.enter_context(random_numbers_restored())
             stack.enter_context(_state_restored(pl_module))
             stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
             stack.enter_context(_state_restored(distiller))  # in which student_input is
@@ -85,16 +85,6 @@ def rehearse(
             "projectors have to bridge. A term whose projector= is given needs none."
         )
         raise
-
-
-@contextmanager
-def _random_numbers_restored() -> Iterator[None]:
-    """As Lightning's ``isolate_rng``, after an error, too."""
-    states = _collect_rng_states()
-    try:
-        yield
-    finally:
-        _set_rng_states(states)
 
 
 @contextmanager

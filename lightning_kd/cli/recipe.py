@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_kd.attachment.random_state import random_numbers_restored
 from lightning_kd.caching.checks import fingerprint
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.paths import expand_path
@@ -153,7 +153,7 @@ def unlike(network: nn.Module, recipe: Recipe, tensors: bool = False) -> str | N
 
 def _made(recipe: Recipe, tensors: bool) -> dict[str, Any]:
     """The contents of a network that is made for that alone."""
-    with warnings.catch_warnings(), isolate_rng(include_cuda=False):
+    with warnings.catch_warnings(), random_numbers_restored():
         warnings.simplefilter("ignore")  # they were shown when the network was made
         return _contents(build(recipe), tensors)
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_kd.attachment.random_state import random_numbers_restored
 from lightning_kd.boxes import detections
 from lightning_kd.cli.inputs import Inputs, random_inputs
 from lightning_kd.cli.likeness import SAME, difference, outputs, unmatched
 from lightning_kd.cli.recipe import UNLIKE, Recipe, build, unlike
-from lightning_kd.copying import own_copy
-from lightning_kd.teachers.stillness import set_training
+from lightning_kd.teachers.stillness import remember_modes, set_training
 
 ROUNDED = 5e-2
 """As ``SAME``, on an accelerator or in half precision, where memory formats and kernels decide how is rounded."""
@@ -50,7 +51,9 @@ class Remade:
         if UNLIKE in self.recipe or not inputs:
             return self.recipe
         with contextlib.suppress(Exception), _undisturbed(network):  # a fit does not fail by what it is told
-            network = _without_hooks(own_copy(network, {id(each): each for each in _generators(network)}))
+            if (alike := self._copied(network)) is None:
+                return self.recipe
+            network = alike
             given = random_inputs(inputs, 2, network)
             given = torch.utils._pytree.tree_map(lambda each: each.to(_device(network)), given)
             expected = _called(network, given)
@@ -61,18 +64,36 @@ class Remade:
                         self.recipe, self._made = other.recipe, other._made
                         return self.recipe
                 # One that says something else each time cannot be compared.
-                if _apart(expected, _called(network, given)) <= _allowed(network):
+                if _apart(expected, _called(network, given)) <= SAME:
                     return self.recipe | {UNLIKE: why}
         return self.recipe
+
+    def _fresh(self) -> nn.Module:
+        """The network of the recipe, made once."""
+        if self._made is None:
+            torch.manual_seed(_DRAWS)
+            self._made = build(self.recipe)
+        return self._made
+
+    def _copied(self, network: nn.Module) -> nn.Module | None:
+        """A copy of the network, with the hooks that it was made with; None, where one would reach the network."""
+        own = {name: _hooks(part) for name, part in self._fresh().named_modules()}
+        if not all(map(inspect.ismethod, (hook for hooks in own.values() for hook in hooks))):
+            return None
+        copied = copy.deepcopy(network, {id(each): each for each in _generators(network)})
+        for name, part in copied.named_modules():
+            kept = [hook.__qualname__ for hook in own.get(name, ())]
+            for hooks in (part._forward_hooks, part._forward_pre_hooks):
+                for key in [k for k, each in hooks.items() if not _of_torch(each)]:
+                    if getattr(hooks[key], "__qualname__", None) not in kept:
+                        del hooks[key]
+        return copied
 
     def _why(self, network: nn.Module, given: tuple[Any, ...], expected: Any) -> str | None:
         """What is otherwise; None, if it is the same."""
         held = "it holds something that is neither among its weights nor among its arguments"
         try:
-            if self._made is None:
-                torch.manual_seed(_DRAWS)
-                self._made = _without_hooks(build(self.recipe))
-            made = self._made
+            made = self._fresh()
             if made.state_dict().keys() != network.state_dict().keys() and not any(map(is_lazy, made.parameters())):
                 return None  # pruned, say, until it is saved
             made.to(_device(network))
@@ -92,19 +113,44 @@ class Remade:
 
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """What is done here draws no random numbers of others, those of a network's own generators included."""
+    """What is done here draws no random numbers of others, and leaves the network as it is.
+
+    It is in evaluation mode meanwhile: a copy may reach it by a function that is kept in an attribute.
+    """
     generators = [(each, each.get_state()) for each in _generators(network)]
-    with (
-        isolate_rng(), torch.inference_mode(False), torch.no_grad(),
-        torch.autocast(_device(network).type, enabled=False), torch.compiler.set_stance("force_eager"),
-        warnings.catch_warnings(),
-    ):  # fmt: skip
-        warnings.simplefilter("ignore")  # they were shown when the network was made and called
-        try:
+    restore, restore_buffers = remember_modes(network.modules()), _remembered(network)
+    try:
+        with (
+            random_numbers_restored(), torch.inference_mode(False), torch.no_grad(),
+            torch.autocast(_device(network).type, enabled=False), torch.compiler.set_stance("force_eager"),
+            warnings.catch_warnings(),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")  # they were shown when the network was made and called
+            set_training(network, False)
             yield
-        finally:
-            for generator, state in generators:
-                generator.set_state(state)
+    finally:
+        restore()
+        with torch.no_grad():
+            restore_buffers()
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def _remembered(network: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts buffers back as they are now."""
+    holders = [(part, name, each) for part in network.modules() for name, each in part.named_buffers(recurse=False)]
+    kept = [(part, name, each, each.detach().clone()) for part, name, each in holders if not is_lazy(each)]
+
+    def restore() -> None:
+        for part, name, buffer, was in kept:
+            if buffer.shape != was.shape:
+                buffer.data = was
+            elif not torch.equal(buffer, was):
+                buffer.copy_(was)
+            if getattr(part, name) is not buffer:
+                setattr(part, name, buffer)
+
+    return restore
 
 
 def _generators(network: nn.Module) -> list[torch.Generator]:
@@ -113,13 +159,10 @@ def _generators(network: nn.Module) -> list[torch.Generator]:
     return [value for each in holders for value in vars(each).values() if isinstance(value, torch.Generator)]
 
 
-def _without_hooks(network: nn.Module) -> nn.Module:
-    """The network without hooks that somebody put there to look at what is called; torch's own compute weights."""
-    for part in network.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not _of_torch(hook)]:
-                del hooks[key]
-    return network
+def _hooks(part: nn.Module) -> list[Any]:
+    """The hooks of a module that are not torch's own, which compute weights."""
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    return [hook for hook in hooks if not _of_torch(hook)]
 
 
 def _of_torch(hook: Any) -> bool:

@@ -249,6 +249,82 @@ def test_what_a_network_keeps_of_its_calls_is_of_the_fit_alone() -> None:
     assert torch.equal(network.generator.get_state(), state)
 
 
+class Fixed(Base):
+    """Which takes batches of one size alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.view(16, 1, 8, 8))
+
+
+class Reaching(Base):
+    """Calls itself by a function, which no copy takes over."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.fast = lambda x: self.norm(self.conv(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fast(x).relu().mean((2, 3))
+        return found
+
+
+class Keeping(Base):
+    """Keeps a feature by a hook of its own."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.kept: dict[str, Tensor] = {}
+        self.norm.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept["x"] = output
+
+    def forward(self, x: Tensor) -> Any:
+        self.norm(self.conv(x))
+        return self.head(self.kept["x"].mean((2, 3)))
+
+
+class Closed(Base):
+    """Changes its output by a hook that knows the network."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.scales = [3.0]
+        self.head.register_forward_hook(lambda module, args, output: output * self.scales[0])
+
+
+class Fused(Base):
+    """Has a forward that hides its class's."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.forward = self._fused
+
+    def _fused(self, x: Tensor) -> Any:
+        return 2 * Base.forward(self, x)
+
+
+@pytest.mark.parametrize("kind", [Fixed, Reaching, Keeping, Closed, Fused])
+def test_whatever_a_network_is_a_fit_is_not_disturbed(kind: type[nn.Module]) -> None:
+    network = kind().train()
+    with torch.inference_mode():
+        network(torch.rand(16, 1, 8, 8))
+    kept = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert UNLIKE not in remade(kind).check(network, INPUTS)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(network.state_dict(), kept, rtol=0, atol=0)
+    assert all(part.training for part in network.modules())
+
+
+def test_a_users_hook_beside_a_networks_own_is_not_called() -> None:
+    network, seen = Keeping(), []
+    network.register_forward_hook(lambda *given: seen.append(given))
+    assert UNLIKE not in remade(Keeping).check(network, INPUTS)
+    assert not seen
+
+
 def test_what_is_pruned_until_it_is_saved_is_left_alone() -> None:
     network = Base()
     prune.l1_unstructured(network.conv, "weight", amount=0.5)
