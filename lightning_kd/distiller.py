@@ -154,6 +154,10 @@ class Distiller(nn.Module):
             assert isinstance(term, Term)
             yield name, term
 
+    def teaching(self) -> list[nn.Module]:
+        """Returns the modules of the teacher's side, which are no submodules: it, and what makes its arguments."""
+        return [part for part in (self.teacher, self.teacher_input) if isinstance(part, nn.Module)]
+
     def parts(self) -> list[nn.Module]:
         """Returns the modules that a step calls: of every term, and what learns with the teacher."""
         terms = [part for _, term in self.named_terms() for part in term.parts()]

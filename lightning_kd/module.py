@@ -237,8 +237,7 @@ class DistillationModule(LightningModule):
             part.cpu()
 
     def _teaching(self) -> list[nn.Module]:
-        parts = [self.attachment.distiller.teacher, self.attachment.distiller.teacher_input] if self.attachment else []
-        return [part for part in parts if isinstance(part, nn.Module)]
+        return self.attachment.distiller.teaching() if self.attachment else []
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Returns the task's predictions for a batch."""

@@ -504,8 +504,7 @@ class Attachment(Callback):
 
     def _move_parts(self, device: torch.device) -> None:
         """Brings what computes beside the student to its device: what is in no module that Lightning moves."""
-        makes = self.distiller.teacher_input
-        for part in (self.distiller.teacher, *([makes] if isinstance(makes, nn.Module) else []), *self._distillers):
+        for part in (*self.distiller.teaching(), *self._distillers):
             self._move(part, device)
 
     def _move(self, part: nn.Module, device: torch.device) -> None:

@@ -57,9 +57,9 @@ def rehearse(
         calls: list[Call] = []
         with ExitStack() as stack:
             stack.enter_context(random_numbers_restored())
-            stack.enter_context(_state_restored(pl_module))
-            stack.enter_context(_state_restored(distiller.teacher))  # which may be in training mode
-            stack.enter_context(_state_restored(distiller))  # in which student_input is
+            stack.enter_context(state_restored(pl_module))
+            stack.enter_context(state_restored(distiller.teacher))  # which may be in training mode
+            stack.enter_context(state_restored(distiller))  # in which student_input is
             stack.enter_context(_silent(pl_module))
             # Hooks that a compiled module meets only later would never fire.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -227,7 +227,7 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def _state_restored(module: nn.Module) -> Iterator[None]:
+def state_restored(module: nn.Module) -> Iterator[None]:
     """Puts BatchNorm statistics and other buffers back, training modes, and what metrics have counted."""
     restore_modes = remember_modes(module.modules())  # some networks freeze a part in their forward
     buffers_of = [part._buffers for part in module.modules() if isinstance(part._buffers, dict)]  # not TorchScript's

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_kd.attachment.random_state import random_numbers_restored
+from lightning_kd.attachment.rehearsal import state_restored
 from lightning_kd.boxes import detections
 from lightning_kd.cli.inputs import Inputs, random_inputs
 from lightning_kd.cli.likeness import SAME, difference, outputs, unmatched
 from lightning_kd.cli.recipe import UNLIKE, Recipe, build, unlike
-from lightning_kd.teachers.stillness import remember_modes, set_training
+from lightning_kd.teachers.stillness import set_training
 
 ROUNDED = 5e-2
 """As ``SAME``, on an accelerator or in half precision, where memory formats and kernels decide how is rounded."""
@@ -118,39 +119,18 @@ def _undisturbed(network: nn.Module) -> Iterator[None]:
     It is in evaluation mode meanwhile: a copy may reach it by a function that is kept in an attribute.
     """
     generators = [(each, each.get_state()) for each in _generators(network)]
-    restore, restore_buffers = remember_modes(network.modules()), _remembered(network)
     try:
         with (
             random_numbers_restored(), torch.inference_mode(False), torch.no_grad(),
             torch.autocast(_device(network).type, enabled=False), torch.compiler.set_stance("force_eager"),
-            warnings.catch_warnings(),
+            warnings.catch_warnings(), state_restored(network),
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # they were shown when the network was made and called
             set_training(network, False)
             yield
     finally:
-        restore()
-        with torch.no_grad():
-            restore_buffers()
         for generator, state in generators:
             generator.set_state(state)
-
-
-def _remembered(network: nn.Module) -> Callable[[], None]:
-    """Returns a function that puts buffers back as they are now."""
-    holders = [(part, name, each) for part in network.modules() for name, each in part.named_buffers(recurse=False)]
-    kept = [(part, name, each, each.detach().clone()) for part, name, each in holders if not is_lazy(each)]
-
-    def restore() -> None:
-        for part, name, buffer, was in kept:
-            if buffer.shape != was.shape:
-                buffer.data = was
-            elif not torch.equal(buffer, was):
-                buffer.copy_(was)
-            if getattr(part, name) is not buffer:
-                setattr(part, name, buffer)
-
-    return restore
 
 
 def _generators(network: nn.Module) -> list[torch.Generator]:
