@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +18,7 @@ from lightning_kd.attachment.optimizers import adopt, forget_names, keep_names, 
 from lightning_kd.attachment.patches import Patches
 from lightning_kd.attachment.positions import Positions
 from lightning_kd.attachment.pupils import has_learned, learned_elsewhere, learned_with, learns
-from lightning_kd.attachment.random_state import KEY, random_state, set_random_state
+from lightning_kd.attachment.random_state import KEY, random_numbers_restored, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
     lazy_in,
@@ -392,7 +391,7 @@ class Attachment(Callback):
         refuse_lazy(sorted({*lazy} - {*lazy_in(pl_module)}, key=lazy.index))
         refuse_uncalled(calls, self.student, pl_module)
         reshard(pl_module)  # no backward does it
-        with isolate_rng():  # data order and dropout are those of the student trained alone
+        with random_numbers_restored():  # data order and dropout are those of the student trained alone
             self.distiller.build(calls[0])
 
     def _distilling(

@@ -9,7 +9,6 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.memory import recursive_detach
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_kd.attachment.attachment import Attachment, attachments_of
@@ -19,6 +18,7 @@ from lightning_kd.attachment.labels import Label
 from lightning_kd.attachment.optimizers import adopt, adopt_groups, optimizers_of
 from lightning_kd.attachment.peers import ENDS, HOOKS, ArgumentsOf, Peer, arguments_of_all, log_as, tied_parts
 from lightning_kd.attachment.pupils import learned_with
+from lightning_kd.attachment.random_state import random_numbers_restored
 from lightning_kd.attachment.refusals import refuse_forgotten_peer, refuse_uncalled
 from lightning_kd.attachment.rehearsal import rehearse
 from lightning_kd.attachment.resume import restore, saved
@@ -214,7 +214,7 @@ class MutualAttachment(Attachment):
             refuse_uncalled(calls, self.student, peer.module)
             reshard(peer.module)
             found.append(calls)
-        with isolate_rng():
+        with random_numbers_restored():
             for peer, calls in zip(self._members, self._paired(found), strict=True):
                 for name, shapes in peer.distiller.imitated_shapes(calls).items():
                     if len(shapes) > 1 and dict(peer.distiller.named_terms())[name].needs_sample:
@@ -404,6 +404,6 @@ class MutualAttachment(Attachment):
     def _as_the_student(self, peer: Peer, random: dict[str, Any]) -> Iterator[None]:
         """Lets a peer log where the student does, and draw the numbers that the student drew: noise, mixup."""
         peer.module._current_fx_name = self._members[0].module._current_fx_name
-        with isolate_rng():
+        with random_numbers_restored():
             _set_rng_states(random)
             yield

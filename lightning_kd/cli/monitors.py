@@ -41,7 +41,8 @@ def refuse(config: Any, task: TaskAdapter, logged: Iterable[str]) -> None:
         if not isinstance(monitor, str) or monitor in names or watched_term(given, model):
             continue
         stage, _, name = monitor.partition("/")
-        if stage in stages and "/" not in name and given["init_args"].get("strict") is not False:
+        mistyped = (stage in stages and "/" not in name) or monitor.replace("_", "/", 1) in names  # val_loss, of habit
+        if mistyped and given["init_args"].get("strict") is not False:
             near = guess(monitor, names)
             raise UsageError(f"{owner} monitors {monitor!r}, which is not logged.{near} There are: {', '.join(names)}")
 

@@ -35,7 +35,7 @@ def config(*callbacks: Any, lr_scheduler: Any = None) -> Any:
     return {"trainer": {"callbacks": [*callbacks]}, "model": {"terms": {"kd": {}}, "lr_scheduler": lr_scheduler}}
 
 
-@pytest.mark.parametrize("monitor", ["val/kd", "train/kd_epoch", "test/accuracy", "val/acuracy"])
+@pytest.mark.parametrize("monitor", ["val/kd", "train/kd_epoch", "test/accuracy", "val/acuracy", "val_loss"])
 def test_what_no_epoch_logs_is_refused(monitor: str) -> None:
     with pytest.raises(UsageError, match=f"EarlyStopping monitors '{monitor}', which is not logged"):
         monitors.refuse(config(watching(monitor)), TASK, LOGGED)
@@ -43,7 +43,7 @@ def test_what_no_epoch_logs_is_refused(monitor: str) -> None:
         monitors.refuse(config(lr_scheduler=watching(monitor, "ReduceLROnPlateau")), TASK, LOGGED)
 
 
-@pytest.mark.parametrize("monitor", ["val/loss", "train/task", "val/iou/cat", "lr-AdamW", None])
+@pytest.mark.parametrize("monitor", ["val/loss", "train/task", "val/iou/cat", "lr-AdamW", "val_other", None])
 def test_what_may_be_logged_is_not(monitor: str | None) -> None:
     monitors.refuse(config(watching(monitor)), TASK, LOGGED)
     monitors.refuse(
