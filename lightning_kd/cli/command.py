@@ -329,6 +329,8 @@ class DistillationCLI(LightningCLI):
                 f"steps, and max_epochs is {self.trainer.max_epochs}, max_steps {self.trainer.max_steps}. Raise "
                 "--trainer.max_epochs to go on with it"
             )
+        if self.saved:
+            self.recipe_saver.compare(self.trainer, self.model)
         if self.saved and self.trainer.is_global_zero:
             self.note_saved()
         stop_if_told(self.trainer)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kd.cli.inputs import Inputs, inputs_of
 from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe, teacher_mark
-from lightning_kd.cli.remade import Remade
+from lightning_kd.cli.remade import true_recipe
 from lightning_kd.module import DistillationModule
 from lightning_kd.teachers import Peers
+from lightning_kd.teachers.weights import read_checkpoint
 
 
 class SaveRecipe(Callback):
@@ -38,9 +42,8 @@ class SaveRecipe(Callback):
         deployed: Mapping[str, Recipe | None] | None = None,
         whole: Sequence[Recipe] = (),
     ) -> None:
-        recipes = [recipe, *peers]
-        self._remade = list(map(Remade, recipes, whole or recipes))
-        self._told: set[int] = set()
+        self.recipes = [recipe, *peers]
+        self._whole = whole or self.recipes
         self.deployed = deployed
         self.inputs: Inputs = []
         self.trained = False
@@ -73,26 +76,51 @@ class SaveRecipe(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the recipe, and that it makes another network, if it does."""
         assert isinstance(pl_module, DistillationModule)
-        recipes = self._recipes(trainer, pl_module)
-        checkpoint[KEY] = {"student": recipes[0], "inputs": [list(i) for i in self.inputs]}
-        if len(recipes) > 1:
-            checkpoint[KEY]["peers"] = recipes[1:]
+        checkpoint[KEY] = {**self._recipes(), "inputs": [list(i) for i in self.inputs]}
         if self.deployed:
             checkpoint[KEY]["deployed"] = {**self.deployed, "fingerprint": teacher_mark(pl_module.teacher)}
 
-    def _recipes(self, trainer: Trainer, module: DistillationModule) -> list[Recipe]:
-        """The recipes of the student and its peers, each compared with the network as it is now."""
+    def _recipes(self) -> dict[str, Any]:
+        student, *peers = self.recipes
+        return {"student": student, "peers": peers} if peers else {"student": student}
+
+    def compare(self, trainer: Trainer, module: DistillationModule) -> None:
+        """When the fit is over, call what was trained and what its recipe makes: checkpoints are to say if they differ.
+
+        Not where a network is in several parts, of which one process has its own.
+        """
         sharded = isinstance(trainer.strategy, DeepSpeedStrategy)
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not sharded
         if not (whole and trainer.is_global_zero):
-            return [each.recipe for each in self._remade]
+            return
         networks = [module.student, *(module.teacher.peers if isinstance(module.teacher, Peers) else ())]
-        recipes = [each.check(network, self.inputs) for each, network in zip(self._remade, networks, strict=True)]
-        for i, recipe in enumerate(recipes):
-            if UNLIKE in recipe and UNLIKE not in self._remade[i].recipe and i not in self._told:
-                self._told.add(i)
+        found = [
+            true_recipe(network, self.inputs, *recipes)
+            for network, *recipes in zip(networks, self.recipes, self._whole, strict=True)
+        ]
+        for i, (recipe, before) in enumerate(zip(found, self.recipes, strict=True)):
+            if UNLIKE in recipe and UNLIKE not in before:
                 tell_unlike(i, recipe)
-        return recipes
+        before, self.recipes = self._recipes(), found
+        if self._recipes() != before:
+            for each in trainer.checkpoint_callbacks:
+                for path in Path(getattr(each, "dirpath", None) or "").glob(f"*{ModelCheckpoint.FILE_EXTENSION}"):
+                    self._correct(path, before)
+
+    def _correct(self, path: Path, before: dict[str, Any]) -> None:
+        """Write the recipes of now into a checkpoint that has those of before; it is complete at any moment."""
+        try:
+            content = read_checkpoint(path)
+        except ValueError:  # which export does not read either
+            return
+        if content.get(KEY, {}).items() >= before.items():
+            content[KEY].update(self._recipes())
+            part = path.with_name(f".{path.name}.part")
+            try:
+                torch.save(content, part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 @rank_zero_only

@@ -1,4 +1,4 @@
-"""A fit tells that its network, made again, says something else, and disturbs nothing by asking."""
+"""A fit tells in the end that its network, made again, says something else, and its checkpoints say it."""
 
 import re
 from collections.abc import Callable
@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torchmetrics import MeanMetric
 
 from lightning_kd.cli import main
-from lightning_kd.cli.recipe import KEY, UNLIKE
-from lightning_kd.cli.remade import Remade
+from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe
+from lightning_kd.cli.remade import true_recipe
 from lightning_kd.cli.saved import Saved
 
 INPUTS = [([1, 8, 8], "float32")]
@@ -158,48 +157,41 @@ def test_what_is_drawn_when_a_network_is_made_is_told(
     assert "the network cannot be made again: made again with the same weights" in capsys.readouterr().err
 
 
-def test_what_training_leaves_is_told_when_it_is_saved(
+def test_what_training_leaves_is_told_and_in_every_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     keep = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, save_on_train_epoch_end: true}}"
     fitted(f"--model.student={HERE}Learned", "--trainer.max_epochs=3", f"--trainer.callbacks=[{keep}]")
     assert capsys.readouterr().out.count("will not make it again") == 1
-    first, *later = sorted(Path().rglob("*.ckpt"))
-    assert UNLIKE not in recipe_in(first)
-    assert [UNLIKE in recipe_in(each) for each in later] == [True, True]
+    kept = list(Path().rglob("*.ckpt"))
+    assert [UNLIKE in recipe_in(each) for each in kept] == [True, True, True]
+    assert "state_dict" in torch.load(kept[0], weights_only=True)
+    assert not list(Path().rglob("*.part"))
 
 
-def test_a_fit_is_the_same_with_and_without_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Freezing(Base):
+    """Learns only where it is told to train."""
+
+    def train(self, mode: bool = True) -> "Freezing":
+        return super().train(mode).requires_grad_(mode)
+
+
+def test_a_training_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = []
-    check = Remade.check
-
-    def counted(self: Remade, network: nn.Module, inputs: Any) -> Any:
-        asked.append(inputs)
-        return check(self, network, inputs)
-
-    fit = ["fit", *QUICK, "--teacher_fit.max_epochs=1"]
-    fit += ["--trainer.max_epochs=3"]
-    assert main(fit) == 0  # trains the teacher
-    monkeypatch.setattr(Remade, "check", counted)
-    assert main(fit) == 0
-    assert len(asked) > 1
-    monkeypatch.setattr(Remade, "check", lambda self, *_: self.recipe)
-    assert main(fit) == 0
-    one, other = (torch.load(file, weights_only=True) for file in sorted(Path().rglob("version_[12]/**/*.ckpt")))
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for key, value in one["state_dict"].items():
-        torch.testing.assert_close(value, other["state_dict"][key], rtol=0, atol=0)
-    assert UNLIKE not in one[KEY]["student"]
+    each_step = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1}}"
+    no_validation = "--trainer.limit_val_batches=0"
+    saved = fitted(f"--model.student={HERE}Freezing", f"--trainer.callbacks=[{each_step}]", no_validation)
+    assert UNLIKE not in recipe_in(saved)
 
 
-def remade(kind: type[nn.Module], **arguments: Any) -> Remade:
-    return Remade({"class_path": f"{HERE}{kind.__name__}", "init_args": arguments})
+def asked(network: nn.Module, inputs: Any = INPUTS, **arguments: Any) -> Recipe:
+    recipe = {"class_path": f"{HERE}{type(network).__name__}", "init_args": arguments}
+    return true_recipe(network, inputs, recipe, recipe)
 
 
 @pytest.mark.parametrize("kind", [Base, Lazy, Noisy, Observing])
-@pytest.mark.parametrize("how", ["plain", "compiled", "half", "double", "inference", "not finite"])
+@pytest.mark.parametrize("how", ["plain", "compiled", "half", "double", "not finite"])
 def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -> None:
     network = kind()
     network(torch.rand(2, 1, 8, 8))
@@ -214,39 +206,13 @@ def test_one_that_says_the_same_is_left_alone(kind: type[nn.Module], how: str) -
         network.drop.eval()
     modes = [part.training for part in network.modules()]
     weights = {key: value.clone() for key, value in (*network.state_dict().items(), *network.named_buffers())}
-    asked, state = remade(kind), torch.get_rng_state()
-    with torch.inference_mode(how == "inference"):
-        assert UNLIKE not in asked.check(network, INPUTS)
-        assert UNLIKE not in asked.check(network, INPUTS)
-    assert UNLIKE not in asked.check(network, INPUTS)
+    state = torch.get_rng_state()
+    assert UNLIKE not in asked(network)
+    assert UNLIKE not in asked(network)
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in network.modules()] == modes
     for key, value in (*network.state_dict().items(), *network.named_buffers()):
         torch.testing.assert_close(value, weights[key], rtol=0, atol=0, equal_nan=True)
-
-
-class Remembering(Base):
-    """Keeps what it was called with, and counts."""
-
-    def __init__(self, num_classes: int = 10) -> None:
-        super().__init__(num_classes)
-        self.calls, self.last, self.mean = 0, [], MeanMetric()
-        self.generator = torch.Generator().manual_seed(3)
-
-    def forward(self, x: Tensor) -> Any:
-        self.calls += 1
-        self.last.append(x.detach())
-        self.mean.update(x)
-        return super().forward(x) + 0.0 * torch.rand(1, generator=self.generator)
-
-
-def test_what_a_network_keeps_of_its_calls_is_of_the_fit_alone() -> None:
-    network, seen = Remembering(), []
-    network.conv.register_forward_hook(lambda *given: seen.append(given))
-    state = network.generator.get_state()
-    assert UNLIKE not in remade(Remembering).check(network, INPUTS)
-    assert (network.calls, network.last, network.mean.update_count, seen) == (0, [], 0, [])
-    assert torch.equal(network.generator.get_state(), state)
 
 
 class Fixed(Base):
@@ -305,38 +271,31 @@ class Fused(Base):
 
 
 @pytest.mark.parametrize("kind", [Fixed, Reaching, Keeping, Closed, Fused])
-def test_whatever_a_network_is_a_fit_is_not_disturbed(kind: type[nn.Module]) -> None:
+def test_whatever_a_network_is_it_is_not_changed(kind: type[nn.Module]) -> None:
     network = kind().train()
     with torch.inference_mode():
         network(torch.rand(16, 1, 8, 8))
     kept = {key: value.clone() for key, value in network.state_dict().items()}
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    assert UNLIKE not in remade(kind).check(network, INPUTS)
+    assert UNLIKE not in asked(network)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(network.state_dict(), kept, rtol=0, atol=0)
     assert all(part.training for part in network.modules())
 
 
-def test_a_users_hook_beside_a_networks_own_is_not_called() -> None:
-    network, seen = Keeping(), []
-    network.register_forward_hook(lambda *given: seen.append(given))
-    assert UNLIKE not in remade(Keeping).check(network, INPUTS)
-    assert not seen
-
-
 def test_what_is_pruned_until_it_is_saved_is_left_alone() -> None:
     network = Base()
     prune.l1_unstructured(network.conv, "weight", amount=0.5)
-    assert UNLIKE not in remade(Base).check(network, INPUTS)
+    assert UNLIKE not in asked(network)
 
 
 @pytest.mark.parametrize("inputs", [[], [([3, 8, 8], "float32")], [([1], "list[float32]")]], ids=str)
 def test_of_what_cannot_be_called_nothing_is_said(inputs: Any) -> None:
     network = Drawn().train()
-    assert UNLIKE not in remade(Drawn).check(network, inputs)
+    assert UNLIKE not in asked(network, inputs)
     assert network.drop.training
-    assert UNLIKE in remade(Drawn).check(network, INPUTS)
+    assert UNLIKE in asked(network)
 
 
 class Failing(Base):
@@ -350,7 +309,7 @@ class Failing(Base):
 
 def test_one_that_fails_when_it_is_made_again_is_told() -> None:
     held = type("Held", (), {"scale": 2.0})()
-    recipe = remade(Failing, held={"scale": 2.0}).check(Failing(held), INPUTS)
+    recipe = asked(Failing(held), held={"scale": 2.0})
     assert (
         recipe[UNLIKE]
         == "made again, it cannot be called with the same weights: 'dict' object has no attribute 'scale'"
