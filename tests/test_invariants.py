@@ -757,6 +757,9 @@ def train(kind, strategy, devices):
         past = {"past": Term(losses.KD(), weight=2.0)}
         average = EMATeacher(past, 0.9, student="model", buffers="own" if norm else "average", evaluate=norm)
         callbacks = [Distillation(Net(6, norm=norm), terms, student="model"), average]
+        if norm:
+            of_past = {"of_past": Term(losses.KD(), weight=0.1)}
+            callbacks.append(Distillation(teachers.PastSelf(), of_past, student="model"))
     run = trainer(*callbacks, SameOnAllRanks(), strategy=strategy, devices=devices, use_distributed_sampler=False)
     seed_everything(0)  # as DDP does by itself before the projectors are made
     run.fit(module, Halves())
@@ -777,7 +780,7 @@ FROZEN_AND_EMA = {
 }
 LOGGED = {
     "frozen and EMA": FROZEN_AND_EMA,
-    "norm": FROZEN_AND_EMA,
+    "norm": {*FROZEN_AND_EMA, "train/of_past"},
     "past and ensembles": {
         "my_loss",
         *(f"train/{name}" for name in ("loss", "task", "kd", "kd/weight", "hint")),
@@ -819,5 +822,5 @@ def test_two_processes_are_the_same_training(
 
 
 @pytest.mark.slow
-def test_the_average_is_the_same_on_all_ranks_with_statistics_of_their_own(tmp_path: Path) -> None:
+def test_copies_are_the_same_on_all_ranks_with_statistics_of_their_own(tmp_path: Path) -> None:
     train_in_processes("ddp", 2, tmp_path, "norm")

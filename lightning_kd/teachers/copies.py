@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_kd.copying import own_copy
@@ -122,6 +123,7 @@ class CopyTeacher(Teacher):
         """Makes every copy the student of now."""
         for model in self.copies:
             copy_tensors(_state(model), _state(self.student))
+            from_first_process(list(model.buffers()))
 
     def begin_epoch(self, moment: Moment) -> None:
         """Gives the turn to the next copy."""
@@ -207,3 +209,15 @@ def copy_tensors(into: list[Tensor], values: list[Tensor]) -> None:
     """Copies values, whatever their types, in as few kernels as can be."""
     if into:
         torch._foreach_copy_(into, values)
+
+
+def from_first_process(buffers: Collection[Tensor]) -> None:
+    """Gives every process the buffers of the first, as DDP does with the student's."""
+    if not (buffers and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for dtype in dict.fromkeys(b.dtype for b in buffers):
+        group = [b for b in buffers if b.dtype == dtype]
+        flat = torch.cat([b.flatten() for b in group])
+        dist.broadcast(flat, src=0)
+        parts = torch.split(flat, [b.numel() for b in group])
+        copy_tensors(group, [x.view_as(b) for x, b in zip(parts, group, strict=True)])

@@ -1,16 +1,14 @@
 """EMA: the moving average of the student teaches it."""
 
-from collections.abc import Collection
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.schedules import Moment, Schedule
-from lightning_kd.teachers.copies import CopyTeacher, copy_tensors, parameters_of
+from lightning_kd.teachers.copies import CopyTeacher, copy_tensors, from_first_process, parameters_of
 from lightning_kd.teachers.precision import Precision
 
 Buffers = Literal["average", "copy", "own"]
@@ -105,7 +103,7 @@ class EMA(CopyTeacher):
                     side.append(buffer)
         _average(*averaged, decay)
         copy_tensors(*copied)
-        _from_first_process(list(self.model.buffers()))
+        from_first_process(list(self.model.buffers()))
 
     def _is_own(self, module: nn.Module) -> bool:
         return self.buffers_policy == "own" and isinstance(module, _BatchNorm)
@@ -131,15 +129,3 @@ def _average(teacher: list[Tensor], student: list[Tensor], decay: float) -> None
     if teacher:
         same = [s.to(t.dtype) for t, s in zip(teacher, student, strict=True)]
         torch._foreach_lerp_(teacher, same, 1.0 - decay)
-
-
-def _from_first_process(buffers: Collection[Tensor]) -> None:
-    """Gives every process the buffers of the first, as DDP does with the student's."""
-    if not (buffers and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    for dtype in dict.fromkeys(b.dtype for b in buffers):
-        group = [b for b in buffers if b.dtype == dtype]
-        flat = torch.cat([b.flatten() for b in group])
-        dist.broadcast(flat, src=0)
-        parts = torch.split(flat, [b.numel() for b in group])
-        copy_tensors(group, [x.view_as(b) for x, b in zip(parts, group, strict=True)])
