@@ -56,6 +56,13 @@ def checked(target: Target, num_classes: int) -> Target:
             f"A target has boxes (n, 4) and labels (n,), of an image without any (0, 4) and (0,); got "
             f"{tuple(boxes.shape)} and {tuple(labels.shape)}."
         )
+    if labels.is_floating_point():
+        raise ValueError(
+            f"The labels of a target are whole numbers, also where there are none: torch.zeros(0, dtype=torch.int64); "
+            f"got {labels.dtype}."
+        )
+    if boxes.device.type == "cpu" and not bool(boxes.isfinite().all()):
+        raise ValueError(f"A target has boxes that are no numbers: {boxes[~boxes.isfinite().all(dim=1)][:2].tolist()}.")
     if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         wrong = sorted({int(label) for label in labels if not 0 <= label < num_classes})
         raise ValueError(

@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd import keypoints
 from lightning_kd.drawing import Drawing, dotted, enlarged, palette
 from lightning_kd.metrics.keypoints import PCK, KeypointPrecision, NormalizedError
-from lightning_kd.numbers import is_number
+from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.task import UNLABELLED, TaskAdapter, check_given
 
 
@@ -83,11 +83,18 @@ class Pose(TaskAdapter):
     ) -> None:
         super().__init__()
         check_given(num_keypoints, "num_keypoints")
+        if num_keypoints < 1:
+            raise ValueError(f"num_keypoints is the number of joints, 1 or more; got {num_keypoints}.")
         pair = None if scale == "box" else tuple(scale)
-        if pair is not None and not (len(pair) == 2 and all(0 <= joint < num_keypoints for joint in pair)):
+        known = pair is None or all(is_whole(joint) and 0 <= joint < num_keypoints for joint in pair)
+        if not known or (pair is not None and not len(set(pair)) == len(pair) == 2):
             raise ValueError(f"scale is 'box' or two of the joints 0 to {num_keypoints - 1}; got {scale!r}.")
-        if oks_sigmas is not None and len(oks_sigmas) != num_keypoints:
-            raise ValueError(f"oks_sigmas: expected {num_keypoints} numbers, one per joint; got {len(oks_sigmas)}.")
+        if oks_sigmas is not None and not (
+            len(oks_sigmas) == num_keypoints and all(is_number(each) and each > 0 for each in oks_sigmas)
+        ):
+            raise ValueError(
+                f"oks_sigmas: expected {num_keypoints} positive numbers, one per joint; got {[*oks_sigmas]}."
+            )
         if sigma is not None and not (is_number(sigma) and 0 < sigma < 1):
             raise ValueError(f"sigma is a fraction of the image's side, in (0, 1); got {sigma!r}.")
         self.num_keypoints = num_keypoints

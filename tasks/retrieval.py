@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd.answers import answers
 from lightning_kd.drawing import Drawing, palette, spread, tiled
 from lightning_kd.metrics.retrieval import RetrievalQuality
+from lightning_kd.numbers import is_whole
 from lightning_kd.task import TaskAdapter
 
 FIELDS = ("sentence_embedding", "embeddings", "embedding")
@@ -84,10 +85,10 @@ class Retrieval(TaskAdapter):
         super().__init__()
         if relevance not in ("labels", "judgments"):
             raise ValueError(f"relevance is 'labels' or 'judgments', got {relevance!r}.")
-        if recall_at is not None and not (recall_at and all(k >= 1 for k in recall_at)):
-            raise ValueError(f"recall_at are positive numbers, at least one; got {list(recall_at)}.")
-        if len(set(dims)) < len(dims) or not all(dim >= 1 for dim in dims):
-            raise ValueError(f"dims are different positive lengths of embeddings; got {list(dims)}.")
+        if recall_at is not None and not _positive(recall_at):
+            raise ValueError(f"recall_at are positive whole numbers, [1, 5] for one; got {recall_at!r}.")
+        if dims and not (_positive(dims) and len({*dims}) == len(dims)):
+            raise ValueError(f"dims are different positive lengths of embeddings, [16, 32] for one; got {dims!r}.")
         if miner is not None and criterion is None:
             raise ValueError(
                 "A miner chooses pairs for a criterion, and criterion=None has none: give both or neither."
@@ -269,3 +270,7 @@ class Retrieval(TaskAdapter):
                 f"{got}. For a model that returns something else, override Retrieval.embeddings."
             )
         return output
+
+
+def _positive(numbers: object) -> bool:
+    return isinstance(numbers, Sequence) and len(numbers) > 0 and all(is_whole(k) and k > 0 for k in numbers)

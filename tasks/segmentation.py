@@ -24,6 +24,7 @@ from torchmetrics.wrappers import ClasswiseWrapper
 from lightning_kd.drawing import GREY, LEFT_OUT, Drawing, coloured, palette
 from lightning_kd.extras import late_import
 from lightning_kd.metrics.boundary_f1 import BoundaryF1
+from lightning_kd.numbers import is_number, is_whole
 from lightning_kd.predictions import LabelMaps, PredictionFile
 from lightning_kd.task import UNLABELLED, TaskAdapter, check_given, checked_names
 
@@ -103,6 +104,11 @@ class Segmentation(TaskAdapter):
                 f"{type(criterion).__name__} has no ignore_index, and would count the pixels that ignore_index="
                 f"{ignore_index} leaves out. Give a loss that takes it, or no criterion."
             )
+        if ignore_index is not None and not is_whole(ignore_index):
+            raise ValueError(f"ignore_index is a whole number, 255 for one, or None; got {ignore_index!r}.")
+        for name, weight in (("dice", dice), ("aux_weight", aux_weight)):
+            if not (is_number(weight) and weight >= 0):
+                raise ValueError(f"{name} is the weight of a loss, a number that is not negative; got {weight!r}.")
         if class_weights is not None and (mode != "multiclass" or criterion is not None):
             raise ValueError(
                 "class_weights are those of the default loss with mode='multiclass'; give another loss its own."
@@ -147,7 +153,10 @@ class Segmentation(TaskAdapter):
                 f"Labels are class numbers, integers; got {masks.dtype} {tuple(masks.shape)}. Read masks as uint8 and "
                 "let no transform scale them."
             )
-        return masks.as_subclass(Tensor).long()
+        whole = masks.as_subclass(Tensor).long()
+        if masks.is_floating_point():
+            self._refuse_fractions(masks, whole)
+        return whole
 
     def labels(self) -> dict[str, Callable[[Any], Any]]:
         """Offers losses, besides the labels, the mask of the pixels that count: ``(B, H, W)``, None where all do."""
@@ -317,6 +326,19 @@ class Segmentation(TaskAdapter):
                 "something else, override Segmentation.logits."
             )
         return logits
+
+    @staticmethod
+    def _refuse_fractions(masks: Tensor, whole: Tensor) -> None:
+        """Refuses masks that were scaled or interpolated, of which whole numbers would be background."""
+        wrong = masks != whole
+        if masks.device.type != "cpu":
+            torch._assert_async(~wrong.any(), "a label is neither 0 nor 1, but between them")
+        elif wrong.any():
+            found = ", ".join(f"{value:.4g}" for value in torch.unique(masks[wrong])[:5].tolist())
+            raise ValueError(
+                f"Labels are zeros and ones; got {masks.dtype} with {found}. Read masks as integers, let no transform "
+                "scale them, and resize them by the nearest pixel; of probabilities give (mask > 0.5)."
+            )
 
     def _checked_ids(self, target: Tensor) -> Tensor:
         """Refuses labels outside of the classes: on a GPU without waiting for it, and so without saying which."""

@@ -109,6 +109,14 @@ def test_targets_of_another_shape_are_refused(shape: tuple[int, ...], labels: tu
         boxes.checked(target, num_classes=3)
 
 
+def test_labels_of_floats_and_boxes_of_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"whole numbers, also where there are none.*got torch\.float32"):
+        boxes.checked({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}, num_classes=3)
+    broken = {"boxes": torch.tensor([[0.0, 0.0, 5.0, math.nan]]), "labels": torch.tensor([1])}
+    with pytest.raises(ValueError, match=r"boxes that are no numbers: \[\[0\.0, 0\.0, 5\.0, nan\]\]"):
+        boxes.checked(broken, num_classes=3)
+
+
 @pytest.mark.parametrize("wrong", [-1, 3, 90])
 def test_unknown_classes_are_refused_by_number(wrong: int) -> None:
     target = {"boxes": torch.tensor([[0.0, 0.0, 5.0, 5.0]] * 2), "labels": torch.tensor([0, wrong])}

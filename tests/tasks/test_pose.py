@@ -87,13 +87,18 @@ def test_a_network_for_other_joints_is_refused() -> None:
     [
         ({"scale": (0, 4)}, "two of the joints 0 to 3"),
         ({"scale": (0,)}, "two of the joints"),
-        ({"oks_sigmas": [0.1]}, "expected 4 numbers"),
+        ({"oks_sigmas": [0.1]}, "expected 4 positive numbers"),
+        ({"oks_sigmas": [-1.0] * 4}, "expected 4 positive numbers"),
+        ({"scale": (1, 1)}, "'box' or two of the joints"),
+        ({"scale": "xx"}, "'box' or two of the joints"),
         ({"sigma": 2.0}, "fraction of the image's side"),
     ],
 )
 def test_arguments_out_of_range_are_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Pose(4, **wrong)
+    with pytest.raises(ValueError, match="1 or more; got 0"):
+        Pose(0)
     with pytest.raises(TypeError, match="num_keypoints is missing"):
         Pose(None)  # type: ignore[arg-type]
 

@@ -39,8 +39,10 @@ def terms() -> dict[str, Term]:
     ("wrong", "told"),
     [
         ({"relevance": "classes"}, "relevance is 'labels' or 'judgments'"),
-        ({"recall_at": []}, "recall_at are positive numbers"),
-        ({"recall_at": [0]}, "recall_at are positive numbers"),
+        ({"recall_at": []}, "recall_at are positive whole numbers"),
+        ({"recall_at": [0]}, "recall_at are positive whole numbers"),
+        ({"recall_at": [1.5]}, "recall_at are positive whole numbers"),
+        ({"recall_at": 1}, "recall_at are positive whole numbers"),
         ({"dims": [0]}, "dims are different positive lengths"),
         ({"dims": [16, 16]}, "dims are different positive lengths"),
         ({"miner": MultiSimilarityMiner()}, "A miner chooses pairs for a criterion"),

@@ -154,6 +154,23 @@ def test_labels_of_another_kind_are_refused(mode: Any, labels: Any) -> None:
         Segmentation(CLASSES, mode=mode).target((None, labels))
 
 
+@pytest.mark.parametrize("mode", ["binary", "multilabel"])
+def test_masks_that_were_scaled_are_no_background(mode: Any) -> None:
+    task = Segmentation(1, mode=mode, ignore_index=255)
+    whole = torch.randint(0, 2, (2, 1, 8, 8)).float()
+    whole[0, 0, 0] = 255
+    assert torch.equal(task.target((None, whole)).flatten(), whole.long().flatten())
+    for wrong in (whole / 255, 0.99 * whole, whole.where(whole < 2, torch.nan)):
+        with pytest.raises(ValueError, match=r"zeros and ones; got torch\.float32 with (0\.|nan)"):
+            task.target((None, wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"ignore_index": "255"}, {"dice": -1.0}, {"aux_weight": "1"}], ids=str)
+def test_options_out_of_range_are_told(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is "):
+        Segmentation(CLASSES, **wrong)
+
+
 @pytest.mark.parametrize("wrong", [CLASSES, -1, 255])
 def test_labels_that_are_no_class_are_told(wrong: int) -> None:
     target = masks()
