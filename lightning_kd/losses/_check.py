@@ -26,6 +26,13 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def whole(name: str, value: int) -> int:
+    """Return ``value`` if it is a positive whole number, else raise ``ValueError``."""
+    if not (is_whole(value) and value > 0):
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
+    return int(value)
+
+
 def dimension(dim: int) -> int:
     """Return ``dim`` if it is the number of a dimension, else raise ``ValueError``."""
     if not is_whole(dim):

@@ -93,7 +93,7 @@ class BPKD(nn.Module):
         _check.weights(edge=edge, body=body)
         self.edge = edge
         self.body = body
-        self.width = int(_check.positive("width", width))
+        self.width = _check.whole("width", width)
         self.temperature = _check.positive("temperature", temperature)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -73,7 +73,7 @@ class CIRKD(nn.Module):
     def __init__(self, temperature: float = 0.1, patch: int = 1) -> None:
         super().__init__()
         self.temperature = _check.positive("temperature", temperature)
-        self.patch = int(_check.positive("patch", patch))
+        self.patch = _check.whole("patch", patch)
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return how differently the pixels of two maps are related."""

@@ -3,21 +3,33 @@
 import math
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.losses import _check, _mask
 from lightning_kd.losses._numerics import upcast
+from lightning_kd.numbers import is_number
 
 
 def efficient_ad(student: Tensor, teacher: Tensor, mask: Tensor | None = None, hard: float = 0.999) -> Tensor:
     """Return the mean of the squared differences above their quantile; see :class:`EfficientAD`."""
     _check.maps(student, teacher)
-    student, teacher, _ = _mask.blanked(student, teacher.detach(), mask)
-    distance = (upcast(student) - upcast(teacher)).square().flatten(1)
-    count = distance.shape[1]
-    # The quantile is at the place hard * (count - 1) of the sorted ones: so many are not below it.
-    above = count - math.ceil(hard * (count - 1) - 1e-9)
-    return distance.topk(above, dim=1).values.mean()
+    student, teacher, here = _mask.blanked(student, teacher.detach(), mask)
+    distance = (upcast(student) - upcast(teacher)).square()
+    if here is None:
+        distance = distance.flatten(1)
+        return distance.topk(_above(distance.shape[1], hard), dim=1).values.mean()
+    counts = here.flatten(1).sum(dim=1) * student.shape[1]
+    above = counts - (hard * (counts.double() - 1) - 1e-9).ceil().long()
+    largest = distance.where(here[:, None], -1.0).flatten(1).topk(_above(student[0].numel(), hard), dim=1).values
+    counted = torch.arange(largest.shape[1], device=largest.device) < above[:, None]
+    each = largest.where(counted, 0.0).sum(dim=1) / above.clamp_min(1)
+    return each.sum() / (counts > 0).sum().clamp_min(1)
+
+
+def _above(count: int, hard: float) -> int:
+    """Return how many are not below the quantile: that is at the place hard * (count - 1) of the sorted ones."""
+    return count - math.ceil(hard * (count - 1) - 1e-9)
 
 
 class EfficientAD(nn.Module):
@@ -37,8 +49,8 @@ class EfficientAD(nn.Module):
         hard: The quantile, in [0, 1).
 
     Returns:
-        ``forward(student, teacher, mask=None)``, both maps (B, C, H, W), returns a scalar, zero at equality. Where a
-        mask (B, H', W') is False, differences are 0, and none is among the largest.
+        ``forward(student, teacher, mask=None)``, both maps (B, C, H, W), returns a scalar, zero at equality. With a
+        mask (B, H', W'), quantile and mean are those of the pixels where it is True.
 
     Raises:
         ValueError: If the shapes differ, or the quantile is out of range.
@@ -60,7 +72,7 @@ class EfficientAD(nn.Module):
 
     def __init__(self, hard: float = 0.999) -> None:
         super().__init__()
-        if not 0.0 <= hard < 1.0:
+        if not (is_number(hard) and 0.0 <= hard < 1.0):
             raise ValueError(f"hard is a quantile in [0, 1), got {hard!r}.")
         self.hard = hard
 

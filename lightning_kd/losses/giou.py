@@ -84,7 +84,7 @@ class GIoU(nn.Module):
 
     def __init__(self, bins: int = 17) -> None:
         super().__init__()
-        self.bins = int(_check.positive("bins", bins))
+        self.bins = _check.whole("bins", bins)
 
     def forward(
         self,

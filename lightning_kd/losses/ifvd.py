@@ -75,7 +75,7 @@ class IFVD(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.num_classes = int(_check.positive("num_classes", num_classes))
+        self.num_classes = _check.whole("num_classes", num_classes)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return how differently two maps vary within the classes."""

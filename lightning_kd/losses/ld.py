@@ -76,7 +76,7 @@ class LD(nn.Module):
 
     def __init__(self, bins: int = 17, temperature: float = 10.0) -> None:
         super().__init__()
-        self.bins = int(_check.positive("bins", bins))
+        self.bins = _check.whole("bins", bins)
         self.temperature = _check.positive("temperature", temperature)
 
     def forward(

@@ -51,7 +51,7 @@ class Matryoshka(Wrapped):
             )
         if not dims:
             raise ValueError("dims are the lengths to which embeddings are cut, [64, 128, 384] say; got none.")
-        self.dims = [int(_check.positive("dims", d)) for d in dims]
+        self.dims = [_check.whole("dims", d) for d in dims]
         self.whole_teacher = whole_teacher
 
     temperature = temperature_of_the_loss

@@ -56,7 +56,7 @@ class Pixelwise(Wrapped):
         if self.align == "none":
             self.align = "size"
         self.per_sample = False  # the temperatures would be of pixels that are not there any more
-        self.samples = None if samples is None else int(_check.positive("samples", samples))
+        self.samples = None if samples is None else _check.whole("samples", samples)
 
     temperature = temperature_of_the_loss
 

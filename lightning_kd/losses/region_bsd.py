@@ -98,8 +98,8 @@ class RegionBSD(nn.Module):
 
     def __init__(self, num_classes: int, grid: int = 4) -> None:
         super().__init__()
-        self.num_classes = int(_check.positive("num_classes", num_classes))
-        self.grid = int(_check.positive("grid", grid))
+        self.num_classes = _check.whole("num_classes", num_classes)
+        self.grid = _check.whole("grid", grid)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return how far the features are apart where the teacher is better."""

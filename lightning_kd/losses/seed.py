@@ -73,7 +73,7 @@ class SEED(nn.Module):
 
     def __init__(self, queue: int = 4096, temperature: float = 0.2, teacher_temperature: float = 0.01) -> None:
         super().__init__()
-        self.queue = int(_check.positive("queue", queue))
+        self.queue = _check.whole("queue", queue)
         self.temperature = _check.positive("temperature", temperature)
         self.teacher_temperature = _check.positive("teacher_temperature", teacher_temperature)
 

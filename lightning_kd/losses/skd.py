@@ -62,7 +62,7 @@ class SKD(nn.Module):
         super().__init__()
         if pool not in ("average", "max"):
             raise ValueError(f"pool must be 'average' or 'max', got {pool!r}.")
-        self.patch = int(_check.positive("patch", patch))
+        self.patch = _check.whole("patch", patch)
         self.pool: Pool = pool
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -511,6 +511,23 @@ def test_temperature_is_a_plain_number_that_is_checked_and_read(name: str):
 
 
 @pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (losses.BPKD, "width"),
+        (losses.CIRKD, "patch"),
+        (losses.IFVD, "num_classes"),
+        (losses.LD, "bins"),
+        (losses.SEED, "queue"),
+        (losses.SKD, "patch"),
+    ],
+)
+def test_counts_are_whole(make: Callable[..., nn.Module], name: str):
+    for wrong in (0.5, 2.5, 0, -1, "2", True):
+        with pytest.raises(ValueError, match=f"{name} must be a positive whole number"):
+            make(**{name: wrong})
+
+
+@pytest.mark.parametrize(
     ("make", "names"),
     [
         (losses.BPKD, ("edge", "body")),

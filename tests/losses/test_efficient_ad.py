@@ -27,7 +27,17 @@ def test_what_is_masked_is_not_among_the_hardest():
     torch.testing.assert_close(losses.EfficientAD(0.99)(s, t, mask), torch.tensor(4.0))
 
 
-@pytest.mark.parametrize("hard", [-0.1, 1.0])
+@pytest.mark.parametrize("hard", [0.0, 0.5, 0.9, 0.999])
+def test_the_quantile_is_of_what_counts(hard: float):
+    s, t = torch.randn(3, 5, 8, 8, dtype=torch.float64), torch.randn(3, 5, 8, 8, dtype=torch.float64)
+    mask = torch.rand(3, 8, 8) < torch.tensor([0.2, 0.7, 0.0])[:, None, None]
+    each = [(s[i] - t[i]).square()[:, mask[i]].flatten() for i in range(2)]
+    expected = torch.stack([d[d >= torch.quantile(d, hard)].mean() for d in each]).mean()
+    torch.testing.assert_close(losses.EfficientAD(hard)(s, t, mask), expected)
+    torch.testing.assert_close(efficient_ad(s, t, torch.ones_like(mask), hard), efficient_ad(s, t, hard=hard))
+
+
+@pytest.mark.parametrize("hard", [-0.1, 1.0, "x"])
 def test_a_quantile_out_of_range_is_told(hard: float):
     with pytest.raises(ValueError, match="hard is a quantile"):
         losses.EfficientAD(hard)

@@ -66,5 +66,5 @@ def test_what_is_wrong_is_refused() -> None:
     left, right, labels = _halves()
     with pytest.raises(ValueError, match=r"must be in \[0, 2\).*num_classes counts the classes"):
         losses.RegionBSD(2)(left, right, labels)
-    with pytest.raises(ValueError, match="grid must be a positive finite number"):
+    with pytest.raises(ValueError, match="grid must be a positive whole number"):
         losses.RegionBSD(2, grid=0)
