@@ -91,6 +91,12 @@ class FiniteCheck:
                 "finite in an earlier step, and so spoiled the student (0 times nan is nan, too). Look at what "
                 "training_step returns."
             )
+        if bool((table[:, 3] == -math.inf).any()):
+            raise FloatingPointError(
+                f"Step {step}: the distillation term {' and '.join(said)}. The teacher says -inf, of a class that is "
+                "masked, maybe, and a difference of two such is no number. Mask with a finite one on both sides: "
+                "logits.masked_fill(mask, -1e4)."
+            )
         raise FloatingPointError(
             f"Step {step}: the distillation term {' and '.join(said)}. If the student's range is wide or not a number, "
             "its training diverged: lower the learning rate or the term's weight, or clip gradients. If the teacher's "

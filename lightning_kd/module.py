@@ -176,7 +176,7 @@ class DistillationModule(LightningModule):
         loss = self.task.loss(self.task(self.student, batch), batch)
         if loss is None:
             raise ValueError(f"{type(self.task).__name__}.loss returned None in training: nothing would be learned.")
-        self._refuse_several("loss", loss)
+        self._check_loss(loss)
         if self.attachment is None:
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/task", loss)  # as with a teacher: callbacks watch it in either run
@@ -280,7 +280,7 @@ class DistillationModule(LightningModule):
         output = self.task(self.student, batch)
         loss = self.task.loss(output, batch)
         if loss is not None:
-            self._refuse_several("loss", loss)
+            self._check_loss(loss)
             self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         try:
             self.task.update(metrics, output, batch)
@@ -291,6 +291,14 @@ class DistillationModule(LightningModule):
             )
             raise
         return output
+
+    def _check_loss(self, loss: object) -> None:
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                f"{type(self.task).__name__}.loss returned {describe(loss)}, and a tensor of one number is expected: "
+                "not its .item(), and no dict of losses but their sum. What is to be logged beside it is in values()."
+            )
+        self._refuse_several("loss", loss)
 
     def _refuse_several(self, what: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_kd.counts import COUNTS
 from lightning_kd.losses import _check
@@ -15,6 +16,7 @@ from lightning_kd.projectors import Align, PerLevel, bridge, follow
 from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sequences import Layout
+from lightning_kd.teachers.stillness import remember_modes
 from lightning_kd.wiring import OUTPUT, Levels, Path, describe
 
 Selected = Tensor | Levels
@@ -109,7 +111,13 @@ class Term(nn.Module):
     def needs_sample(self) -> bool:
         """Whether the term has to see a sample of both tensors before its parameters can exist."""
         aligned = getattr(self.loss, "align", "none") not in ("none", "map")  # which need no parameters
-        return not self._built and (aligned or hasattr(self.loss, "build"))
+        return self._lazy or (not self._built and (aligned or hasattr(self.loss, "build")))
+
+    @property
+    def _lazy(self) -> bool:
+        """Whether a projector that was given has layers that are made for what they are called with first."""
+        given = self.projector
+        return given is not None and any(map(is_lazy, (*given.parameters(), *given.buffers())))
 
     @property
     def projects(self) -> bool:
@@ -187,6 +195,8 @@ class Term(nn.Module):
                 ((self.projector, self.teacher_side),) = bridges
             self.projector.to(device=device, dtype=dtype)
             self._bridged = True
+        if self._lazy:
+            self._make_lazy(student, teacher)
         if hasattr(self.loss, "build"):
             with torch.no_grad():
                 levels = self._compared(student, teacher)
@@ -195,6 +205,17 @@ class Term(nn.Module):
                     loss.build(s, t)  # type: ignore[operator]  # as the first of them, which has one
                     loss.to(device)
         self._built = True
+
+    @torch.no_grad()
+    def _make_lazy(self, student: Selected, teacher: Selected) -> None:
+        """Calls the projector once, in evaluation mode, so that no statistics move."""
+        assert self.projector is not None
+        restore_modes = remember_modes(self.projector.modules())
+        try:
+            self.projector.eval()
+            self._compared(student, teacher)
+        finally:
+            restore_modes()
 
     def _unbuild(self) -> None:
         """Forgets that it was built, so that the next step says it, too."""
@@ -391,10 +412,15 @@ class Term(nn.Module):
 def _tensors_of(value: Any) -> list[str]:
     """Returns how the first tensors in there are selected."""
     if isinstance(value, Mapping):
-        return [f"[{key!r}]" for key, item in value.items() if isinstance(item, Tensor)][:5]
+        return [f"[{key!r}]" for key, item in value.items() if _compares(item)][:5]
     if isinstance(value, (tuple, list)):
-        return [f"[{i}]" for i, item in enumerate(value) if isinstance(item, Tensor)][:5]
-    return [f".{name}" for name, item in getattr(value, "__dict__", {}).items() if isinstance(item, Tensor)][:5]
+        names = [f".{name}" for name in getattr(value, "_fields", ())] or [f"[{i}]" for i in range(len(value))]
+        return [name for name, item in zip(names, value, strict=True) if _compares(item)][:5]
+    return [f".{name}" for name, item in getattr(value, "__dict__", {}).items() if _compares(item)][:5]
+
+
+def _compares(item: object) -> bool:
+    return isinstance(item, Tensor) and item.is_floating_point()
 
 
 def _each(selected: Selected) -> Iterator[Tensor]:

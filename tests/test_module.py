@@ -236,6 +236,19 @@ def test_a_task_without_metrics_needs_no_labels() -> None:
     assert run.callback_metrics["val/loss"] > 0
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("given", ["float", "dict"])
+def test_a_loss_that_is_no_tensor_is_told(given: str, stage: str) -> None:
+    class Logging(TaskAdapter):
+        def loss(self, output: Tensor, batch: Any) -> Any:
+            loss = output.square().mean()
+            return loss.item() if given == "float" else {"loss": loss}
+
+    made, run = DistillationModule(Logging(), Net(4)), trainer(limit_val_batches=2, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=r"Logging\.loss returned a (float|dict.*), and a tensor of one number"):
+        run.fit(made, loader(), loader()) if stage == "fit" else run.validate(made, loader(), verbose=False)
+
+
 @pytest.mark.parametrize("what", ["loss", "metric 'r2'"])
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_a_loss_or_metric_of_several_values_is_told(what: str, stage: str) -> None:

@@ -514,6 +514,9 @@ def test_what_an_output_has_to_select_from_is_named() -> None:
         term([both], [both], {})
     with pytest.raises(ValueError, match=r"Select one: 'output\[1\]'\.$"):
         term([(None, logits)], [logits], {})
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.zeros(2, 3, 4), torch.tensor([3, 2]), batch_first=True)
+    with pytest.raises(ValueError, match=r"Select one: 'output\[0\]\.data'\.$"):
+        Term(losses.KD(), student="output[0]")([(packed, None)], [logits], {})
     with pytest.raises(ValueError, match=r"Select one: 'output\.logits'\.$"):
         term([SimpleNamespace(logits=logits)], [logits], {})
     with pytest.raises(ValueError, match=r"'output\[0\]', 'output\[1\]', or all of them as levels: 'output\[:\]'\.$"):

@@ -342,6 +342,7 @@ class Attachment(Callback):
             self._build(trainer, pl_module, student)
             self._restore_pending()
         learners = self._learners()
+        refuse_lazy(lazy_in(learners), "what a term learns with, or student_input,")
         unshare(learners)
         shard_like(student, [part for distiller in self._distillers for part in distiller.parts()])
         self._host(pl_module, learners, guest)
@@ -474,6 +475,11 @@ class Attachment(Callback):
         named = {name + key: loss for key, loss in losses.items()}
         self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)), task_loss)
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
+        if weight and not task_loss.requires_grad:
+            raise ValueError(
+                "training_step returned a loss without a gradient, from which nothing is learned: something in it "
+                "detaches, counts or compares. If the student is to learn from the teacher alone, say task_weight=0."
+            )
         values: dict[str, Tensor | float] = {"task": task_loss, **losses, **distiller.values()}
         if isinstance(self.task_weight, Schedule):
             values["task/weight"] = weight

@@ -133,11 +133,11 @@ def lazy_in(module: nn.Module) -> list[str]:
     return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
 
 
-def refuse_lazy(names: list[str]) -> None:
+def refuse_lazy(names: list[str], owner: str = "the student") -> None:
     """Refuses layers without weights yet, where they are to be copied or were called in a rehearsal."""
     if names:
         raise ValueError(
-            f"the student has lazy layers, which have no weights before their first call ({', '.join(names[:3])}). "
+            f"{owner} has lazy layers, which have no weights before their first call ({', '.join(names[:3])}). "
             "Call it once on a sample before the fit, in setup() or configure_model()."
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_kd.callbacks import MutualDistillation
 from project import Project, fit, net
 from torch import nn
@@ -66,6 +66,30 @@ def test_an_optimizer_by_its_methods_alone_has_what_terms_and_peers_learn() -> N
     projector, peer = nn.Linear(8, 16), net(12)
     assert moved(projector, Optimized(Wrapped), hint(projector))
     assert moved(peer, Optimized(Wrapped), MutualDistillation([peer], {"kd": Term(losses.KD())}, student="model"))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_projector_is_made_for_what_it_is_given() -> None:
+    projector = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d())
+    callback = hint(projector)
+    seen: list[Any] = []
+
+    class Looking(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            optimized = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+            seen.append({id(p) for p in projector.parameters()} <= {*optimized})
+            seen.extend(part.clone() for part in (projector[0].weight.detach(), projector[1].running_mean))
+
+    fit(Project(), callback, Looking())
+    assert projector[0].in_features == 8
+    assert seen[0]
+    assert not torch.equal(seen[1], projector[0].weight)
+    assert not seen[2].any()  # no statistics of the rehearsal
+    assert projector[1].running_mean.any()
+    again = hint(nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d()))
+    again.load_state_dict(callback.state_dict())
+    fit(Project(), again, max_epochs=0)
+    torch.testing.assert_close(again.distiller.terms["hint"].projector[0].weight, projector[0].weight)
 
 
 @pytest.fixture

@@ -223,6 +223,8 @@ def test_a_student_without_weights_yet_is_refused_where_they_are_needed_before()
         with pytest.raises(ValueError, match=r"the student has lazy layers.*1\.weight, (model\.)?1\.bias, "):
             fit(Lazy(), callback)
     assert logged(fit(Lazy(), kd()))["train/kd"] > 0
+    with pytest.raises(ValueError, match=r"student_input, has lazy layers.*\(student_input\.weight, "):
+        fit(Project(), kd(student_input=nn.LazyLinear(6)))
 
     class Probed(Direct):
         def __init__(self) -> None:
@@ -255,6 +257,40 @@ def test_a_loss_of_each_sample_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"a loss of shape \(\d+,\), and a loss is one number"):
         fit(Unreduced(), kd())
+
+
+def test_an_own_loss_without_a_gradient_is_not_hidden_by_the_terms() -> None:
+    class Counting(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": (self.model(batch[0]).argmax(1) == batch[1]).float().mean()}
+
+    with pytest.raises(ValueError, match=r"a loss without a gradient.*task_weight=0"):
+        fit(Counting(), kd())
+    assert logged(fit(Counting(), kd(task_weight=0.0)))["train/kd"] > 0
+    late = schedules.Piecewise([(0.0, 0.0), (0.5, 1.0)], interpolate=False)
+    with pytest.raises(ValueError, match="a loss without a gradient"):
+        fit(Counting(), kd(task_weight=late))
+
+
+def test_masked_classes_are_told_apart_from_a_training_that_diverged() -> None:
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).masked_fill(torch.arange(4) == 3, -math.inf)
+
+    class Masked(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Masking()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(batch[0])[:, :3].square().mean()
+
+    with pytest.raises(FloatingPointError, match=r"Step 0: .*'kd' is nan .*The teacher says -inf.*-1e4"):
+        fit(Masked(), kd(teacher=Masking()))
 
 
 @pytest.mark.parametrize("task_weight", [0.0, 1.0])
