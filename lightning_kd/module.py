@@ -183,12 +183,14 @@ class DistillationModule(LightningModule):
         self.log_dict({f"train/{name}": value for name, value in self.task.values().items()}, batch_size=1)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures the student."""
+        self._refuse_second(dataloader_idx, "val")
         self._evaluate(self._in_precision(batch), self.val_metrics, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures the student, and how often it agrees with the teacher."""
+        self._refuse_second(dataloader_idx, "test")
         batch = self._in_precision(batch)
         output = self._evaluate(batch, self.test_metrics, "test")
         teacher = self.teacher.teacher if isinstance(self.teacher, Cached) else self.teacher
@@ -197,6 +199,13 @@ class DistillationModule(LightningModule):
         if self.agreement is not None and whole and isinstance(teacher, (Ensemble, Frozen)):
             taught = self._teacher_output(teacher, batch)
             self.task.update_agreement_batch(self.agreement, output, taught, batch)
+
+    def _refuse_second(self, dataloader_idx: int, stage: str) -> None:
+        if dataloader_idx:
+            raise ValueError(
+                f"{stage}_dataloader gives several loaders, and {type(self).__name__} measures one set of data at a "
+                "time. Give one of torch.utils.data.ConcatDataset, or validate and test each by itself."
+            )
 
     def _in_precision(self, batch: Any) -> Any:
         """Returns the batch in the Trainer's ``-true`` precision: data that normalise on the device come after it."""

@@ -236,6 +236,14 @@ def test_a_task_without_metrics_needs_no_labels() -> None:
     assert run.callback_metrics["val/loss"] > 0
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_several_loaders_are_told(stage: str) -> None:
+    run, both = trainer(limit_val_batches=2, num_sanity_val_steps=0), [loader(), loader()]
+    with pytest.raises(ValueError, match="_dataloader gives several loaders, and DistillationModule measures one"):
+        {"fit": lambda: run.fit(module(), loader(), both), "validate": lambda: run.validate(module(), both),
+         "test": lambda: run.test(module(), both)}[stage]()  # fmt: skip
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 @pytest.mark.parametrize("given", ["float", "dict"])
 def test_a_loss_that_is_no_tensor_is_told(given: str, stage: str) -> None:
