@@ -72,10 +72,19 @@ class TaskAdapter(nn.Module, ABC):
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Calls the model on a batch, for training and evaluation; returns what it returns."""
-        return model(self.inputs(batch))
+        inputs = self.inputs(batch)
+        try:
+            return model(inputs)
+        except TypeError as error:
+            if isinstance(inputs, tuple | Mapping):
+                error.add_note(
+                    f"{type(self).__name__}.inputs returned {describe(inputs)}, which is one argument of the model. "
+                    "Override the task's forward(model, batch) to call it with several: model(*self.inputs(batch))."
+                )
+            raise
 
     def inputs(self, batch: Any) -> Any:
-        """Returns what the model takes of a batch, of images those; a batch that is one tensor is that itself."""
+        """Returns the model's one argument of a batch, images say; a batch that is one tensor is that itself."""
         return batch if isinstance(batch, Tensor) else self._part(batch, 0)
 
     def target(self, batch: Any) -> Any:

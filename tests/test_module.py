@@ -236,6 +236,19 @@ def test_a_task_without_metrics_needs_no_labels() -> None:
     assert run.callback_metrics["val/loss"] > 0
 
 
+def test_inputs_that_are_no_one_argument_are_told() -> None:
+    class Two(TaskAdapter):
+        def inputs(self, batch: Any) -> Any:
+            return batch[0], batch[1]
+
+        def loss(self, output: Tensor, batch: Any) -> Tensor:
+            return output.mean()
+
+    with pytest.raises(TypeError) as error:
+        trainer().fit(DistillationModule(Two(), nn.Linear(6, 4)), loader())
+    assert any("Two.inputs returned a tuple of 2 items" in note for note in error.value.__notes__)
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_several_loaders_are_told(stage: str) -> None:
     run, both = trainer(limit_val_batches=2, num_sanity_val_steps=0), [loader(), loader()]
