@@ -245,7 +245,7 @@ def test_inputs_that_are_no_one_argument_are_told() -> None:
             return output.mean()
 
     with pytest.raises(TypeError) as error:
-        trainer().fit(DistillationModule(Two(), nn.Linear(6, 4)), loader())
+        trainer().fit(DistillationModule(Two(), nn.Linear(6, 4)), loader(), loader())
     assert any("Two.inputs returned a tuple of 2 items" in note for note in error.value.__notes__)
 
 
