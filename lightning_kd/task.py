@@ -207,14 +207,8 @@ class TaskAdapter(nn.Module, ABC):
         return {}
 
 
-def check_given(number: int | None, name: str = "num_classes") -> None:
-    """Raises ``TypeError`` where a number that the command line takes from the data is not there, or is none."""
-    if number is None:
-        raise TypeError(
-            f"{name} is missing. On the command line the task takes it from the data: set the attribute {name}, an "
-            "integer, in your LightningDataModule: in its __init__ or on the class, since setup() runs later. Of data "
-            f"that are not yours say --model.task.init_args.{name}."
-        )
+def check_given(number: int, name: str = "num_classes") -> None:
+    """Raises ``TypeError`` where a number of classes, or of joints, is no whole number."""
     if not is_whole(number):
         raise TypeError(f"{name} is a whole number, got {number!r}.")
 

@@ -48,12 +48,42 @@ class LinkedParser(LightningArgumentParser):
     Of several files a later one leaves the terms that it does not name.
     """
 
+    _written: Namespace
+
     def add_links(self) -> None:
         """Fill in what the data say."""
         for said, targets in LINKED.items():
             for target in targets:
-                known = _known(said) if said in ASKED_BEFORE else None
-                self.link_arguments(f"data.{said}", f"model.{target}", known, apply_on="instantiate")
+                self.link_arguments("data", f"model.{target}", self._filled_in(said, target), apply_on="instantiate")
+
+    def instantiate_classes(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Make the classes of a configuration; what was written in it stays where the data say nothing.
+
+        Args:
+            cfg: The configuration.
+            args: As jsonargparse's.
+            kwargs: As jsonargparse's.
+        """
+        self._written = cfg
+        return super().instantiate_classes(cfg, *args, **kwargs)
+
+    def _filled_in(self, said: str, target: str) -> Callable[[Any], Any]:
+        """Return what finds the value of an argument, once the data are there."""
+
+        def fill(data: Any) -> Any:
+            missing = object()
+            value = getattr(data, said, missing)
+            if value is missing:
+                return _given(self._written, f"model.{target}", said, type(data).__name__)
+            if value is None and said in ASKED_BEFORE:
+                raise UsageError(
+                    f"data.{said} is None: the networks are made with it, before setup() of the data runs. Set it in "
+                    "__init__, or on the class"
+                )
+            return value
+
+        fill.__name__ = said  # which --help_all shows
+        return fill
 
     def merge_config(self, cfg_from: Namespace, cfg_to: Namespace) -> Namespace:
         """Merge a configuration, that of a file for one, into what was given before it.
@@ -142,15 +172,28 @@ def _drop_default(cfg: Namespace, key: str) -> None:
         cfg.pop(key)
 
 
-def _known(said: str) -> Callable[[Any], Any]:
-    """Return what takes a value that the data say, and refuses one that they are to find out later."""
+def _given(cfg: Namespace, key: str, said: str, data: str) -> Any:
+    """Return what was given to an argument that the data say nothing of.
 
-    def known(value: Any) -> Any:
-        if value is None:
-            raise UsageError(
-                f"data.{said} is None: the networks are made with it, before setup() of the data runs. Set it in "
-                "__init__, or on the class"
-            )
-        return value
+    Raises:
+        UsageError: If nothing was, and its class has no default: jsonargparse, for which what is linked is given, would
+            make the class with None.
+    """
+    value = cfg.get(key)
+    owner, _, name = key.rpartition(".init_args.")
+    if key in cfg and value is None and _required(cfg[owner]["class_path"], name):
+        raise UsageError(
+            f"{owner}: {cfg[owner]['class_path']} needs {name}, which is not written, and the data, {data}, have no "
+            f"attribute {said} to take it from. Give them one, in __init__ or on the class, since setup() runs later; "
+            f"or write {name} among the init_args of {owner}"
+        )
+    return value
 
-    return known
+
+def _required(class_path: str, name: str) -> bool:
+    """Whether a class has no default for an argument, its own or one that it gives on to its parent's."""
+    for each in inspect.getmro(pydoc.locate(class_path)):  # type: ignore[arg-type]
+        own = vars(each).get("__init__")
+        if own and (found := inspect.signature(own).parameters.get(name)):
+            return found.default is inspect.Parameter.empty
+    return False

@@ -30,7 +30,7 @@ def test_data_that_know_their_classes_too_late_are_told(
         (["--model.terms.kd.weight", "-1"], "weight is a finite number"),
         (["--model.terms.kd.student", "layer5"], "has no module 'layer5'"),
         (["--model.terms.kd.student", "layer3", "--model.terms.kd.teacher", "layer3"], "must have the same shape"),
-        (["--data", "lightning.LightningDataModule"], "num_classes is missing"),
+        (["--data", "lightning.LightningDataModule"], "needs num_classes, which is not written"),
         (["--teacher_fit.max_epochs", "0"], "max_epochs"),
         (["--data.init_args.train_size", "20"], "the training data gives no batch"),
     ],

@@ -99,7 +99,7 @@ def test_arguments_out_of_range_are_refused(wrong: dict[str, Any], told: str) ->
         Pose(4, **wrong)
     with pytest.raises(ValueError, match="1 or more; got 0"):
         Pose(0)
-    with pytest.raises(TypeError, match="num_keypoints is missing"):
+    with pytest.raises(TypeError, match="num_keypoints is a whole number, got None"):
         Pose(None)  # type: ignore[arg-type]
 
 
