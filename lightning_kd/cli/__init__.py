@@ -199,6 +199,7 @@ def _told(error: BaseException) -> str:
         return f"{where}{ONE_VALUE}"
     shown = f"{where}{told}".partition("\nSubclass types expect one of")[0].strip()
     missing = re.search(r"No such file or directory: '([^']+)'$", shown)  # of data that are made of their arguments
+    missing = missing or re.search(r"class_path '(\w+)\.[^']+':\s+No module named '\1'$", shown)
     if missing and not os.path.isabs(missing[1]):
         shown += f" (looked from {os.getcwd()!r})"
     line = re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ def name_term(error: Exception, terms: Any) -> None:
         error: What was raised when a configuration was parsed, or its classes made.
         terms: What was given, by name.
     """
+    parsed = re.match(r'Parser key "([^"]+)"', str(error))
+    if parsed and not parsed[1].startswith("model.terms"):  # of the file that a term's class is in, too, say
+        return
     for name, given in terms.items() if isinstance(terms, Mapping) else ():
         complaint = _complaint(given)
         if complaint and complaint in str(error):

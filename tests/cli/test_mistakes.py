@@ -104,6 +104,20 @@ def test_a_folder_that_is_not_there_is_told_with_where_it_was_looked_from(
     assert f"No such file or directory: 'nowhere/train' (looked from {str(tmp_path)!r})" in capsys.readouterr().err
 
 
+def test_a_file_of_classes_that_is_not_there_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    focal = "model: {terms: {focal: {loss: {class_path: elsewhere.Focal}}}}"
+    Path("mine.yaml").write_text("data: {class_path: elsewhere.Data}\n" + focal)
+    assert main(["fit", "--config", "digits_kd", "--config", "mine.yaml"]) == 2
+    looked = f"No module named 'elsewhere' (looked from {str(tmp_path)!r})"
+    assert capsys.readouterr().err.endswith(f"class_path 'elsewhere.Data': {looked}\n")  # and no term is named
+    Path("mine.yaml").write_text(focal)
+    assert main(["fit", "--config", "digits_kd", "--config", "mine.yaml"]) == 2
+    assert capsys.readouterr().err.endswith(f"{looked}. This happened in the distillation term 'focal'.\n")
+
+
 def test_who_reads_a_part_of_the_list_is_told_of_no_error() -> None:
     listing = [sys.executable, "-m", "lightning_kd", "list"]
     with subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
