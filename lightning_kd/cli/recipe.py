@@ -260,8 +260,7 @@ def _argument(recipe: Recipe) -> Any:
         return getattr(torch, str(of))
     raise UsageError(
         f"an argument of the network was {of}, a {kind}, and none is made out of a checkpoint, which may be from "
-        "someone else. Make it a subclass of torch.nn.Module or a member of an Enum; or load the weights by your own "
-        "code: teachers.load_weights(network, file)"
+        "someone else. Make it a subclass of torch.nn.Module or a member of an Enum"
     )
 
 
