@@ -103,9 +103,10 @@ class SaveRecipe(Callback):
                 tell_unlike(i, recipe)
         before, self.recipes = self._recipes(), found
         if self._recipes() != before:
-            for each in trainer.checkpoint_callbacks:
-                for path in Path(getattr(each, "dirpath", None) or "").glob(f"*{ModelCheckpoint.FILE_EXTENSION}"):
-                    self._correct(path, before)
+            folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
+            for folder in map(Path, filter(None, folders)):
+                for path in folder.rglob(f"*{ModelCheckpoint.FILE_EXTENSION}"):  # val/loss in a name makes a folder
+                    self._correct(path.resolve(), before)
 
     def _correct(self, path: Path, before: dict[str, Any]) -> None:
         """Write the recipes of now into a checkpoint that has those of before; it is complete at any moment."""

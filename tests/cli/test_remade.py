@@ -161,11 +161,13 @@ def test_what_training_leaves_is_told_and_in_every_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    keep = "{class_path: ModelCheckpoint, init_args: {save_top_k: -1, save_on_train_epoch_end: true}}"
+    named = "'{epoch}-{train/loss:.2f}'"
+    keep = f"{{class_path: ModelCheckpoint, init_args: {{save_top_k: -1, save_last: link, filename: {named}}}}}"
     fitted(f"--model.student={HERE}Learned", "--trainer.max_epochs=3", f"--trainer.callbacks=[{keep}]")
     assert capsys.readouterr().out.count("will not make it again") == 1
     kept = list(Path().rglob("*.ckpt"))
-    assert [UNLIKE in recipe_in(each) for each in kept] == [True, True, True]
+    assert [UNLIKE in recipe_in(each) for each in kept] == [True] * 4
+    assert [each.name for each in kept if each.is_symlink()] == ["last.ckpt"]
     assert "state_dict" in torch.load(kept[0], weights_only=True)
     assert not list(Path().rglob("*.part"))
 
