@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if traceback or not _explains_itself(error):
             raise
-        told = _told(error)
+        told = _told(error, arguments[0])
         if arguments[0] in LIGHTNING and "is required" in told and not _names_configuration(arguments):
             told = f"expected --config NAME_OR_FILE, one of `lightning-kd list configs` or your own; got none. {told}"
         print(f"lightning-kd: error: {told}", file=sys.stderr)
@@ -166,7 +166,7 @@ def _names_configuration(arguments: list[str]) -> bool:
     return any(each.partition("=")[0] in ("--config", "-c") for each in arguments)
 
 
-def _told(error: BaseException) -> str:
+def _told(error: BaseException, command: str) -> str:
     """What a class that was being built complained of, and where, in one line, without the types that were tried."""
     where, outermost = "", error
     if misfits := re.match(r"Error\(s\) in loading state_dict.*?\n\t(.*?)\.?(\n|$)", str(error)):
@@ -202,6 +202,6 @@ def _told(error: BaseException) -> str:
     missing = missing or re.search(r"class_path '(\w+)\.[^']+':\s+No module named '\1'$", shown)
     if missing and not os.path.isabs(missing[1]):
         shown += f" (looked from {os.getcwd()!r})"
-    line = re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told)
+    line = re.sub(r"\s*\n\s*", " ", shown) + closest_argument(told, command)
     notes = [note for note in getattr(outermost, "__notes__", ()) if note not in line]
     return " ".join([line if line.endswith((".", "?")) or not notes else f"{line}.", *notes])

@@ -16,6 +16,9 @@ class UsageError(Exception):
 GROUPS = ("trainer", "model", "data", "seed_everything", "teacher_fit", "ckpt_path")
 """What a configuration has at its top."""
 
+OPTIONS = {"compare": ("seeds", "teacher", "student-ckpt", "output"), "predict": ("output",)}
+"""What a command takes besides ``--config`` and what a configuration has."""
+
 CALLED = {"trainer": "lightning.Trainer", "model": "lightning_kd.DistillationModule"}
 """What the arguments of a group go to."""
 
@@ -71,10 +74,16 @@ def expected(told: str) -> str:
     return f"Expected {', '.join(dict.fromkeys(kinds))}; got {given[0] if given else 'something else'}"
 
 
-def closest_argument(told: str) -> str:
+def closest_argument(told: str, command: str = "") -> str:
     """What was probably meant, where jsonargparse says that it does not know an option or a class.
 
+    Args:
+        told: What it says.
+        command: The command, which may have options of its own.
+
     Example:
+        >>> closest_argument("Unrecognized arguments: --seed 0", "compare")
+        '. Did you mean seeds?'
         >>> closest_argument("given class_path 'lightning_kd.Term': Option 'wieght' is not accepted")
         '. Did you mean weight?'
         >>> closest_argument("module 'lightning_kd.losses' has no attribute 'DDK'")
@@ -96,7 +105,7 @@ def closest_argument(told: str) -> str:
     found = re.search(r".*class_path '(?P<of>[^']+)'.*Option '(?P<name>\w+)' is not accepted", told, re.DOTALL)
     found = found or re.search(r"(?:option '|arguments: --)(?P<of>trainer|model)\.(?P<name>\w+)", told)
     if not found:
-        return _top_level(told)
+        return _top_level(told, command)
     if found["of"] == "model" and found["name"] in ("class_path", "init_args"):
         return OWN_MODULE
     member = pydoc.locate(CALLED.get(found["of"], found["of"]))
@@ -107,7 +116,7 @@ def closest_argument(told: str) -> str:
     return f".{close}" if (close := guess(found["name"], known)) else other
 
 
-def _top_level(told: str) -> str:
+def _top_level(told: str, command: str) -> str:
     """What was probably meant by what stands too high: a file, a loss, or what belongs into a group."""
     if loss := re.search(r"Import path (?P<name>\S+) does not correspond to a subclass of Term$", told):
         return f". Did you mean loss: {{class_path: {loss['name']}}}, one level deeper?"
@@ -115,18 +124,19 @@ def _top_level(told: str) -> str:
         return ". Name its class, too: --model.optimizer=torch.optim.AdamW"
     if file := re.match(r"Unrecognized arguments: (?P<name>[^-\s]\S*\.ya?ml)", told):
         return f". Did you mean --config {file['name']}?"
-    top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>\w+)", told)
+    top = re.search(r"(?:does not accept option '|arguments: --)(?P<name>[\w-]+)", told)
     if not top:
         return ""
     for group, name in CALLED.items():
         called = pydoc.locate(name)
         if callable(called) and top["name"] in inspect.signature(called).parameters:
             return f". Did you mean {group}.{top['name']}?"
-    return f".{close}" if (close := guess(top["name"], GROUPS)) else ""
+    options = "config", *OPTIONS.get(command, ())
+    return f".{close}" if (close := guess(top["name"], [*GROUPS, *options])) else ""
 
 
 def guess(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """The question whether the closest of the known names were meant; empty if none is close.
+    """The question whether the closest of the known names were meant, or what begins so; empty if none is close.
 
     Args:
         name: What was written.
@@ -137,5 +147,7 @@ def guess(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
         >>> guess("dk", ["hint", "kd"], cutoff=0.5)
         ' Did you mean kd?'
     """
-    close = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=cutoff) or [
+        each for each in known if each.startswith(name)
+    ]
     return f" Did you mean {' or '.join(close)}?" if close else ""
