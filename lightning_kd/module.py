@@ -347,8 +347,6 @@ class DistillationModule(LightningModule):
             )
         computed = metrics.compute()
         named = computed if isinstance(computed, Mapping) else {"agreement": computed}
-        if metrics is not self.agreement:
-            _check_main(self.task, named)
         for name, value in named.items():
             self._refuse_several(f"metric {name!r}", value)
         values = {f"{stage}/{name}": value for name, value in named.items()}
@@ -367,16 +365,6 @@ def _metrics_of(task: TaskAdapter) -> MetricCollection:
             f"MetricCollection({{'auroc': ...}}); got a {type(metrics).__name__}."
         )
     return metrics
-
-
-def _check_main(task: TaskAdapter, named: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` where what counts most is not measured; what is of a single class may come with that."""
-    main = task.main_metric
-    if named and main and main not in named and "/" not in main:
-        raise ValueError(
-            f"main_metric of {type(task).__name__} is {main!r}, and it measures {', '.join(sorted(named))}: name one "
-            "of these, by which `lightning-kd compare` judges, or '' for the first."
-        )
 
 
 def _check_kinds(task: object, student: object, optimizer: object, lr_scheduler: object) -> None:

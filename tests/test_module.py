@@ -270,21 +270,6 @@ def test_a_loss_that_is_no_tensor_is_told(given: str, stage: str) -> None:
         run.fit(made, loader(), loader()) if stage == "fit" else run.validate(made, loader(), verbose=False)
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-def test_a_main_metric_that_is_not_measured_is_told_before_the_training(stage: str) -> None:
-    class Misspelt(Classification):
-        main_metric = "acuracy"
-
-    made = DistillationModule(Misspelt(CLASSES), Net(4), Net(8), {"kd": Term(losses.KD())})
-    run = trainer(limit_val_batches=2)
-    told = "main_metric of Misspelt is 'acuracy', and it measures accuracy, calibration_error: name one"
-    with pytest.raises(ValueError, match=told):
-        {"fit": run.fit, "validate": run.validate, "test": run.test}[stage](made, *[loader()] * (1 + (stage == "fit")))
-    assert run.global_step == 0
-    made.task.main_metric = ""
-    run.test(made, loader(), verbose=False)  # the agreement, too, which is measured apart
-
-
 @pytest.mark.parametrize("what", ["loss", "metric 'r2'"])
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_a_loss_or_metric_of_several_values_is_told(what: str, stage: str) -> None:

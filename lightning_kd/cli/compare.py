@@ -17,7 +17,7 @@ from lightning_kd.cli.configs import find
 from lightning_kd.cli.errors import UsageError
 from lightning_kd.cli.progress import quiet
 from lightning_kd.cli.report import Row
-from lightning_kd.cli.runs import Settings, Tested, fit, peer_file
+from lightning_kd.cli.runs import Settings, Tested, fit, peer_file, refuse_main
 from lightning_kd.cli.settings import fingerprint
 from lightning_kd.paths import expand_path
 from lightning_kd.teachers import load_weights
@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> None:
     clis = [read(file, options.teacher, overrides) for file in files]
     for cli in clis:  # all mistakes are told before the first training
         cli.rehearse()
+        refuse_main(cli.model.task, cli.trainer.callback_metrics, "val")
     for path in students:
         load_weights(clis[0].model.student, path)
     output.mkdir(parents=True, exist_ok=True)

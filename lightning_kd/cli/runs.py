@@ -69,6 +69,26 @@ def write(settings: Settings, file: Path) -> str:
     return str(file)
 
 
+def refuse_main(task: TaskAdapter, logged: Iterable[str], stage: str) -> None:
+    """Refuse a task that measures on a stage something else than what it is to be judged by.
+
+    Args:
+        task: The task.
+        logged: What was logged.
+        stage: Of which.
+
+    Raises:
+        UsageError: If it does.
+    """
+    names = (name.removeprefix(f"{stage}/") for name in logged if name.startswith(f"{stage}/"))
+    measured = {name for name in names if "/" not in name}  # the others are of single classes
+    if measured - {"loss", "agreement"} and task.main_metric not in measured | {""}:
+        raise UsageError(
+            f"main_metric of {type(task).__name__} is {task.main_metric!r}, by which compare judges, and measured are "
+            f"{', '.join(sorted(measured))}: name one of these, or '' for the first"
+        )
+
+
 def fit(settings: Settings, folder: Path, say: str) -> Path:
     """Train by the same code as ``lightning-kd fit``, unless that was done before.
 
@@ -172,6 +192,7 @@ class Tested:
         measured = tested[0]
         metrics = {k.removeprefix("test/"): float(v) for k, v in measured.items()}
         task = cli.model.task
+        refuse_main(task, measured, "test")
         asked = {"higher": _asked(task, metrics, _higher), "fraction": _asked(task, metrics, _fraction)}
         return {"metrics": metrics, "inputs": seen, "main": task.main_metric} | asked
 

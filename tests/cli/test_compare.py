@@ -10,7 +10,7 @@ from lightning_kd.tasks import Classification
 from torch import nn
 from toy_run import Net, Toy, configuration
 
-from lightning_kd.cli import compare, main, plot
+from lightning_kd.cli import compare, main, plot, teacher
 
 
 class Both(nn.Module):
@@ -146,3 +146,24 @@ def test_two_rows_of_one_name_are_never_made(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(compare, "refuse_names", lambda *_: None)
     with pytest.raises(AssertionError, match="teacher"):
         main(["compare", "--config", configuration("teacher"), "--output", "out"])
+
+
+class Misspelt(Classification):
+    """Which is to be judged by what it does not measure."""
+
+    main_metric = "acuracy"
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_main_metric_that_is_not_measured_is_told(
+    validates: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if validates:
+        monkeypatch.setattr(teacher, "fit", lambda *_: pytest.fail("a teacher was trained"))
+    else:
+        monkeypatch.delattr(Toy, "val_dataloader")
+    assert main(["compare", "--config", configuration("mine", task=f"{__name__}.Misspelt")]) == 2
+    told = "main_metric of Misspelt is 'acuracy', by which compare judges, and measured are accuracy, "
+    assert told in capsys.readouterr().err
