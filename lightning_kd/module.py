@@ -145,6 +145,12 @@ class DistillationModule(LightningModule):
         """Calls the student."""
         return self.student(*args, **kwargs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets callbacks complete a checkpoint of weights alone, too, of which Lightning does not tell them."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own gap
+            if hasattr(callback, "complete_checkpoint"):
+                callback.complete_checkpoint(self, checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on alone with a run whose terms learned: its optimizer has their parameters, too."""
         resumes = self._trainer is not None and self.trainer.training

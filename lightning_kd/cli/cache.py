@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_kd.attachment.caching import Caching
 from lightning_kd.cli.command import DistillationCLI
+from lightning_kd.cli.errors import UsageError
 from lightning_kd.paths import expand_path
 
 EPILOG = """\
@@ -23,6 +24,8 @@ or with a teacher of the class lightning_kd.teachers.Cached and its argument fol
 ONE_PASS: dict[str, Any] = {
     "max_epochs": 1,
     "max_steps": -1,
+    "max_time": None,
+    "overfit_batches": 0.0,
     "limit_train_batches": None,
     "limit_val_batches": 0,
     "num_sanity_val_steps": 0,
@@ -46,12 +49,20 @@ class FillingCLI(DistillationCLI):
         self.storage = storage
         super().__init__(["fit", *arguments])
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would leave samples out, before all that is told of a training."""
+        if self.own_config["trainer"].get("fast_dev_run"):
+            raise UsageError("--trainer.fast_dev_run: a cache is of all training data; leave it out")
+        super().before_instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a callback that fills the cache and without those of the training."""
         given = list(self._get(self.config_init, "trainer").get("callbacks") or [])
         said = next((each for each in given if isinstance(each, Caching)), None)
         folder = self.folder or (said.folder if said else "teacher_cache")
         storage = self.storage or (said.storage if said else "float16")
+        if Path(expand_path(folder)).is_file():
+            raise UsageError(f"--output: expected a folder for the cache, received the file {folder}")
         self.filling = Caching(folder, storage, fill_only=True)
         shown = [each for each in given if isinstance(each, ProgressBar)]
         return super().instantiate_trainer(**ONE_PASS, callbacks=[*shown, self.filling], **kwargs)

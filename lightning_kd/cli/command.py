@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import pydoc
 import re
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
 from lightning_kd.cli import monitors, teacher
 from lightning_kd.cli.configs import expand_arguments
@@ -304,6 +306,9 @@ class DistillationCLI(LightningCLI):
         model = self.own_config["model"]
         parts = {name: plain(model.get(name), initial=True) for name in ("task", "teacher", "teacher_input")}
         self._linked(parts["task"], "task.init_args.")
+        parts["task"]["init_args"] = {  # what only trains, other images for one, is not needed to make it again
+            name: each for name, each in parts["task"].get("init_args", {}).items() if not _only_trains(each)
+        }
         network = (parts["teacher"].get("init_args") or {}).get("model")
         self._linked(network or parts["teacher"], f"teacher.init_args.{'model.init_args.' if network else ''}")
         return parts
@@ -329,8 +334,7 @@ class DistillationCLI(LightningCLI):
                 f"steps, and max_epochs is {self.trainer.max_epochs}, max_steps {self.trainer.max_steps}. Raise "
                 "--trainer.max_epochs to go on with it"
             )
-        if self.saved:
-            self.recipe_saver.compare(self.trainer, self.model)
+        self.recipe_saver.compare(self.trainer, self.model)
         if self.saved and self.trainer.is_global_zero:
             self.note_saved()
         stop_if_told(self.trainer)
@@ -343,6 +347,12 @@ class DistillationCLI(LightningCLI):
     def note_saved(self) -> None:
         """Say where the student is."""
         print(f"student saved: {self.saved}")
+
+
+def _only_trains(argument: Any) -> bool:
+    """Whether an argument of a task is an object that is no network: data, say."""
+    found = pydoc.locate(argument["class_path"]) if isinstance(argument, dict) and "class_path" in argument else None
+    return isinstance(found, type) and not issubclass(found, nn.Module)
 
 
 def stop_if_told(trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from typing import Any
 
@@ -44,7 +45,7 @@ def true_recipe(network: nn.Module, inputs: Inputs, recipe: Recipe, whole: Recip
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # they were shown when the network was made and called
-        state = {key: value.clone() for key, value in network.state_dict().items()}
+        state = copy.deepcopy(network.state_dict())
         given = random_inputs(inputs, 1, network)
         expected = _called(network, given)
         why = _why(recipe, network, state, given, expected)

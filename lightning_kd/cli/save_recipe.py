@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class SaveRecipe(Callback):
         whole: Sequence[Recipe] = (),
     ) -> None:
         self.recipes = [recipe, *peers]
+        self._run = uuid.uuid4().hex
+        self._wrote = False
         self._whole = whole or self.recipes
         self.deployed = deployed
         self.inputs: Inputs = []
@@ -73,12 +76,12 @@ class SaveRecipe(Callback):
         """Leave nothing behind in the student."""
         self.on_fit_end()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the recipe, and that it makes another network, if it does."""
-        assert isinstance(pl_module, DistillationModule)
-        checkpoint[KEY] = {**self._recipes(), "inputs": [list(i) for i in self.inputs]}
+    def complete_checkpoint(self, module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+        """Add the recipes, and of which run they are."""
+        self._wrote = True
+        checkpoint[KEY] = {**self._recipes(), "inputs": [list(i) for i in self.inputs], "run": self._run}
         if self.deployed:
-            checkpoint[KEY]["deployed"] = {**self.deployed, "fingerprint": teacher_mark(pl_module.teacher)}
+            checkpoint[KEY]["deployed"] = {**self.deployed, "fingerprint": teacher_mark(module.teacher)}
 
     def _recipes(self) -> dict[str, Any]:
         student, *peers = self.recipes
@@ -91,31 +94,32 @@ class SaveRecipe(Callback):
         """
         sharded = isinstance(trainer.strategy, DeepSpeedStrategy)
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not sharded
-        if not (whole and trainer.is_global_zero):
+        if not (whole and trainer.is_global_zero and self._wrote):
             return
         networks = [module.student, *(module.teacher.peers if isinstance(module.teacher, Peers) else ())]
         found = [
             true_recipe(network, self.inputs, *recipes)
             for network, *recipes in zip(networks, self.recipes, self._whole, strict=True)
         ]
-        for i, (recipe, before) in enumerate(zip(found, self.recipes, strict=True)):
-            if UNLIKE in recipe and UNLIKE not in before:
+        for i, recipe in enumerate(found):
+            if UNLIKE in recipe and UNLIKE not in self.recipes[i]:
                 tell_unlike(i, recipe)
-        before, self.recipes = self._recipes(), found
-        if self._recipes() != before:
+        if found != self.recipes:
+            self.recipes = found
             folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
             for folder in map(Path, filter(None, folders)):
                 for path in folder.rglob(f"*{ModelCheckpoint.FILE_EXTENSION}"):  # val/loss in a name makes a folder
-                    self._correct(path.resolve(), before)
+                    self._correct(path.resolve())
 
-    def _correct(self, path: Path, before: dict[str, Any]) -> None:
-        """Write the recipes of now into a checkpoint that has those of before; it is complete at any moment."""
+    def _correct(self, path: Path) -> None:
+        """Write the recipes of now into a checkpoint of this run; it is complete at any moment."""
         try:
             content = read_checkpoint(path)
-        except ValueError:  # which export does not read either
+        except (ValueError, OSError):  # which export does not read either
             return
-        if content.get(KEY, {}).items() >= before.items():
-            content[KEY].update(self._recipes())
+        said = content.get(KEY) if isinstance(content, dict) else None
+        if isinstance(said, dict) and said.get("run") == self._run:
+            said.update(self._recipes())
             part = path.with_name(f".{path.name}.part")
             try:
                 torch.save(content, part)

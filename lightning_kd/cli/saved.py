@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_kd.meeting import introduce
 from lightning_kd.paths import expand_path
 from lightning_kd.task import TaskAdapter
 from lightning_kd.teachers import Frozen, Teacher
-from lightning_kd.teachers.weights import peers_in
+from lightning_kd.teachers.weights import part_of, peers_in
 
 
 class Saved:
@@ -48,10 +49,7 @@ class Saved:
                 raise UsageError(f"--peer: {path} holds {len(states) - 1} peers of the student, received {peer}")
             self.recipe: Recipe = dict(recipes[peer])
             self.inputs: Inputs = [(list(map(int, shape)), dtype_name(name)) for shape, name in content[KEY]["inputs"]]
-            prefix = "student."
-            self.state = {
-                k.removeprefix(prefix): v for k, v in states[peer]["state_dict"].items() if k.startswith(prefix)
-            }
+            self.state: Mapping[str, Any] = part_of(states[peer]["state_dict"], "student.")
             class_path = self.recipe["class_path"]
             self.deployed: dict[str, Any] = {} if peer else dict(content[KEY].get("deployed") or {})
         except (KeyError, TypeError, ValueError, AttributeError) as error:

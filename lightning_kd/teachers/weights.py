@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -53,10 +54,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
     first = next(iter(wanted), "")
     prefixes = sorted({key.removesuffix(first) for key in state if key == first or key.endswith("." + first)})
     # Strictly: within a prefix nothing may be missing or too much; beside it the file may hold what it likes.
-    found = {
-        prefix: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        for prefix in prefixes
-    }
+    found = {prefix: part_of(state, prefix) for prefix in prefixes}
     fitting = [prefix for prefix, own in found.items() if not _misfits(wanted, own)]
     if len(fitting) > 1:
         raise ValueError(
@@ -72,6 +70,24 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
             f"{', '.join(list(state)[:5])}, .... Is it the checkpoint of another architecture?"
         )
     model.load_state_dict(found[fitting[0]], strict=True)
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
+    """Returns what a state dict holds under a prefix, with the versions of its modules, where it tells them.
+
+    Args:
+        state: What ``state_dict()`` returned.
+        prefix: Such as ``"student."``.
+    """
+    part = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix))
+    versions: Mapping[str, Any] = getattr(state, "_metadata", {})
+    module = prefix.removesuffix(".")
+    part._metadata = OrderedDict(  # type: ignore[attr-defined]  # as torch's own
+        (key.removeprefix(module).removeprefix("."), version)
+        for key, version in versions.items()
+        if key == module or key.startswith(prefix)
+    )
+    return part
 
 
 SAVED = (b"PK", b"\x80")

@@ -3,10 +3,38 @@
 from pathlib import Path
 
 import pytest
+from toy_run import configuration
 
 from lightning_kd.cli import main
 
 SHORT = ["--teacher_fit.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--traceback"]
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (["--trainer.fast_dev_run", "true"], "--trainer.fast_dev_run: a cache is of all training data"),
+        (["--output", "mine.yaml"], "--output: expected a folder for the cache, received the file mine.yaml"),
+    ],
+)
+def test_what_makes_no_whole_cache_is_refused(
+    how: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", "--config", configuration("mine"), *how]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_cache_is_whole_whatever_shortens_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_time", "00:00:00:00", "--trainer.overfit_batches", "0.1", "--trainer.max_steps", "0"]
+    assert main(["cache", "--config", configuration("mine"), "--output", "answers", *short, "--traceback"]) == 0
+    assert "8 samples of " in capsys.readouterr().out
+    assert list(Path("answers").glob("*.safetensors"))
+    fit = ["fit", "--config", "mine.yaml", "--trainer.callbacks+=lightning_kd.callbacks.TeacherCache", "--traceback"]
+    assert main([*fit, "--trainer.callbacks.folder=answers"]) == 0
 
 
 @pytest.mark.slow

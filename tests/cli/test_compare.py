@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import LightningDataModule
 from lightning_kd.tasks import Classification
 from torch import nn
 from toy_run import Net, Toy, configuration
 
 from lightning_kd.cli import compare, main, plot, teacher
+from lightning_kd.cli.recipe import KEY
 
 
 class Both(nn.Module):
@@ -86,6 +88,25 @@ def test_a_teacher_that_runs_in_the_end_counts() -> None:
     assert found["narrow"]["parameters"] == parameters(3, 4) + parameters(2, 4)
     again = compared(configuration("wide", task=task), configuration("other", task=task))
     assert again["wide"] == again["other"]  # the teachers are two files of one architecture
+
+
+class Helped(Together):
+    """Which takes other data to train with, and a network."""
+
+    def __init__(self, num_classes: int, others: LightningDataModule | None = None, eye: nn.Module | None = None):
+        super().__init__(num_classes)
+        self.others, self.eye = others, eye
+
+
+@pytest.mark.usefixtures("unseen")
+def test_what_a_task_only_trains_with_is_not_needed_to_run_it() -> None:
+    file, task = configuration("mine", task=f"{__name__}.Helped"), "--model.task.init_args"
+    data, eye = f"{task}.others=toy_run.Toy", f"{task}.eye=toy_run.Net"
+    assert main(["fit", "--config", file, data, eye, "--traceback"]) == 0
+    (saved,) = Path("runs").rglob("*.ckpt")
+    deployed = torch.load(saved, weights_only=True)[KEY]["deployed"]
+    assert deployed["task"]["init_args"].keys() == {"num_classes", "eye"}
+    assert main(["export", str(saved), "--format", "state_dict", "--traceback"]) == 0
 
 
 class Scaled(Toy):

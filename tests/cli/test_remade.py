@@ -14,6 +14,7 @@ from lightning_kd.cli import main
 from lightning_kd.cli.recipe import KEY, UNLIKE, Recipe
 from lightning_kd.cli.remade import true_recipe
 from lightning_kd.cli.saved import Saved
+from lightning_kd.teachers import load_weights
 
 INPUTS = [([1, 8, 8], "float32")]
 HERE = f"{__name__}."
@@ -161,15 +162,73 @@ def test_what_training_leaves_is_told_and_in_every_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    named = "'{epoch}-{train/loss:.2f}'"
-    keep = f"{{class_path: ModelCheckpoint, init_args: {{save_top_k: -1, save_last: link, filename: {named}}}}}"
-    fitted(f"--model.student={HERE}Learned", "--trainer.max_epochs=3", f"--trainer.callbacks=[{keep}]")
+    keep = keeping("save_top_k: -1, save_last: link, save_on_train_epoch_end: true")
+    fitted(f"--model.student={HERE}Learned", "--trainer.max_epochs=3", keep)
     assert capsys.readouterr().out.count("will not make it again") == 1
     kept = list(Path().rglob("*.ckpt"))
     assert [UNLIKE in recipe_in(each) for each in kept] == [True] * 4
     assert [each.name for each in kept if each.is_symlink()] == ["last.ckpt"]
     assert "state_dict" in torch.load(kept[0], weights_only=True)
     assert not list(Path().rglob("*.part"))
+
+
+def keeping(*how: str) -> str:
+    each = (f"{{class_path: ModelCheckpoint, init_args: {{{arguments}}}}}" for arguments in how)
+    return f"--trainer.callbacks=[{', '.join(each)}]"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["save_top_k: 0, save_last: true"],
+        ["every_n_epochs: 100", "dirpath: other, save_weights_only: true"],
+        ["monitor: val/accuracy, mode: max, filename: '{epoch}-{val/accuracy:.3f}'"],
+    ],
+    ids=["last alone", "another of weights alone", "a slash"],
+)
+def test_whatever_checkpoints_a_fit_leaves_are_corrected(
+    how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other").mkdir()
+    for broken in ("other/gone.ckpt", "other/folder.ckpt/none.ckpt"):
+        Path(broken).parent.mkdir(exist_ok=True)
+        Path(broken).symlink_to("nowhere")
+    torch.save([torch.zeros(3)], "other/list.ckpt")
+    student = [f"--model.student={HERE}Pooling", "--model.student.init_args.weights=max"]
+    assert main(["fit", *QUICK, *ALONE, *student, keeping(*how)]) == 0
+    saved = [each for each in Path().rglob("*.ckpt") if each.is_file() and each.name != "list.ckpt"]
+    assert [recipe_in(each)["init_args"]["weights"] for each in saved] == ["max"]
+    assert main(["export", str(saved[0]), "--format", "state_dict"]) == 0
+
+
+def test_checkpoints_of_another_run_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, weights in (("first", "null"), ("second", "max")):
+        how = [f"--model.student={HERE}Pooling", f"--model.student.init_args.weights={weights}"]
+        fitted(*how, keeping(f"dirpath: kept, filename: {name}"))
+    assert recipe_in(Path("kept/first.ckpt"))["init_args"]["weights"] is None
+    assert recipe_in(Path("kept/second.ckpt"))["init_args"]["weights"] == "max"
+
+
+class Versioned(Base):
+    """Reads in a state dict which version of it that is, as some of torchvision's do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *others: Any) -> None:
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_versions_of_modules_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = fitted(f"--model.student={HERE}Versioned")
+    assert UNLIKE not in recipe_in(saved)
+    load_weights(Versioned(), saved)
+    assert Saved(saved).model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    torch.save(Versioned().state_dict(), "plain.pt")
+    load_weights(Versioned(), "plain.pt")
 
 
 class Freezing(Base):
