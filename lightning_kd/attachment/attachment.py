@@ -475,7 +475,7 @@ class Attachment(Callback):
         named = {name + key: loss for key, loss in losses.items()}
         self._check(trainer.global_step, named, lambda key: distiller.ranges(calls, key.removeprefix(name)), task_loss)
         weight = self.task_weight.at(moment) if isinstance(self.task_weight, Schedule) else self.task_weight
-        if weight and not task_loss.requires_grad:
+        if weight and not task_loss.requires_grad and bool(task_loss):  # 0 says that there is nothing to learn
             raise ValueError(
                 "training_step returned a loss without a gradient, from which nothing is learned: something in it "
                 "detaches, counts or compares. If the student is to learn from the teacher alone, say task_weight=0."

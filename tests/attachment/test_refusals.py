@@ -267,6 +267,12 @@ def test_an_own_loss_without_a_gradient_is_not_hidden_by_the_terms() -> None:
     with pytest.raises(ValueError, match=r"a loss without a gradient.*task_weight=0"):
         fit(Counting(), kd())
     assert logged(fit(Counting(), kd(task_weight=0.0)))["train/kd"] > 0
+
+    class Unlabelled(Project):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(batch[0]).new_zeros(())
+
+    assert logged(fit(Unlabelled(), kd()))["train/kd"] > 0
     late = schedules.Piecewise([(0.0, 0.0), (0.5, 1.0)], interpolate=False)
     with pytest.raises(ValueError, match="a loss without a gradient"):
         fit(Counting(), kd(task_weight=late))
