@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
@@ -271,6 +272,11 @@ class DistillationCLI(LightningCLI):
         self.recipe_saver = SaveRecipe({}) if nothing_is_kept else self._saver()
         kwargs = config | {"callbacks": [*callbacks, self.recipe_saver]}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UsageError(
+                f"--trainer.strategy: {config['strategy']!r} trains in copies of this process, of which it would not "
+                "hear what was learned; take ddp, which starts the command once more for each"
+            )
         return trainer
 
     def _saver(self) -> SaveRecipe:

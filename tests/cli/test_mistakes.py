@@ -32,6 +32,7 @@ def test_data_that_know_their_classes_too_late_are_told(
         (["--model.terms.kd.student", "layer3", "--model.terms.kd.teacher", "layer3"], "must have the same shape"),
         (["--data", "lightning.LightningDataModule"], "needs num_classes, which is not written"),
         (["--teacher_fit.max_epochs", "0"], "max_epochs"),
+        (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "'ddp_spawn' trains in copies of this process"),
         (["--data.init_args.train_size", "20"], "the training data gives no batch"),
     ],
 )
