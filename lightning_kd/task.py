@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -44,6 +44,8 @@ class TaskAdapter(nn.Module, ABC):
     """Set before ``meet``: all that makes the arguments of the teacher's network out of the student's, the ``input`` of
     a ``Frozen`` included, for a task that calls it itself; None where they are equal."""
 
+    only_trains: ClassVar[Sequence[str]] = ()
+    """Arguments without which ``deployed`` makes the same, and that may be left out: data to train with, say."""
     main_metric: str = ""
     """The metric by which ``lightning-kd compare`` judges, of those in ``metrics()``; unless said the first by its
     name, as torchmetrics orders them."""

@@ -55,6 +55,8 @@ class EfficientAD(AnomalyDetection):
     Source: Batzner et al., EfficientAD, arXiv 2303.14535, sections 3.2 to 3.4 and algorithm 1.
     """
 
+    only_trains = ("unrelated",)
+
     def __init__(self, unrelated: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__(difference=["output.local"], teacher_difference=["output"])
         self.unrelated = unrelated

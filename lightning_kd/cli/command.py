@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import inspect
 import json
-import pydoc
 import re
 import sys
 from functools import partial
@@ -22,7 +21,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn
 
 from lightning_kd.cli import monitors, teacher
 from lightning_kd.cli.configs import expand_arguments
@@ -312,9 +310,8 @@ class DistillationCLI(LightningCLI):
         model = self.own_config["model"]
         parts = {name: plain(model.get(name), initial=True) for name in ("task", "teacher", "teacher_input")}
         self._linked(parts["task"], "task.init_args.")
-        parts["task"]["init_args"] = {  # what only trains, other images for one, is not needed to make it again
-            name: each for name, each in parts["task"].get("init_args", {}).items() if not _only_trains(each)
-        }
+        for name in self.model.task.only_trains:
+            parts["task"].get("init_args", {}).pop(name, None)
         network = (parts["teacher"].get("init_args") or {}).get("model")
         self._linked(network or parts["teacher"], f"teacher.init_args.{'model.init_args.' if network else ''}")
         return parts
@@ -353,12 +350,6 @@ class DistillationCLI(LightningCLI):
     def note_saved(self) -> None:
         """Say where the student is."""
         print(f"student saved: {self.saved}")
-
-
-def _only_trains(argument: Any) -> bool:
-    """Whether an argument of a task is an object that is no network: data, say."""
-    found = pydoc.locate(argument["class_path"]) if isinstance(argument, dict) and "class_path" in argument else None
-    return isinstance(found, type) and not issubclass(found, nn.Module)
 
 
 def stop_if_told(trainer: Trainer) -> None:

@@ -195,5 +195,6 @@ def _required(class_path: str, name: str) -> bool:
     for each in inspect.getmro(pydoc.locate(class_path)):  # type: ignore[arg-type]
         own = vars(each).get("__init__")
         if own and (found := inspect.signature(own).parameters.get(name)):
-            return found.default is inspect.Parameter.empty
+            takes_none = any(each in str(found.annotation) for each in ("None", "Optional"))
+            return found.default is inspect.Parameter.empty and not takes_none
     return False

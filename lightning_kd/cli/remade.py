@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,33 +21,39 @@ from lightning_kd.cli.recipe import UNLIKE, Recipe, build, unlike
 from lightning_kd.teachers.stillness import set_training
 
 ROUNDED = 5e-2
-"""As ``SAME``, in half precision."""
+"""As ``SAME``, in half precision, or on an accelerator."""
+CPU = torch.device("cpu")
 _DRAWS = 730_501_283
 """Seed for what is drawn when a network is made again: no one's, so that what was drawn for a training is another."""
 
 
-def true_recipe(network: nn.Module, inputs: Inputs, recipe: Recipe, whole: Recipe) -> Recipe:
+def true_recipe(
+    network: nn.Module, inputs: Inputs, recipe: Recipe, whole: Recipe, device: torch.device = CPU
+) -> Recipe:
     """The recipe that makes a network which says what this one says; if none does, with the reason under ``UNLIKE``.
 
     It is asked when a training is over: the network is called, in evaluation mode. What cannot be called says nothing,
     and neither does what says something else each time.
 
     Args:
-        network: The network, on the CPU.
+        network: The network; it is on the CPU afterwards.
         inputs: What it is called with.
         recipe: Its recipe.
         whole: The same with what only says where training started from; tried where the recipe makes another network.
+        device: Where it was trained: what it keeps besides weights and buffers is there.
     """
     if UNLIKE in recipe or not inputs:
         return recipe
     with (
         contextlib.suppress(Exception),  # of whatever a network is: its training does not fail by what is told of it
+        _moved(network, device),
         random_numbers_restored(), torch.no_grad(), torch.compiler.set_stance("force_eager"), state_restored(network),
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # they were shown when the network was made and called
         state = copy.deepcopy(network.state_dict())
         given = random_inputs(inputs, 1, network)
+        given = torch.utils._pytree.tree_map(lambda each: each.to(device), given)
         expected = _called(network, given)
         why = _why(recipe, network, state, given, expected)
         if why is None:
@@ -66,6 +73,7 @@ def _why(recipe: Recipe, network: nn.Module, state: dict[str, Any], given: Any, 
         if made.state_dict().keys() != state.keys() and not any(map(is_lazy, made.parameters())):
             return None  # pruned, say, until it is saved
         _take(made, network, state)
+        made.to(_device(network))
         apart = _apart(expected, _called(made, given))
     except Exception as error:  # of whatever a network is
         return f"made again, it cannot be called with the same weights: {' '.join(str(error).split())[:200]}"
@@ -100,4 +108,17 @@ def _apart(expected: Any, received: Any) -> float:
 
 def _allowed(network: nn.Module) -> float:
     types = {each.dtype for each in network.parameters() if each.is_floating_point()}
-    return SAME if types <= {torch.float32, torch.float64} else ROUNDED
+    return SAME if _device(network) == CPU and types <= {torch.float32, torch.float64} else ROUNDED
+
+
+@contextlib.contextmanager
+def _moved(network: nn.Module, device: torch.device) -> Iterator[None]:
+    try:
+        network.to(device)
+        yield
+    finally:
+        network.cpu()
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((each.device for each in network.parameters()), CPU)

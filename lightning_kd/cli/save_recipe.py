@@ -94,12 +94,12 @@ class SaveRecipe(Callback):
         """
         sharded = isinstance(trainer.strategy, DeepSpeedStrategy)
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not sharded
-        if not (whole and trainer.is_global_zero and self._wrote):
+        if not (whole and trainer.is_global_zero and self._wrote and self.recipes[0]):
             return
         networks = [module.student, *(module.teacher.peers if isinstance(module.teacher, Peers) else ())]
         found = [
-            true_recipe(network, self.inputs, *recipes)
-            for network, *recipes in zip(networks, self.recipes, self._whole, strict=True)
+            true_recipe(network, self.inputs, recipe, more, trainer.strategy.root_device)
+            for network, recipe, more in zip(networks, self.recipes, self._whole, strict=True)
         ]
         for i, recipe in enumerate(found):
             if UNLIKE in recipe and UNLIKE not in self.recipes[i]:

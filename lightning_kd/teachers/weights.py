@@ -69,7 +69,11 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], peer: int
             f"{f'; and {len(misfits) - 5} more' if len(misfits) > 5 else ''}. Its keys are "
             f"{', '.join(list(state)[:5])}, .... Is it the checkpoint of another architecture?"
         )
-    model.load_state_dict(found[fitting[0]], strict=True)
+    own = found[fitting[0]]
+    for key, value in wanted.items():
+        if key.endswith(UNCOUNTED):
+            own.setdefault(key, value)
+    model.load_state_dict(own, strict=True)
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
@@ -89,6 +93,9 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor
     )
     return part
 
+
+UNCOUNTED = "num_batches_tracked"
+"""What files from before torch 0.4.1 do not have, and others are made without; the model's own stays then."""
 
 SAVED = (b"PK", b"\x80")
 """How files begin that ``torch.save`` wrote: zip archives, and pickles before torch 1.6."""
@@ -152,8 +159,7 @@ def _is_state(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
 
 def _misfits(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
     """Says what keeps the tensors of a file from being a model's."""
-    # Files from before torch 0.4.1 do not count batches, and torch loads them all the same.
-    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    needed = [key for key in wanted if not key.endswith(UNCOUNTED)]
     missing = [f"it lacks {key}" for key in needed if key not in have]
     shapes = [
         f"{key} is {tuple(have[key].shape)} and not {tuple(value.shape)}"

@@ -93,6 +93,8 @@ def test_a_teacher_that_runs_in_the_end_counts() -> None:
 class Helped(Together):
     """Which takes other data to train with, and a network."""
 
+    only_trains = ("others",)
+
     def __init__(self, num_classes: int, others: LightningDataModule | None = None, eye: nn.Module | None = None):
         super().__init__(num_classes)
         self.others, self.eye = others, eye

@@ -61,6 +61,13 @@ class Three(nn.Sequential):
         super().__init__(nn.Linear(6, num_classes))
 
 
+class Unsure(nn.Sequential):
+    """Which may be told that there are none."""
+
+    def __init__(self, num_classes: int | None) -> None:
+        super().__init__(nn.Linear(6, num_classes or 3))
+
+
 class Needy(Classification):
     """A task of one's own, without a default."""
 
@@ -120,3 +127,4 @@ def test_the_default_of_a_class_is_taken_where_the_data_say_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert fit(spec("Three"), teacher=spec("Three")) == 0
+    assert fit(spec("Unsure", num_classes=None), teacher=spec("Three")) == 0

@@ -531,6 +531,17 @@ def test_buffers_are_loaded_and_weights_keep_their_type_and_place(tmp_path: Path
     assert int(model.late.num_batches_tracked) == 1
 
 
+def test_weights_that_count_no_batches_are_loaded(tmp_path: Path) -> None:
+    state = Net().state_dict()
+    for key in [key for key in state if key.endswith("num_batches_tracked")]:
+        del state[key]  # which leaves the versions of the modules that have it
+    model = Net()
+    model(torch.randn(8, 3))
+    load_weights(model, save(tmp_path, state))
+    assert torch.equal(model.head.weight, state["head.weight"])
+    assert int(model.late.num_batches_tracked) == 1
+
+
 def test_a_lightning_module_without_forward_is_told_what_to_pass() -> None:
     class Trained(LightningModule):
         def __init__(self) -> None:
