@@ -75,6 +75,8 @@ def _why(recipe: Recipe, network: nn.Module, state: dict[str, Any], given: Any, 
         _take(made, network, state)
         made.to(_device(network))
         apart = _apart(expected, _called(made, given))
+    except torch.OutOfMemoryError:
+        return None
     except Exception as error:  # of whatever a network is
         return f"made again, it cannot be called with the same weights: {' '.join(str(error).split())[:200]}"
     if apart <= _allowed(network):
