@@ -73,7 +73,7 @@ class Taps:
     def _hook(self, path: str, tapped: nn.Module) -> Any:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
             # A deep copy of the model (weight averaging makes one) carries this hook along: it is not ours.
-            if self._record is None or module is not tapped:
+            if self._record is None or not (module is tapped or _stands_for(module, tapped)):
                 return
             self._capture(self._record, path, output)
             if self._stop_after is not None:
@@ -171,6 +171,11 @@ def _selected(output: Any, module: str, read: Iterable[Path]) -> Iterator[Tensor
                 yield from tensors_in(path.select(output))
             except KeyError:  # reported with the name of its term when that is computed
                 continue
+
+
+def _stands_for(module: nn.Module, tapped: nn.Module) -> bool:
+    """Whether torch.export has put a proxy in a module's place: it has the same attributes, in one dictionary."""
+    return torch.compiler.is_exporting() and vars(module) is vars(tapped)
 
 
 def _has_compiled(model: nn.Module) -> bool:

@@ -161,3 +161,23 @@ def test_a_detector_is_exported_as_one_network():
     detector(images)
     exported = torch.export.export(detector, (images,), strict=False).module()
     torch.testing.assert_close(exported(images), detector(images))
+
+
+class Reverse(nn.Module):
+    """An encoder and its decoder, called by their names: torch.export puts proxies there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).relu())
+
+
+def test_a_detector_that_is_its_own_teacher_is_exported():
+    student = Reverse()
+    detector = StudentTeacher(student, student, ["decoder"], ["encoder"]).eval().requires_grad_(False)
+    images = torch.randn(2, 3, 32, 32)
+    detector(images)
+    exported = torch.export.export(detector, (images,), strict=False).module()
+    torch.testing.assert_close(exported(images), detector(images))
