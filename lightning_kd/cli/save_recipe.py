@@ -77,7 +77,9 @@ class SaveRecipe(Callback):
         self.on_fit_end()
 
     def complete_checkpoint(self, module: DistillationModule, checkpoint: dict[str, Any]) -> None:
-        """Add the recipes, and of which run they are."""
+        """Add the recipes, and of which run they are; not to weights that a run is asked for, a teacher's for one."""
+        if "optimizer_states" not in checkpoint and not module.trainer.checkpoint_callbacks:
+            return
         self._wrote = True
         checkpoint[KEY] = {**self._recipes(), "inputs": [list(i) for i in self.inputs], "run": self._run}
         if self.deployed:

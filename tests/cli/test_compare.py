@@ -171,6 +171,14 @@ def test_two_rows_of_one_name_are_never_made(monkeypatch: pytest.MonkeyPatch) ->
         main(["compare", "--config", configuration("teacher"), "--output", "out"])
 
 
+@pytest.mark.usefixtures("unseen")
+def test_a_teachers_file_is_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    compared(configuration("mine"))
+    assert KEY not in torch.load("mine.ckpt", weights_only=True)
+    assert main(["export", "mine.ckpt", "--format", "state_dict"]) == 2
+    assert "mine.ckpt is a teacher's file, with the record of its training beside it" in capsys.readouterr().err
+
+
 class Misspelt(Classification):
     """Which is to be judged by what it does not measure."""
 
