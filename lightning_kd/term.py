@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_kd.counts import COUNTS
 from lightning_kd.losses import _check
@@ -17,7 +16,7 @@ from lightning_kd.schedules import Moment, Schedule
 from lightning_kd.schedules.base import factor
 from lightning_kd.sequences import Layout
 from lightning_kd.teachers.stillness import remember_modes
-from lightning_kd.wiring import OUTPUT, Levels, Path, describe
+from lightning_kd.wiring import OUTPUT, Levels, Path, describe, lazy_in
 
 Selected = Tensor | Levels
 """What a path selects of one call of a module: a tensor, or a list of them."""
@@ -116,8 +115,7 @@ class Term(nn.Module):
     @property
     def _lazy(self) -> bool:
         """Whether a projector that was given has layers that are made for what they are called with first."""
-        given = self.projector
-        return given is not None and any(map(is_lazy, (*given.parameters(), *given.buffers())))
+        return self.projector is not None and bool(lazy_in(self.projector))
 
     @property
     def projects(self) -> bool:

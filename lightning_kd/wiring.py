@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 OUTPUT = "output"
 """The path of what a model's own ``forward`` returned."""
@@ -152,6 +153,11 @@ def find_module(root: nn.Module, path: str, owner: str) -> nn.Module:
             )
         module = child
     return module
+
+
+def lazy_in(module: nn.Module) -> list[str]:
+    """Returns the names of what has no weights before its first call."""
+    return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
 
 
 def _uncompiled(name: str) -> str:

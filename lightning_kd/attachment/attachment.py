@@ -21,7 +21,6 @@ from lightning_kd.attachment.pupils import has_learned, learned_elsewhere, learn
 from lightning_kd.attachment.random_state import KEY, random_numbers_restored, random_state, set_random_state
 from lightning_kd.attachment.refusals import (
     callbacks_of,
-    lazy_in,
     refuse_copy_of_terms,
     refuse_earlier_average,
     refuse_forgotten,
@@ -47,7 +46,7 @@ from lightning_kd.sharding import is_sharded, reshard, shard_like, whole
 from lightning_kd.teachers.copies import CopyTeacher
 from lightning_kd.teachers.stillness import remember_modes
 from lightning_kd.watching import Call, LabelsOf
-from lightning_kd.wiring import find_module
+from lightning_kd.wiring import find_module, lazy_in
 
 
 class Attachment(Callback):

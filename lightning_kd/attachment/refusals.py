@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationSche
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_kd.attachment.guest import GUEST
 from lightning_kd.distiller import Distiller
@@ -126,11 +125,6 @@ def refuse_forgotten(trainer: Trainer, student: nn.Module) -> None:
             f"None of the student's parameters, those of a {type(student).__name__}, is in an optimizer, so it would "
             "learn nothing. Give them to one in configure_optimizers, or say with student= which module learns."
         )
-
-
-def lazy_in(module: nn.Module) -> list[str]:
-    """Returns the names of what has no weights before its first call."""
-    return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
 
 
 def refuse_lazy(names: list[str], owner: str = "the student") -> None:

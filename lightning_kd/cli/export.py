@@ -21,7 +21,7 @@ from lightning_kd.paths import expand_path
 
 UNBOUNDED = 2**31
 """What torch.export gives for the largest size of a dimension is none from here on."""
-_OTHERWISE = dict.fromkeys(("onnx", "torchscript"), "; --format state_dict writes any network's weights")
+_OTHERWISE = "; --format state_dict writes any network's weights"
 Run = Callable[[tuple[Any, ...]], Outputs]
 
 
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
         except Exception as error:  # of a network that cannot be written, or cannot be run by what reads the file
             raise UsageError(
                 f"--format {options.format}: the network cannot be written so: {_briefly(error.__cause__ or error)} "
-                f"(--traceback shows where){_OTHERWISE.get(options.format, '')}"
+                f"(--traceback shows where){'' if options.format == 'state_dict' else _OTHERWISE}"
             ) from error
         if not differs <= options.tolerance:
             raise UsageError(

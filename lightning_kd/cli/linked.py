@@ -195,6 +195,6 @@ def _required(class_path: str, name: str) -> bool:
     for each in inspect.getmro(pydoc.locate(class_path)):  # type: ignore[arg-type]
         own = vars(each).get("__init__")
         if own and (found := inspect.signature(own).parameters.get(name)):
-            takes_none = any(each in str(found.annotation) for each in ("None", "Optional"))
+            takes_none = any(word in str(found.annotation) for word in ("None", "Optional"))
             return found.default is inspect.Parameter.empty and not takes_none
     return False

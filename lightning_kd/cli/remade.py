@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_kd.attachment.random_state import random_numbers_restored
 from lightning_kd.attachment.rehearsal import state_restored
@@ -19,6 +18,7 @@ from lightning_kd.cli.inputs import Inputs, random_inputs
 from lightning_kd.cli.likeness import SAME, difference, outputs, unmatched
 from lightning_kd.cli.recipe import UNLIKE, Recipe, build, unlike
 from lightning_kd.teachers.stillness import set_training
+from lightning_kd.wiring import lazy_in
 
 ROUNDED = 5e-2
 """As ``SAME``, in half precision, or on an accelerator."""
@@ -70,7 +70,7 @@ def _why(recipe: Recipe, network: nn.Module, state: dict[str, Any], given: Any, 
     try:
         torch.manual_seed(_DRAWS)
         made: nn.Module = build(recipe)
-        if made.state_dict().keys() != state.keys() and not any(map(is_lazy, made.parameters())):
+        if made.state_dict().keys() != state.keys() and not lazy_in(made):
             return None  # pruned, say, until it is saved
         _take(made, network, state)
         made.to(_device(network))
